@@ -1,0 +1,59 @@
+"""sdopt: Stable Diffusion pipelines as folders that run without PyTorch.
+
+    import sdopt
+    pipe = sdopt.load()                                   # the embedded text-to-emoji model, or a bundle's path
+    pipe("a red apple on a blue background").images[0].save("apple.png")
+
+Names are loaded when first used (PEP 562), so `import sdopt` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdopt.bundle import Bundle as Bundle
+    from sdopt.engine import Engine as Engine
+    from sdopt.engine import open_engine as open_engine
+    from sdopt.errors import BackendError as BackendError
+    from sdopt.errors import BundleError as BundleError
+    from sdopt.errors import CheckpointError as CheckpointError
+    from sdopt.errors import NumericsError as NumericsError
+    from sdopt.errors import ParityError as ParityError
+    from sdopt.errors import SdoptError as SdoptError
+    from sdopt.errors import UsageError as UsageError
+    from sdopt.pipeline import Pipeline as Pipeline
+    from sdopt.pipeline import load as load
+    from sdopt.samplers import SamplerTable as SamplerTable
+    from sdopt.samplers import sampler_table as sampler_table
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "load": "pipeline",
+    "Pipeline": "pipeline",
+    "Bundle": "bundle",
+    "Engine": "engine",
+    "open_engine": "engine",
+    "SamplerTable": "samplers",
+    "sampler_table": "samplers",
+    "SdoptError": "errors",
+    "UsageError": "errors",
+    "BundleError": "errors",
+    "CheckpointError": "errors",
+    "BackendError": "errors",
+    "ParityError": "errors",
+    "NumericsError": "errors",
+}
+__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sdopt' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"sdopt.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

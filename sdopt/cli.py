@@ -1,0 +1,50 @@
+"""The `sdopt` command: a table of commands, each imported only when it is the one that was typed.
+
+Exit codes: 0 ok, 1 failed, 2 usage, 3 bad bundle or model, 4 environment (a backend or device is missing),
+5 a gate was not met, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from sdopt import __version__
+from sdopt.errors import SdoptError
+
+COMMANDS = {
+    "export": "a diffusers checkpoint into a bundle of ONNX graphs, checked against PyTorch",
+    "generate": "a prompt into a picture",
+    "inspect": "what is in a bundle",
+    "samplers": "the samplers, their tables and plots",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _parser(argv[0] if argv else None).parse_args(argv)
+        return importlib.import_module(f"sdopt.commands.{args.command}").run(args)
+    except SdoptError as error:
+        print(f"sdopt: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # `sdopt inspect ... | head`
+        sys.stderr.close()
+        return 1
+    except KeyboardInterrupt:
+        print("sdopt: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser(typed: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sdopt", description="Stable Diffusion without PyTorch at run time.")
+    parser.add_argument("--version", action="version", version=f"sdopt {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name == typed:
+            importlib.import_module(f"sdopt.commands.{name}").add_arguments(command)
+    return parser

@@ -1,0 +1,125 @@
+"""`sdopt generate PROMPT -o PATH`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdopt.errors import BundleError, UsageError
+
+if TYPE_CHECKING:
+    from sdopt.request import Options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("prompt", nargs="?", metavar="PROMPT", help="what to draw")
+    add("-o", "--output", type=Path, required=True, metavar="PATH", help="the PNG to write; -n 3 writes PATH-0, -1, -2")
+    add("-m", "--model", type=Path, metavar="BUNDLE", help="the bundle; without it the embedded text-to-emoji model")
+    add("--negative", default=None, metavar="PROMPT", help="what to steer away from")
+    add("--steps", type=int, help="calls that the sampler is asked for (default: the bundle's)")
+    add("--guidance", type=float, help="guidance scale; 1 turns it off (default: the bundle's)")
+    add("--guidance-batch", type=int, default=2, choices=(1, 2), help="1 halves the memory of guidance")
+    add("--seed", type=int, help="0 to 2**64 - 1; image i of -n takes seed + i (default: drawn, and reported)")
+    add("--sampler", help="the checkpoint's own unless named; `sdopt samplers` lists them")
+    add("--size", type=size, metavar="WxH", help="pixels, e.g. 512x768 (default: the bundle's)")
+    add("-n", "--number", type=int, default=1, metavar="N", help="how many pictures (default: 1)")
+    add("--backend", default="auto", help="the engine library (default: the best one installed)")
+    add("--threads", type=int, help="threads of the engine (default: what this process may use)")
+    add("--replay", type=Path, metavar="PNG", help="make the picture in PNG again, from the parameters it carries")
+    add("--no-metadata", action="store_true", help="do not write the parameters into the PNG")
+    add("--json", action="store_true", help="print the result as JSON")
+
+
+def size(text: str) -> tuple[int, int]:
+    """(width, height) of "512x768"."""
+    try:
+        width, height = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, e.g. 512x768") from None
+    return width, height
+
+
+def run(args: argparse.Namespace) -> int:
+    from sdopt import __version__, images, pipeline
+
+    started = time.perf_counter()
+    prompt, options = _request(args)
+    paths = images.numbered(args.output, args.number)
+    _check_output(paths[0])
+    with pipeline.load(args.model, args.backend, threads=args.threads) as pipe:
+        if args.replay:
+            _same_model(args.replay, images.read_parameters(args.replay), pipe.bundle)
+        sample, plan = _denoise(pipe, prompt, options)
+        decoded = pipe.decode(sample)
+        model = {"model": pipe.bundle.manifest.get("name", pipe.bundle.path.name), "bundle": pipe.bundle.digest}
+        records: list[dict[str, Any]] = []
+        for i, (image, path) in enumerate(zip(decoded, paths, strict=True)):
+            parameters = {**plan.parameters(i), **model, "version": __version__}
+            images.save_png(image, path, None if args.no_metadata else parameters)
+            records.append({"path": str(path), **parameters})
+    seconds = time.perf_counter() - started
+    if args.json:
+        print(json.dumps({"images": records, "backend": pipe.backend, "seconds": round(seconds, 3)}))
+    else:
+        print(*paths, sep="\n")
+        print(f"seed {', '.join(map(str, plan.seeds))}; {seconds:.2f} s", file=sys.stderr)
+    return 0
+
+
+def _request(args: argparse.Namespace) -> tuple[str, Options]:
+    """The prompt and the keywords that the command line, or the PNG of --replay, asks for."""
+    if args.replay is None:
+        if args.prompt is None:
+            raise UsageError('no PROMPT given: `sdopt generate "a red apple" -o apple.png`')
+        width, height = args.size or (None, None)
+        return args.prompt, {
+            "negative_prompt": args.negative,
+            "num_inference_steps": args.steps,
+            "guidance_scale": args.guidance,
+            "guidance_batch": args.guidance_batch,
+            "height": height,
+            "width": width,
+            "num_images_per_prompt": args.number,
+            "seed": args.seed,
+            "sampler": args.sampler,
+        }
+    from sdopt.images import read_parameters
+
+    given = [n for n in ("prompt", "negative", "steps", "guidance", "seed", "sampler", "size") if getattr(args, n)]
+    if given or args.number != 1:
+        raise UsageError(f"--replay takes everything from the PNG; leave out {', '.join(given) or '-n'}")
+    found = read_parameters(args.replay)
+    keys = ("negative_prompt", "num_inference_steps", "guidance_scale", "seed", "sampler", "width", "height")
+    options: Any = {key: found.get(key) for key in keys}
+    return found.get("prompt", ""), options
+
+
+def _check_output(path: Path) -> None:
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"-o {path}: pictures are written as PNG; name it {path.with_suffix('.png')}")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"-o {path}: there is no folder {path.parent}; make it first")
+
+
+def _same_model(png: Path, found: dict[str, Any], bundle: Any) -> None:
+    if found.get("bundle") != bundle.digest:
+        raise BundleError(f"{png} was made by the bundle {found.get('model')} ({found.get('bundle')}); name it with -m")
+
+
+def _denoise(pipe: Any, prompt: str, options: Options) -> tuple[Any, Any]:
+    """The latents and the plan, with a progress bar where a person is watching."""
+    from tqdm import tqdm
+
+    from sdopt.request import make_plan
+
+    plan = make_plan(pipe.bundle, prompt, options)
+    sample = None
+    total = len(plan.table.timestep)
+    for step in tqdm(pipe.steps(plan), total=total, unit="it", leave=False, disable=not sys.stderr.isatty()):
+        sample = step.sample
+    return sample, plan

@@ -1,0 +1,181 @@
+"""The components of a family: what is traced, with which inputs and outputs.
+
+Each is the checkpoint's own module behind a `forward` whose arguments and results are the tensors of its spec.
+A new family is a new entry in `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from sdopt.export.source import Checkpoint
+from sdopt.specs import Array, TensorSpec
+
+
+@dataclass(frozen=True)
+class Part:
+    """One component, loaded and ready to be traced or run.
+
+    `sizes`: the lengths of its named dimensions in the trace, then those of each parity check.
+    `limits`: exclusive upper bounds of integer inputs.
+    """
+
+    name: str
+    module: torch.nn.Module
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    sizes: tuple[Mapping[str, int], ...]
+    limits: Mapping[str, int]
+
+    def example(self, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Array]:
+        """Seeded inputs of the given sizes: ids and timesteps in their range, everything else standard normal."""
+        rng = np.random.default_rng(seed)
+        arrays: dict[str, Array] = {}
+        for spec in self.inputs:
+            shape = tuple(sizes[d] if isinstance(d, str) else d for d in spec.shape)
+            if spec.name == "timestep":
+                arrays[spec.name] = rng.uniform(0, 999, shape).astype(np.float32)
+            elif spec.dtype == "int32":
+                arrays[spec.name] = rng.integers(0, self.limits[spec.name], shape, np.int32)
+            else:
+                arrays[spec.name] = rng.standard_normal(shape, np.float32)
+        return arrays
+
+    def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """What PyTorch computes in float32: the reference of the parity gate."""
+        with torch.inference_mode():
+            given = [torch.from_numpy(arrays[s.name]) for s in self.inputs]  # pyright: ignore[reportUnknownMemberType]
+            result = self.module(*given)
+        tensors = result if isinstance(result, tuple) else (result,)
+        return {spec.name: tensor.numpy() for spec, tensor in zip(self.outputs, tensors, strict=True)}
+
+
+class TextEncoder(torch.nn.Module):
+    """Token ids to the last hidden state."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=input_ids).last_hidden_state
+
+
+class UNet(torch.nn.Module):
+    """A noisy sample, its timestep and the text to the prediction that the checkpoint was trained for."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        return self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+
+
+class VaeDecoder(torch.nn.Module):
+    """Latents, already divided by the scaling factor, to a picture in -1..1."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, latent_sample: torch.Tensor) -> torch.Tensor:
+        return self.model.decode(latent_sample, return_dict=False)[0]
+
+
+class VaeEncoder(torch.nn.Module):
+    """A picture in -1..1 to the mean and log-variance of its posterior, so that the caller samples it."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        posterior = self.model.encode(sample, return_dict=False)[0]
+        return posterior.mean, posterior.logvar
+
+
+# Traced at sizes that no power of two divides, so that upsampling follows the skip connection and one graph takes every
+# size that diffusers takes; batch 2, because a batch of 1 would be taken for a constant.
+LATENT_SIZES = (
+    {"batch": 2, "latent_height": 11, "latent_width": 13},
+    {"batch": 1, "latent_height": 16, "latent_width": 24},
+    {"batch": 3, "latent_height": 9, "latent_width": 8},
+)
+
+
+def text_encoder(checkpoint: Checkpoint) -> Part:
+    config, model = checkpoint.config("text_encoder"), checkpoint.load("text_encoder")
+    tokens = config["max_position_embeddings"]
+    return Part(
+        "text_encoder",
+        TextEncoder(model),
+        (TensorSpec("input_ids", "int32", ("batch", "tokens")),),
+        (TensorSpec("last_hidden_state", "float32", ("batch", "tokens", config["hidden_size"])),),
+        tuple({"batch": b, "tokens": t} for b, t in ((2, tokens - 1), (1, tokens), (3, max(tokens // 2, 3)))),
+        {"input_ids": config["vocab_size"]},
+    )
+
+
+def unet(checkpoint: Checkpoint) -> Part:
+    config, model = checkpoint.config("unet"), checkpoint.load("unet")
+    tokens = checkpoint.config("text_encoder")["max_position_embeddings"]
+    latent = ("latent_height", "latent_width")
+    return Part(
+        "unet",
+        UNet(model),
+        (
+            TensorSpec("sample", "float32", ("batch", config["in_channels"], *latent)),
+            TensorSpec("timestep", "float32", ("batch",)),
+            TensorSpec("encoder_hidden_states", "float32", ("batch", "tokens", config["cross_attention_dim"])),
+        ),
+        (TensorSpec("noise_pred", "float32", ("batch", config["out_channels"], *latent)),),
+        tuple({**s, "tokens": t} for s, t in zip(LATENT_SIZES, (tokens, tokens, 2 * tokens), strict=True)),
+        {},
+    )
+
+
+def vae_decoder(checkpoint: Checkpoint) -> Part:
+    config = checkpoint.config("vae")
+    return Part(
+        "vae_decoder",
+        VaeDecoder(checkpoint.load("vae")),
+        (TensorSpec("latent_sample", "float32", ("batch", config["latent_channels"], "latent_height", "latent_width")),),
+        (TensorSpec("sample", "float32", ("batch", config["out_channels"], "height", "width")),),
+        LATENT_SIZES,
+        {},
+    )
+
+
+def vae_encoder(checkpoint: Checkpoint) -> Part:
+    config = checkpoint.config("vae")
+    factor = vae_factor(config)
+    latent = ("batch", config["latent_channels"], "latent_height", "latent_width")
+    return Part(
+        "vae_encoder",
+        VaeEncoder(checkpoint.load("vae")),
+        (TensorSpec("sample", "float32", ("batch", config["in_channels"], "height", "width")),),
+        (TensorSpec("mean", "float32", latent), TensorSpec("logvar", "float32", latent)),
+        tuple(
+            {"batch": s["batch"], "height": factor * s["latent_height"], "width": factor * s["latent_width"]}
+            for s in LATENT_SIZES
+        ),
+        {},
+    )
+
+
+def vae_factor(config: Mapping[str, Any]) -> int:
+    """How many pixels a latent spans: each block of the VAE but the last halves the picture."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+FAMILIES: dict[str, tuple[Callable[[Checkpoint], Part], ...]] = {
+    "sd": (text_encoder, unet, vae_decoder, vae_encoder),
+}

@@ -1,0 +1,65 @@
+"""The parity gate: an exported graph, run by ONNX Runtime, against PyTorch in float32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdopt.bundle import Component
+from sdopt.engine.ort import OrtEngine
+from sdopt.errors import ParityError
+from sdopt.export.components import Part
+from sdopt.specs import Array
+
+FLOOR_DB = 80.0
+
+
+@dataclass(frozen=True)
+class Parity:
+    """One output of one run: how far it is from the reference."""
+
+    sizes: dict[str, int]
+    output: str
+    psnr_db: float
+    max_error: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {"sizes": self.sizes, "output": self.output, "psnr_db": self.psnr_db, "max_error": self.max_error}
+
+
+def psnr(reference: Array, other: Array) -> float:
+    """Peak signal-to-noise ratio in dB: 20 log10(max |reference| / RMSE); 200 where they are equal.
+
+    NaN anywhere counts as no likeness at all: -inf.
+    """
+    error = np.sqrt(np.mean(np.square(np.subtract(other, reference, dtype=np.float64))))
+    if not np.isfinite(error):
+        return -np.inf
+    return float(min(200.0, 20 * np.log10(np.abs(reference).max() / error))) if error else 200.0
+
+
+def measure(part: Part, graph: Path) -> list[Parity]:
+    """The parity of every output, at every size that the part names for it."""
+    results: list[Parity] = []
+    with OrtEngine(Component(part.name, graph, part.inputs, part.outputs)) as engine:
+        for seed, sizes in enumerate(part.sizes[1:]):
+            arrays = part.example(sizes, seed)
+            outputs = engine(**arrays)
+            for name, reference in part.run(arrays).items():
+                error = float(np.abs(outputs[name] - reference).max())
+                results.append(Parity(dict(sizes), name, round(psnr(reference, outputs[name]), 1), error))
+    return results
+
+
+def gate(part: Part, results: list[Parity], floor_db: float = FLOOR_DB) -> None:
+    """Raises ParityError if any result is below the floor."""
+    low = [r for r in results if not r.psnr_db >= floor_db]
+    if low:
+        lines = "; ".join(f"{r.output} at {r.sizes}: {r.psnr_db} dB, max error {r.max_error:.1e}" for r in low)
+        raise ParityError(
+            f"{part.name}: the graph is not the model: {lines}; the floor is {floor_db} dB. Nothing was written. "
+            "Try --opset 18, or --no-verify to look at the graph."
+        )

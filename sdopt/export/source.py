@@ -1,0 +1,223 @@
+"""Checkpoints: a diffusers folder, a model id on the hub, or one .safetensors file, opened without running their code.
+
+`model_index.json` is read here, against a table of known classes. Only safetensors weights are read: a pickle can run
+code when it is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdopt.errors import CheckpointError, choices
+
+# pipeline class -> family of the manifest
+PIPELINES = {"StableDiffusionPipeline": "sd", "StableDiffusionImg2ImgPipeline": "sd"}
+# component of model_index.json -> the (library, class) pairs that are read
+KNOWN = {
+    "text_encoder": {("transformers", "CLIPTextModel")},
+    "tokenizer": {("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast")},
+    "unet": {("diffusers", "UNet2DConditionModel")},
+    "vae": {("diffusers", "AutoencoderKL")},
+}
+NOT_USED = ("scheduler", "safety_checker", "feature_extractor", "image_encoder")  # the scheduler is data: its config
+WEIGHTED = ("text_encoder", "unet", "vae")
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+CONVERT = (
+    "Pickle files can run code when they are opened, so only safetensors are read. Convert it where you trust it: "
+    "python -c \"from diffusers import StableDiffusionPipeline as P; P.from_{how}('{source}').save_pretrained('NEW')\" "
+    "and export NEW."
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A diffusers folder whose index has been checked; `load` brings one component into memory, in float32."""
+
+    folder: Path
+    family: str
+    variant: str | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def config(self, component: str) -> dict[str, Any]:
+        """The configuration file of a component, as it is."""
+        name = "scheduler_config.json" if component == "scheduler" else "config.json"
+        return read_json(self.folder / component / name)
+
+    def load(self, component: str) -> torch.nn.Module:
+        """The component's model in float32, ready to be traced.
+
+        Raises: CheckpointError if its weights cannot be read.
+        """
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from transformers import CLIPTextModel
+
+        model_class: Any = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}[component]
+        options = {"torch_dtype": torch.float32} if component != "text_encoder" else {"dtype": torch.float32}
+        try:
+            model = model_class.from_pretrained(
+                self.folder / component, variant=self.variant, use_safetensors=True, local_files_only=True, **options
+            )
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise CheckpointError(f"{self.folder / component}: cannot be loaded: {error}") from error
+        return model.eval().requires_grad_(False)
+
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer, backed by the `tokenizers` library."""
+        from transformers import CLIPTokenizerFast
+
+        return CLIPTokenizerFast.from_pretrained(self.folder / "tokenizer", local_files_only=True)  # pyright: ignore
+
+    def weight_files(self, component: str) -> list[Path]:
+        """The safetensors files of a component: one, or the shards of its index."""
+        infix = f".{self.variant}" if self.variant else ""
+        stems = ("diffusion_pytorch_model", "model")
+        pattern = re.compile(rf"({'|'.join(stems)}){re.escape(infix)}(-\d+-of-\d+)?\.safetensors")
+        return sorted(p for p in (self.folder / component).glob("*.safetensors") if pattern.fullmatch(p.name))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights, as they are on disk."""
+        return sum(p.stat().st_size for c in WEIGHTED for p in self.weight_files(c))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises: CheckpointError if the file is missing or something else.
+    """
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"{path}: holds {type(entry).__name__}, not a JSON object")
+    return entry
+
+
+@contextmanager
+def open_checkpoint(
+    source: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    offline: bool = False,
+    config: str | None = None,
+) -> Iterator[Checkpoint]:
+    """The checkpoint that `source` names: a folder, a file, or else an id on the hub.
+
+    Raises: CheckpointError with what is wrong and what to do.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        yield open_folder(path, variant, {"folder": path.name})
+    elif path.suffix in PICKLES:
+        raise CheckpointError(f"{source} is a pickle checkpoint. {CONVERT.format(how='single_file', source=source)}")
+    elif path.suffix == ".safetensors":
+        if not path.is_file():
+            raise CheckpointError(f"{source}: there is no such file")
+        with tempfile.TemporaryDirectory(prefix="sdopt-", ignore_cleanup_errors=True) as scratch:
+            _unpack_single_file(path, Path(scratch), config, offline)
+            yield open_folder(Path(scratch), None, {"file": path.name})
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.is_absolute():
+        folder = _download(source, revision, variant, offline)
+        yield open_folder(folder, variant, {"hub_id": source, "revision": folder.name})
+    else:
+        raise CheckpointError(
+            f"{source}: there is no such folder or file; give a diffusers folder, an id such as owner/name, "
+            "or a .safetensors file"
+        )
+
+
+def open_folder(folder: Path, variant: str | None, provenance: Mapping[str, Any]) -> Checkpoint:
+    """A checked checkpoint in `folder`; every component must be of a known class, with safetensors weights."""
+    if not (folder / "model_index.json").is_file():
+        raise CheckpointError(f"{folder} has no model_index.json, so it is not a diffusers checkpoint")
+    index = read_json(folder / "model_index.json")
+    name = index.get("_class_name")
+    if name not in PIPELINES:
+        raise CheckpointError(f"{folder}: pipeline class {name!r} is not known; known are {', '.join(PIPELINES)}")
+    for component, entry in index.items():
+        if component.startswith("_") or component in NOT_USED or not isinstance(entry, list):
+            continue
+        pair = tuple(map(str, entry))
+        if pair not in KNOWN.get(component, ()):
+            allowed = [".".join(p) for p in KNOWN.get(component, ())] or ["nothing under this name"]
+            raise CheckpointError(
+                f"{folder / 'model_index.json'}: {component} is {'.'.join(pair)}; "
+                f"sdopt reads {', '.join(sorted(allowed))}, and never runs a checkpoint's own code"
+            )
+    checkpoint = Checkpoint(folder, PIPELINES[name], variant, dict(provenance, variant=variant))
+    for component in WEIGHTED:
+        _check_weights(checkpoint, component)
+    return checkpoint
+
+
+def _check_weights(checkpoint: Checkpoint, component: str) -> None:
+    if checkpoint.weight_files(component):
+        return
+    folder = checkpoint.folder / component
+    names = sorted(p.name for p in folder.glob("*")) if folder.is_dir() else []
+    variants = {m[1] for n in names if (m := re.fullmatch(r"(?:diffusion_pytorch_)?model\.(\w+)\.safetensors", n))}
+    if variants:
+        raise CheckpointError(f"{folder} has its weights as variant {choices('', variants)}; add --variant to name one")
+    if any(n.endswith(PICKLES) for n in names):
+        raise CheckpointError(
+            f"{folder} has pickle weights only. {CONVERT.format(how='pretrained', source=checkpoint.folder)}"
+        )
+    raise CheckpointError(f"{folder} has no safetensors weights; it holds {', '.join(names) or 'nothing'}")
+
+
+def _download(repo_id: str, revision: str | None, variant: str | None, offline: bool) -> Path:
+    """The folder of a hub snapshot: the configurations, and the weights of one variant."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    dot = f".{variant}" if variant else ""
+    weights = [f"{c}/*model{dot}{part}.safetensors" for c in WEIGHTED for part in ("", "-*-of-*")]
+    patterns = ["model_index.json", "generation_config.json", "*/*.json", "*/merges.txt", *weights]
+    try:
+        return Path(
+            snapshot_download(repo_id, revision=revision, allow_patterns=patterns, local_files_only=offline)
+        )
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{repo_id} is not in the local cache, and the hub cannot be asked (offline, or no connection). "
+            f"Download it first, where there is a network: hf download {repo_id}"
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise CheckpointError(f"{repo_id}: the hub says: {error}") from error
+
+
+def _unpack_single_file(path: Path, folder: Path, config: str | None, offline: bool) -> None:
+    """Write one .safetensors file as a diffusers folder, in its own precision."""
+    from diffusers import StableDiffusionPipeline
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as weights:
+            kinds = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+    dtype = torch.float16 if kinds <= {"F16", "I64", "I32"} else torch.float32
+    local = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    options: dict[str, Any] = {"config": config} if config else {}
+    try:
+        pipeline: Any = StableDiffusionPipeline.from_single_file(  # pyright: ignore[reportUnknownMemberType]
+            str(path), torch_dtype=dtype, local_files_only=local, safety_checker=None, **options
+        )
+    except Exception as error:  # diffusers raises whatever its parts raise
+        raise CheckpointError(
+            f"{path} cannot be loaded: {error}\nA single file holds no configurations: diffusers takes them from the "
+            "hub, or from a folder of the same model that --config names."
+        ) from error
+    pipeline.save_pretrained(folder, safe_serialization=True)

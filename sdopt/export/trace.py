@@ -1,0 +1,135 @@
+"""A torch module to standard ONNX: traced by torch.export, stripped, its weights stored as small as they are exact."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from sdopt.errors import CheckpointError, UsageError
+from sdopt.export.components import Part
+from sdopt.specs import TensorSpec
+
+OPSETS = (18, 19, 20, 21, 22, 23)
+NARROW_ABOVE = 1024  # elements: a smaller tensor is not worth a Cast
+
+
+def trace(part: Part, opset: int = 23) -> ir.Model:
+    """The graph of a component: float32-typed, dynamic in every named dimension.
+
+    Raises: UsageError for an opset that the exporter does not write; CheckpointError if tracing fails.
+    """
+    if opset not in OPSETS:
+        raise UsageError(f"opset {opset}; allowed are {', '.join(map(str, OPSETS))}")
+    arrays = part.example(part.sizes[0])
+    inputs = tuple(torch.from_numpy(arrays[s.name]) for s in part.inputs)  # pyright: ignore[reportUnknownMemberType]
+    try:
+        with _quiet(), torch.inference_mode(False), torch.no_grad():
+            program = torch.onnx.export(
+                part.module,
+                inputs,
+                dynamo=True,
+                opset_version=opset,
+                input_names=[s.name for s in part.inputs],
+                output_names=[s.name for s in part.outputs],
+                dynamic_shapes=tuple(_dynamic(s) for s in part.inputs),
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise CheckpointError(f"{part.name}: torch cannot trace it: {error}") from error
+    assert program is not None  # with dynamo=True and no file, the program is returned
+    model: ir.Model = program.model
+    _strip(model)
+    _name_dimensions(model, part)
+    return model
+
+
+def save(model: ir.Model, path: Path) -> str:
+    """Write `path` and its weights beside it as `path`.data; the dtype that most of the weights are stored in."""
+    stored = narrow(model)
+    ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=256)
+    return stored
+
+
+def narrow(model: ir.Model) -> str:
+    """Store every float32 weight that float16 holds exactly as float16, cast when the graph is loaded.
+
+    A float16 checkpoint so keeps its size, and no value changes. The dtype that most bytes end in is returned.
+    """
+    total = halved = 0
+    for name, value in list(model.graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < NARROW_ABOVE:
+            continue
+        total += tensor.size
+        array = tensor.numpy()
+        with np.errstate(over="ignore"):
+            half = array.astype(np.float16)
+        if not np.array_equal(half, array):
+            continue
+        halved += tensor.size
+        stored = ir.Value(name=f"{name}.float16", shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT16))
+        stored.const_value = ir.tensor(half, name=stored.name)
+        cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT.value})
+        cast.outputs[0].shape, cast.outputs[0].type = value.shape, value.type
+        ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+        del model.graph.initializers[name]
+        cast.outputs[0].name = name
+        model.graph.register_initializer(stored)
+        model.graph.insert_before(model.graph[0], cast)
+    return "float16" if halved * 2 > total else "float32"
+
+
+def _dynamic(spec: TensorSpec) -> dict[int, str]:
+    """Axis to dimension name. Names are kept by the exporter; equal names are found equal by the trace."""
+    return {axis: dim for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}
+
+
+def _strip(model: ir.Model) -> None:
+    """Drop the traces and names of the machine that exported: a graph is the same wherever it was made."""
+    for owner in (model, model.graph, *model.functions.values()):
+        owner.metadata_props.clear()
+        owner.doc_string = None
+    values = [*model.graph.inputs, *model.graph.initializers.values()]
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        node.metadata_props.clear()
+        node.doc_string = None
+        values.extend(node.outputs)
+    for value in values:
+        value.metadata_props.clear()
+
+
+def _name_dimensions(model: ir.Model, part: Part) -> None:
+    """Give inputs and outputs the dimension names of the spec; what the trace calls s53 says nothing to a reader."""
+    for values, specs in ((model.graph.inputs, part.inputs), (model.graph.outputs, part.outputs)):
+        for value, spec in zip(values, specs, strict=True):
+            value.shape = ir.Shape(spec.shape)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress and warnings off the terminal; errors still raise."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx", "torch.export", "torch.utils", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def opset_of(model: ir.Model) -> Any:
+    """The version of the standard operator set that the graph uses."""
+    return model.opset_imports[""]

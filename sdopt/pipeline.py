@@ -1,0 +1,223 @@
+"""Text to pictures on engines: encode, denoise, decode.
+
+    pipe = sdopt.load("bundle")
+    pipe("a red apple", seed=1).images[0].save("apple.png")
+
+    for step in pipe.denoise("a red apple", seed=1):      # the same, with the loop in the caller's hands
+        print(step.index, step.sigma)                     # to cancel, stop iterating
+    image = pipe.decode(step.sample)
+
+Ref: Rombach et al. 2022, arXiv:2112.10752; guidance: Ho & Salimans 2022, arXiv:2207.12598.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sdopt import images as pictures
+from sdopt.bundle import Bundle, embedded
+from sdopt.engine import Engine, choose_backend, open_engine
+from sdopt.errors import NumericsError, UsageError, choices
+from sdopt.noise import Generator, generator
+from sdopt.request import Options, Plan, make_plan
+from sdopt.specs import Array
+from sdopt.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+OUTPUT_TYPES = ("pil", "np", "latent")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What `denoise` yields after each call of the UNet; `sample` is live: writing into it steers the loop.
+
+    Shapes: sample and denoised [images, channels, latent_height, latent_width] float32.
+    """
+
+    index: int
+    of: int
+    timestep: float
+    sigma: float
+    sample: Array
+    denoised: Array
+
+
+@dataclass(frozen=True)
+class Result:
+    """The pictures (`images`, in the form that `output_type` names), their seeds, and what makes each one again."""
+
+    images: Any
+    seeds: tuple[int, ...]
+    parameters: tuple[dict[str, Any], ...]
+
+
+Callback = Callable[["Pipeline", int, float, dict[str, Array]], "dict[str, Array] | None"]
+
+
+def load(
+    path: str | os.PathLike[str] | None = None,
+    backend: str = "auto",
+    *,
+    threads: int | None = None,
+    verify: bool = True,
+) -> Pipeline:
+    """The pipeline of the bundle at `path`; the embedded text-to-emoji model if None.
+
+    Raises: BundleError for a bundle that is damaged or unsafe; BackendError if no engine library is installed.
+    """
+    bundle = Bundle.open(embedded() if path is None else path, verify=verify)
+    return Pipeline(bundle, backend, threads=threads)
+
+
+class Pipeline:
+    """A bundle and its engines, each loaded when first needed and kept until `release`."""
+
+    def __init__(self, bundle: Bundle, backend: str = "auto", *, threads: int | None = None) -> None:
+        self.bundle = bundle
+        self.backend = choose_backend(backend)
+        self.threads = threads
+        self._engines: dict[str, Engine] = {}
+        self._tokenizer: Tokenizer | None = None
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        output_type: str = "pil",
+        callback_on_step_end: Callback | None = None,
+        **options: Unpack[Options],
+    ) -> Result:
+        """Pictures of `prompt`; `sdopt.request.Options` lists the other keywords.
+
+        `callback_on_step_end(pipe, index, timestep, {"latents": sample})` may return other latents, as in diffusers.
+        Raises: UsageError for a wrong argument; NumericsError rather than a black picture.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise UsageError(f"output_type = {output_type!r}; allowed are {choices(output_type, OUTPUT_TYPES)}")
+        plan = make_plan(self.bundle, prompt, options)
+        for step in self.steps(plan):
+            if callback_on_step_end is not None:
+                changed = callback_on_step_end(self, step.index, step.timestep, {"latents": step.sample}) or {}
+                step.sample[...] = changed.get("latents", step.sample)
+            sample = step.sample
+        images = sample if output_type == "latent" else self.decode(sample, output_type)
+        return Result(images, plan.seeds, tuple(plan.parameters(i) for i in range(len(plan.seeds))))
+
+    def denoise(self, prompt: str | Sequence[str] | None = None, **options: Unpack[Options]) -> Iterator[Step]:
+        """The steps of one call, one by one; takes what `__call__` takes."""
+        return self.steps(make_plan(self.bundle, prompt, options))
+
+    def steps(self, plan: Plan) -> Iterator[Step]:
+        """The loop: predict the noise, take the sampler's row, move the sample."""
+        table, unet = plan.table, self.engine("unet")
+        embeds, negative_embeds = self._embeds(plan)
+        generators = [generator(seed) for seed in plan.seeds]
+        noise = self._noise(plan, generators) if plan.latents is None else plan.latents
+        sample = noise * np.float32(table.init_noise_sigma)
+        denoiser = Denoiser(unet, embeds, negative_embeds, plan.guidance_scale, plan.guidance_batch)
+        history: tuple[Array, ...] = ()
+        for k, timestep in enumerate(table.timestep):
+            output = denoiser(sample * np.float32(table.c_in[k]), timestep)
+            _refuse_nan(output, f"unet, step {k + 1} of {len(table.timestep)}")
+            denoised = table.clean(k, sample, output)
+            drawn = self._noise(plan, generators) if table.draws[k] else None
+            sample, history = table.advance(k, sample, output, history, drawn)
+            yield Step(k, len(table.timestep), float(timestep), float(table.sigma[k]), sample, denoised)
+
+    def encode(self, prompts: Sequence[str]) -> Array:
+        """The text encoder's last hidden state, [prompts, tokens, features]; equal prompts are encoded once."""
+        if self._tokenizer is None:
+            entry = self.bundle.manifest["tokenizer"]
+            self._tokenizer = Tokenizer(self.bundle.file(entry["file"]), entry)
+        unique = list(dict.fromkeys(prompts))
+        hidden = self.engine("text_encoder")(input_ids=self._tokenizer(unique))["last_hidden_state"]
+        _refuse_nan(hidden, "text_encoder")
+        return hidden[[unique.index(prompt) for prompt in prompts]]
+
+    def decode(self, sample: Array, output_type: str = "pil") -> Any:
+        """The pictures of latents [images, channels, latent_height, latent_width]."""
+        entry = self.bundle.manifest["latents"]
+        scaled = sample / np.float32(entry["scaling_factor"]) + np.float32(entry["shift_factor"])
+        decoded = self.engine("vae_decoder")(latent_sample=scaled)["sample"]
+        _refuse_nan(decoded, "vae_decoder")
+        return pictures.to_pil(decoded) if output_type == "pil" else pictures.to_unit(decoded)
+
+    def engine(self, component: str) -> Engine:
+        """The engine of a component, loaded if it is not."""
+        if component not in self._engines:
+            self._engines[component] = open_engine(self.bundle, component, self.backend, threads=self.threads)
+        return self._engines[component]
+
+    def release(self, component: str) -> None:
+        """Free the memory of a component that is no longer needed; it loads again when asked for."""
+        engine = self._engines.pop(component, None)
+        if engine is not None:
+            engine.close()
+
+    def close(self) -> None:
+        for component in list(self._engines):
+            self.release(component)
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _embeds(self, plan: Plan) -> tuple[Array, Array | None]:
+        """The conditional and, with guidance, the unconditional embeddings of each image."""
+        if plan.prompt_embeds is not None:
+            return plan.prompt_embeds, plan.negative_prompt_embeds if plan.guided else None
+        if not plan.guided:
+            return self.encode(plan.prompts), None
+        both = self.encode([*plan.prompts, *plan.negative_prompts])
+        return both[: len(plan.prompts)], both[len(plan.prompts) :]
+
+    def _noise(self, plan: Plan, generators: Sequence[Generator]) -> Array:
+        """Standard normal noise, each image's from its own seed, so that a batch equals its images made alone."""
+        entry = self.bundle.manifest["latents"]
+        shape = (1, entry["channels"], plan.height // entry["factor"], plan.width // entry["factor"])
+        return np.concatenate([g.randn(shape) for g in generators])
+
+
+class Denoiser:
+    """The UNet with classifier-free guidance: output = uncond + guidance_scale * (cond - uncond).
+
+    Ref: Ho & Salimans 2022, arXiv:2207.12598, eq. 6, in the form of Saharia et al. 2022, arXiv:2205.11487, section 2.2.
+    """
+
+    def __init__(self, unet: Engine, embeds: Array, negative: Array | None, scale: float, batch: int) -> None:
+        halves = [embeds] if negative is None else [negative, embeds]
+        self._unet, self._scale = unet, np.float32(scale)
+        self._calls = halves if batch == 1 else [np.concatenate(halves)]
+        self._halves, self._images = len(halves), len(embeds)
+
+    def __call__(self, sample: Array, timestep: float) -> Array:
+        copies = self._halves // len(self._calls)
+        stacked = np.concatenate([sample] * copies) if copies > 1 else sample
+        times = np.full(len(stacked), timestep, np.float32)
+        outputs = [
+            self._unet(sample=stacked, timestep=times, encoder_hidden_states=e)["noise_pred"] for e in self._calls
+        ]
+        if self._halves == 1:
+            return outputs[0]
+        uncond, cond = outputs if copies == 1 else (outputs[0][: self._images], outputs[0][self._images :])
+        return uncond + self._scale * (cond - uncond)
+
+
+def _refuse_nan(array: Array, where: str) -> None:
+    if not np.isfinite(array).all():
+        raise NumericsError(
+            f"{where}: the output has NaN or infinity. On a half-precision engine try float32 for this component; "
+            "otherwise the weights or the inputs are damaged."
+        )

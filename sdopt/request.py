@@ -1,0 +1,162 @@
+"""What a caller asks for, checked once and resolved against a bundle, so that the loop needs no `if`."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from sdopt.bundle import Bundle
+from sdopt.errors import UsageError
+from sdopt.samplers import SamplerTable, sampler_table
+from sdopt.specs import Array
+
+MAX_IMAGES = 64
+
+
+class Options(TypedDict, total=False):
+    """The keywords of `Pipeline.__call__` and `Pipeline.denoise`: diffusers' names, and what leaving one out means."""
+
+    negative_prompt: str | Sequence[str] | None  # "": nothing to steer away from
+    num_inference_steps: int | None  # the bundle's own
+    guidance_scale: float | None  # the bundle's own; 1 or less runs without guidance
+    height: int | None  # pixels; the bundle's own
+    width: int | None
+    num_images_per_prompt: int  # 1
+    seed: int | Sequence[int] | None  # drawn and reported; one number s gives image i the seed s + i
+    sampler: str | None  # the checkpoint's own
+    latents: Array | None  # [images, channels, height / factor, width / factor], standard normal; drawn from the seed
+    prompt_embeds: Array | None  # [images, tokens, features]; takes the place of the prompt
+    negative_prompt_embeds: Array | None
+    guidance_batch: int  # 2: both halves of guidance in one call; 1: one after the other in half the memory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request, resolved: one entry per image in `prompts`, `negative_prompts` and `seeds`."""
+
+    prompts: tuple[str, ...]
+    negative_prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    height: int
+    width: int
+    guidance_scale: float
+    guidance_batch: int
+    steps: int
+    table: SamplerTable
+    latents: Array | None
+    prompt_embeds: Array | None
+    negative_prompt_embeds: Array | None
+
+    @property
+    def guided(self) -> bool:
+        """Whether the unconditional half runs. Ref: Ho & Salimans 2022, arXiv:2207.12598, section 3.2."""
+        return self.guidance_scale > 1
+
+    def parameters(self, image: int) -> dict[str, Any]:
+        """What makes image `image` again, alone."""
+        return {
+            "prompt": self.prompts[image],
+            "negative_prompt": self.negative_prompts[image],
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+            "seed": self.seeds[image],
+            "sampler": self.table.name,
+            "width": self.width,
+            "height": self.height,
+        }
+
+
+def make_plan(bundle: Bundle, prompt: str | Sequence[str] | None, options: Options) -> Plan:
+    """The plan for `prompt` on this bundle.
+
+    Raises: UsageError naming the argument, its value and what is allowed.
+    """
+    unknown = set(options) - set(Options.__annotations__)
+    if unknown:
+        raise UsageError(f"unknown argument {', '.join(sorted(unknown))}; there are {', '.join(Options.__annotations__)}")
+    defaults: Mapping[str, Any] = bundle.manifest["defaults"]
+    embeds, negative_embeds = options.get("prompt_embeds"), options.get("negative_prompt_embeds")
+    each = _whole("num_images_per_prompt", options.get("num_images_per_prompt", 1), 1, MAX_IMAGES)
+    prompts = _prompts("prompt", prompt if embeds is None else [""] * len(embeds), each)
+    guidance_scale = _finite("guidance_scale", _or(options.get("guidance_scale"), defaults["guidance_scale"]))
+    if embeds is not None and negative_embeds is None and guidance_scale > 1:
+        raise UsageError("prompt_embeds without negative_prompt_embeds: give both, or guidance_scale=1")
+    steps = _whole("num_inference_steps", _or(options.get("num_inference_steps"), defaults["num_inference_steps"]), 1)
+    factor: int = bundle.manifest["latents"]["factor"]
+    height = _size("height", _or(options.get("height"), defaults["height"]), factor)
+    width = _size("width", _or(options.get("width"), defaults["width"]), factor)
+    shape = (len(prompts), bundle.manifest["latents"]["channels"], height // factor, width // factor)
+    latents = options.get("latents")
+    if latents is not None and (latents.shape != shape or latents.dtype != "float32"):
+        raise UsageError(f"latents: got {latents.dtype} {latents.shape}; these sizes and prompts take float32 {shape}")
+    return Plan(
+        prompts=prompts,
+        negative_prompts=_negatives(options.get("negative_prompt"), len(prompts), each),
+        seeds=_seeds(options.get("seed"), len(prompts)),
+        height=height,
+        width=width,
+        guidance_scale=guidance_scale,
+        guidance_batch=_whole("guidance_batch", options.get("guidance_batch", 2), 1, 2),
+        steps=steps,
+        table=sampler_table(bundle.manifest["scheduler"], steps, sampler=options.get("sampler")),
+        latents=latents,
+        prompt_embeds=embeds,
+        negative_prompt_embeds=negative_embeds,
+    )
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _whole(name: str, value: Any, low: int, high: int = 1 << 31) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise UsageError(f"{name} = {value!r}; allowed are whole numbers from {low} to {high}")
+    return value
+
+
+def _finite(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise UsageError(f"{name} = {value!r}; allowed are finite numbers")
+    return float(value)
+
+
+def _size(name: str, value: Any, factor: int) -> int:
+    pixels = _whole(name, value, factor, 1 << 14)
+    if pixels % factor:
+        near = pixels // factor * factor
+        raise UsageError(f"{name} = {pixels}; this model makes multiples of {factor} pixels: {near} or {near + factor}")
+    return pixels
+
+
+def _prompts(name: str, value: Any, each: int) -> tuple[str, ...]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(t, str) for t in texts):
+        raise UsageError(f"{name} = {value!r}; allowed are a text or a list of texts")
+    if len(texts) * each > MAX_IMAGES:
+        raise UsageError(f"{len(texts) * each} images in one call; allowed are {MAX_IMAGES}. Call more than once.")
+    return tuple(text for text in texts for _ in range(each))
+
+
+def _negatives(value: Any, images: int, each: int) -> tuple[str, ...]:
+    if value is None or isinstance(value, str):
+        return (value or "",) * images
+    negatives = _prompts("negative_prompt", value, each)
+    if len(negatives) != images:
+        raise UsageError(f"{len(negatives) // each} negative prompts for {images // each} prompts; give one, or as many")
+    return negatives
+
+
+def _seeds(value: Any, images: int) -> tuple[int, ...]:
+    if value is None:
+        value = secrets.randbits(32)
+    if isinstance(value, (list, tuple)):
+        seeds = tuple(_whole("seed", seed, 0, 2**64 - 1) for seed in value)
+        if len(seeds) != images:
+            raise UsageError(f"seed: {len(seeds)} seeds for {images} images; give one seed, or one per image")
+        return seeds
+    first = _whole("seed", value, 0, 2**64 - images)
+    return tuple(first + i for i in range(images))

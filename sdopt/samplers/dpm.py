@@ -1,0 +1,191 @@
+"""DPM-Solver and DPM-Solver++, multistep and singlestep, deterministic and stochastic, orders 1 to 3.
+
+Every formula is written with e = exp(-h) = (sigma_t / alpha_t) / (sigma_s / alpha_s), which is 0 (and h infinite) at the last
+step to sigma 0, so no limit needs a special case.
+
+Ref: Lu et al. 2022, arXiv:2206.00927 (DPM-Solver); arXiv:2211.01095 (DPM-Solver++).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sdopt.errors import UsageError, choices
+from sdopt.samplers.grids import Grid, solver_grid
+from sdopt.samplers.prediction import Pair, clean_of, noise_of
+from sdopt.samplers.rows import Request, Rows
+from sdopt.samplers.table import SamplerTable
+
+ALGORITHMS = ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")
+SOLVERS = ("midpoint", "heun")
+Level = tuple[float, float]  # alpha, sigma
+Frame = Callable[[int], tuple[Pair, Pair, float]]  # row -> clean sample, what is kept, c_in
+
+
+def level(sigma: float, flow: bool) -> Level:
+    """(alpha, sigma) of a noise level: variance-preserving, or the straight line of flow matching."""
+    if flow:
+        return 1 - sigma, sigma
+    alpha = 1 / math.sqrt(1 + sigma * sigma)
+    return alpha, sigma * alpha
+
+
+def levels(r: Request, grid: Grid) -> list[Level]:
+    """(alpha, sigma) at every sigma of the grid, the final one included."""
+    return [level(float(sigma), bool(r.options["use_flow_sigmas"])) for sigma in grid.sigmas]
+
+
+def log_ratio(to: Level, start: Level) -> float:
+    """h = lambda(to) - lambda(start), where lambda = log(alpha / sigma); infinite when `to` has no noise."""
+    return math.inf if to[1] == 0 else math.log(to[0] * start[1] / (to[1] * start[0]))
+
+
+class Expansion:
+    """One exponential-integrator step from `start` to `to`: x' = scale x + first D0 + second D1 + third D2 + gain noise.
+
+    D0 is what was kept (the clean sample for ++, else the noise), D1 and D2 its divided differences in lambda.
+    Ref: Lu et al. 2022, arXiv:2211.01095, appendix B and Table 5 (SDE variants).
+    """
+
+    def __init__(self, algorithm: str, to: Level, start: Level) -> None:
+        self.h = log_ratio(to, start)
+        self.data = algorithm.endswith("++")
+        self.sde = algorithm.startswith("sde")
+        self.scale = to[1] / start[1] if self.data else to[0] / start[0]
+        if self.data and self.sde:
+            self.scale *= math.exp(-self.h)
+        # in units of u = h, or 2h for the SDE of ++, whose sign differs for data and noise prediction
+        self._u = (-1 if self.data else 1) * (2 if self.data and self.sde else 1) * self.h
+        self._weight = -(to[0] if self.data else to[1]) * (2 if self.sde and not self.data else 1)
+        self.first = self._weight * math.expm1(self._u)
+        spread = -math.expm1(-2 * self.h) if self.data else math.expm1(2 * self.h)
+        self.gain = to[1] * math.sqrt(spread) if self.sde else 0.0
+
+    def second(self, solver: str) -> float:
+        """The weight of D1: the midpoint rule, or the exact integral that diffusers calls heun."""
+        if solver == "midpoint":
+            return self.first / 2
+        return self._weight * (math.expm1(self._u) / self._u - 1)
+
+    def third(self) -> float:
+        """The weight of D2. For the SDE, diffusers adds the half that it should subtract; so do we, to make its picture."""
+        u = self._u
+        return self._weight * ((math.expm1(u) - u) / (u * u) - (-0.5 if self.sde else 0.5))
+
+
+def differences(orders: int, h: float, *before: float) -> list[Pair]:
+    """D0, D1, D2 as weights of [m0, m1, m2], newest first, for multistep; `before` are the earlier steps h0, h1.
+
+    Ref: Lu et al. 2022, arXiv:2211.01095, algorithm 2 (order 2); arXiv:2206.00927, appendix D (order 3).
+    """
+    m0, m1, m2 = np.eye(3)
+    if orders == 1:
+        return [m0]
+    r0 = before[0] / h
+    if orders == 2:
+        return [m0, (m0 - m1) / r0]
+    r1 = before[1] / h
+    new, old = (m0 - m1) / r0, (m1 - m2) / r1
+    return [m0, new + r0 / (r0 + r1) * (new - old), (new - old) / (r0 + r1)]
+
+
+def _combine(e: Expansion, d: Sequence[Pair], solver: str) -> Pair:
+    """The weights of [m0, m1, m2] in one step; order 3 is always integrated exactly."""
+    weights = e.first * d[0]
+    if len(d) == 2:
+        weights = weights + e.second(solver) * d[1]
+    if len(d) == 3:
+        weights = weights + e.second("heun") * d[1] + e.third() * d[2]
+    return weights
+
+
+def dpm_multistep(r: Request) -> SamplerTable:
+    """DPM-Solver's multistep table: orders 1, 2, 3 warm up from 1, and the last steps fall back again.
+
+    Ref: Lu et al. 2022, arXiv:2211.01095, algorithm 2 (2M) and section 6.3 (SDE).
+    """
+    algorithm, solver = solver_options(r)
+    grid = solver_grid(r, round_cosine=False)
+    return multistep_table(r, grid, levels(r, grid), algorithm, solver)
+
+
+def multistep_table(
+    r: Request, grid: Grid, level_at: Sequence[Level], algorithm: str, solver: str, frame: Frame | None = None
+) -> SamplerTable:
+    """The multistep rows over any grid of levels; `frame` replaces the usual conversion of model outputs (EDM)."""
+    rows, frame = Rows(r), frame or vp_frame(r, level_at, algorithm)
+    h = [0.0, *(log_ratio(b, a) for a, b in zip(level_at, level_at[1:], strict=False))]
+    for k in range(r.begin, len(grid)):
+        order = multistep_order(r.options, k, len(grid), k - r.begin)
+        e = Expansion(algorithm, level_at[k + 1], level_at[k])
+        refuse_standstill(r, grid, k)
+        weights = _combine(e, differences(order, h[k + 1], *h[k:0:-1][: order - 1]), solver)
+        clean, keep, c_in = frame(k)
+        rows.add(
+            grid.timesteps[k],
+            grid.sigmas[k],
+            c_in=c_in,
+            keep=keep,
+            update=[e.scale, *weights[:order]],
+            noise=e.gain,
+            draws=e.sde,
+            denoised=clean,
+        )
+    return rows.table(init_noise_sigma=1.0, start=level_at[r.begin])
+
+
+def vp_frame(r: Request, level_at: Sequence[Level], algorithm: str) -> Frame:
+    """The frame of DPM-Solver: ++ keeps the clean sample, the older algorithm the noise; the sample is not scaled."""
+
+    def frame(k: int) -> tuple[Pair, Pair, float]:
+        clean = clean_of(r.prediction, *level_at[k])
+        return clean, clean if algorithm.endswith("++") else noise_of(r.prediction, *level_at[k]), 1.0
+
+    return frame
+
+
+def multistep_order(options: Mapping[str, Any], k: int, n: int, done: int) -> int:
+    """The order of step `k` of `n`, after `done` steps have left history; short runs end with lower orders."""
+    short = bool(options["lower_order_final"]) and n < 15
+    last = k == n - 1 and (
+        bool(options.get("euler_at_final")) or short or options.get("final_sigmas_type", "sigma_min") == "zero"
+    )
+    if last:
+        return 1
+    return min(int(options["solver_order"]), done + 1, 2 if k == n - 2 and short else 3)
+
+
+def refuse_standstill(r: Request, grid: Grid, k: int) -> None:
+    """Raises: UsageError where two neighbouring noise levels are equal: the solver divides by their distance."""
+    if grid.sigmas[k] == grid.sigmas[k + 1]:
+        raise UsageError(
+            f"{r.name}: steps {k} and {k + 1} have the same noise level {grid.sigmas[k]:g}; {len(grid)} steps are too many "
+            "for this schedule. Use fewer steps or another schedule."
+        )
+
+
+def solver_options(r: Request) -> tuple[str, str]:
+    """(algorithm_type, solver_type), with the names of other solvers read as diffusers reads them.
+
+    Raises: UsageError for names and combinations that do not exist.
+    """
+    algorithm, solver = str(r.options["algorithm_type"]), str(r.options["solver_type"])
+    algorithm = "dpmsolver++" if algorithm == "deis" else algorithm
+    solver = "midpoint" if solver in ("logrho", "bh1", "bh2") else solver
+    if algorithm not in ALGORITHMS:
+        raise UsageError(f"algorithm_type {algorithm!r} is unknown; use one of {choices(algorithm, ALGORITHMS)}.")
+    if solver not in SOLVERS:
+        raise UsageError(f"solver_type {solver!r} is unknown; use one of {choices(solver, SOLVERS)}.")
+    if int(r.options["solver_order"]) not in (1, 2, 3):
+        raise UsageError(f"solver_order {r.options['solver_order']!r}: {r.name} has orders 1, 2 and 3.")
+    if not algorithm.endswith("++") and r.options["final_sigmas_type"] == "zero":
+        raise UsageError(
+            f'algorithm_type {algorithm!r} cannot end at sigma 0; set final_sigmas_type "sigma_min", or use {algorithm}++.'
+        )
+    if algorithm == "sde-dpmsolver" and int(r.options["solver_order"]) == 3:
+        raise UsageError("algorithm_type 'sde-dpmsolver' has orders 1 and 2; use sde-dpmsolver++ for order 3.")
+    return algorithm, solver

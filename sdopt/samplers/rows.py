@@ -1,0 +1,98 @@
+"""The two things that every sampler function handles: what it is asked for, and the rows it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdopt.errors import UsageError
+from sdopt.samplers.prediction import OUTPUT, Pair
+from sdopt.samplers.table import SamplerTable
+
+Float64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a sampler function is asked for: options (all of its class's, none missing), steps, and where to begin."""
+
+    name: str
+    options: Mapping[str, Any]
+    steps: int
+    begin: int = 0  # how many of the steps an image-to-image run skips
+    timesteps: Sequence[float] | None = None
+    sigmas: Sequence[float] | None = None
+    eta: float | None = None
+    mu: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def prediction(self) -> str:
+        """What the denoiser predicts."""
+        return self.options["prediction_type"]
+
+    @property
+    def train(self) -> int:
+        """How many timesteps the model was trained on."""
+        return int(self.options["num_train_timesteps"])
+
+
+@dataclass
+class Rows:
+    """Rows of a table being written, one `add` per call of the denoiser."""
+
+    request: Request
+    _rows: list[dict[str, Any]] = field(default_factory=lambda: list[dict[str, Any]]())
+
+    def add(
+        self,
+        timestep: float,
+        sigma: float,
+        *,
+        denoised: Pair,
+        step: Pair | None = None,
+        keep: Pair = OUTPUT,
+        update: Sequence[float] = (),
+        noise: float = 0.0,
+        draws: bool = False,
+        c_in: float = 1.0,
+    ) -> None:
+        """Append a row.
+
+        A first-order sampler gives `step`: the next sample in terms of [x, output]. One with history gives `keep`, what
+        it keeps in terms of [x, output], and `update`: the next sample in terms of [x, kept, kept before, ...].
+        """
+        row = list(step) if step is not None else list(update)
+        self._rows.append(
+            {
+                "timestep": timestep, "sigma": sigma, "c_in": c_in, "c_skip": keep[0], "c_out": keep[1],
+                "update": row, "noise": noise, "denoised": denoised, "draws": draws,
+            }
+        )  # fmt: skip
+
+    def table(self, *, init_noise_sigma: float, start: tuple[float, float], notes: Sequence[str] = ()) -> SamplerTable:
+        """The rows as a proven table.
+
+        Raises: UsageError when there is nothing to do, or a row does not prove.
+        """
+        if not self._rows:
+            raise UsageError(f"{self.request.name}: no step is left to do; use more steps or a higher strength.")
+        width = max(len(row["update"]) for row in self._rows)
+        update = np.zeros((len(self._rows), width + 1))
+        for k, row in enumerate(self._rows):
+            update[k, : len(row["update"])] = row["update"]
+            update[k, -1] = row["noise"]
+        names = ("timestep", "sigma", "c_in", "c_skip", "c_out", "denoised", "draws")
+        columns = {name: np.array([row[name] for row in self._rows]) for name in names}
+        return SamplerTable(
+            name=self.request.name,
+            update=update,
+            init_noise_sigma=init_noise_sigma,
+            start=start,
+            notes=(*self.request.notes, *notes),
+            **columns,
+        )

@@ -1,0 +1,193 @@
+"""SamplerTable: a sampler as rows of numbers, one row per call of the denoiser.
+
+    for k in range(len(table)):
+        output  = denoiser(c_in[k] * x, timestep[k])           # after guidance; epsilon, v, sample or flow prediction
+        history = [c_skip[k] * x + c_out[k] * output, *history]
+        x       = update[k] @ [x, *history, noise]
+
+                     x      m_k   m_k-1  m_k-2   noise
+    update   k=0  [  .       .      0      0       .  ]     no history yet: m_-1 must not be used
+             k=1  [  .       .      .      0       .  ]
+             k=2  [  .       .      .      .       .  ]
+    denoised [N, 2]    what the sampler believes the clean sample to be: denoised[k] @ [x, output]
+
+Every row is proven when a table is made, so the loop has no `if`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdopt.errors import UsageError
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+Bool = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class SamplerTable:
+    """One sampler for one number of steps, proven at birth.
+
+    Shapes: N calls of the denoiser; `order` values of history in `update`.
+    Units: sigma is the noise level sqrt(1 - alpha_bar) / sqrt(alpha_bar), infinite where alpha_bar is 0, and the flow
+        sigma in 0..1 for flow matching; it is for display and for guidance intervals, the rows do not need it.
+    Raises: UsageError, naming the row, when an array has a wrong shape, a coefficient is NaN or infinite, a row uses
+        history that does not exist yet, or noise is used without being drawn.
+    """
+
+    name: str
+    timestep: Float64  # [N]           fed to the denoiser; may be fractional
+    sigma: Float64  # [N]              noise level at the call
+    c_in: Float64  # [N]               model input = c_in * x
+    c_skip: Float64  # [N]             what is kept: c_skip * x + c_out * output
+    c_out: Float64  # [N]
+    update: Float64  # [N, order + 2]  x' = update @ [x, m_k, m_k-1, ..., noise]
+    denoised: Float64  # [N, 2]        clean sample = denoised @ [x, output]
+    draws: Bool  # [N]                 whether the generator advances in this call (also where the noise counts 0)
+    init_noise_sigma: float  # x_T = init_noise_sigma * randn
+    start: tuple[float, float]  # image to image: x = start @ [clean latents, noise]
+    notes: tuple[str, ...] = field(default=())  # choices made for the user, in plain words
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            if f.name in _ARRAYS:
+                object.__setattr__(self, f.name, _frozen(getattr(self, f.name), bool if f.name == "draws" else float))
+        object.__setattr__(self, "start", (float(self.start[0]), float(self.start[1])))
+        object.__setattr__(self, "init_noise_sigma", float(self.init_noise_sigma))
+        object.__setattr__(self, "notes", tuple(self.notes))
+        self._check_shapes()
+        self._check_values()
+
+    def _check_shapes(self) -> None:
+        n = len(self.timestep)
+        wide = self.update.ndim == 2 and self.update.shape[1] >= 3
+        expected = {name: (n,) for name in _ARRAYS} | {"denoised": (n, 2), "update": (n, self.update.shape[-1])}
+        for name, shape in expected.items():
+            given = getattr(self, name).shape
+            if given != shape or n == 0 or not wide:
+                raise UsageError(f"sampler table {self.name!r}: {name} is {list(given)}, must be {list(shape)}, N > 0.")
+
+    def _check_values(self) -> None:
+        for name in _ARRAYS:
+            values = getattr(self, name)
+            bad = np.isnan(values) | (values < 0) if name == "sigma" else ~np.isfinite(values)
+            if bad.any():
+                row = int(np.argwhere(bad)[0][0])
+                raise UsageError(
+                    f"sampler table {self.name!r}: {name}[{row}] is {values[row].tolist()} at timestep "
+                    f"{self.timestep[row]:g} (sigma {self.sigma[row]:g}); every coefficient must be finite."
+                )
+        early = np.triu(self.update[:, 1:-1], k=1)
+        if early.any():
+            raise UsageError(f"sampler table {self.name!r}: row {int(np.argwhere(early)[0][0])} uses missing history.")
+        if (self.update[:, -1][~self.draws] != 0).any():
+            raise UsageError(f"sampler table {self.name!r}: a row uses noise that it does not draw.")
+        if not (math.isfinite(self.init_noise_sigma) and all(map(math.isfinite, self.start))):
+            raise UsageError(f"sampler table {self.name!r}: init_noise_sigma and start must be finite.")
+
+    def __len__(self) -> int:
+        """How often the denoiser is called."""
+        return len(self.timestep)
+
+    @property
+    def order(self) -> int:
+        """How many kept values, the newest included, a row may use."""
+        return self.update.shape[1] - 2
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether any row adds noise."""
+        return bool(self.update[:, -1].any())
+
+    @cached_property
+    def _rows(self) -> list[tuple[tuple[float, float], list[float], float]]:
+        """Rows as Python floats: NumPy then keeps float32 arrays float32."""
+        keep = zip(self.c_skip.tolist(), self.c_out.tolist(), strict=True)
+        return [(kept, row[:-1], row[-1]) for kept, row in zip(keep, self.update.tolist(), strict=True)]
+
+    def advance(
+        self, k: int, x: Float32, output: Float32, history: Sequence[Float32] = (), noise: Float32 | None = None
+    ) -> tuple[Float32, tuple[Float32, ...]]:
+        """The sample after call `k` and the history for the next one. Start with an empty history.
+
+        The arguments are not changed; the newest history entry may be `output` itself.
+
+        Shapes: x, output, noise and every history entry alike; float32 in, float32 out.
+        Raises: UsageError when row `k` adds noise and none is given.
+        """
+        (c_skip, c_out), row, gain = self._rows[k]
+        scratch = np.empty_like(x)
+        kept = _kept(c_skip, c_out, x, output, scratch)
+        history = (kept, *history[: self.order - 1])
+        result = np.multiply(x, row[0])
+        for coefficient, value in zip(row[1:], history, strict=False):
+            if coefficient != 0.0:
+                result += np.multiply(value, coefficient, out=scratch)
+        if gain != 0.0:
+            if noise is None:
+                raise UsageError(f"sampler {self.name!r} adds noise in call {k}; pass noise of shape {list(x.shape)}.")
+            result += np.multiply(noise, gain, out=scratch)
+        return result, history
+
+    def clean(self, k: int, x: Float32, output: Float32) -> Float32:
+        """The clean sample that call `k` predicts: what previews show."""
+        a, b = self.denoised[k].tolist()
+        return a * x + b * output
+
+    def to_json(self) -> dict[str, Any]:
+        """The table as plain JSON types; floats survive exactly, infinity is the string "inf"."""
+        return {f.name: _jsonable(getattr(self, f.name)) for f in fields(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any] | str) -> SamplerTable:
+        """The table that `to_json` wrote, from its dict or from JSON text.
+
+        Raises: UsageError when a field is missing or unknown, or the rows do not prove.
+        """
+        values: dict[str, Any] = dict(json.loads(data) if isinstance(data, str) else data)
+        known = {f.name for f in fields(cls)}
+        if known - {"notes"} - values.keys() or values.keys() - known:
+            raise UsageError(f"sampler table: fields must be {', '.join(sorted(known))}; got {', '.join(sorted(values))}.")
+        for name in _ARRAYS & values.keys():
+            values[name] = np.array(values[name], dtype=bool if name == "draws" else float)
+        return cls(**values)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SamplerTable) and self.to_json() == other.to_json()
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+
+_ARRAYS = {"timestep", "sigma", "c_in", "c_skip", "c_out", "update", "denoised", "draws"}
+
+
+def _frozen(values: Any, dtype: type) -> NDArray[Any]:
+    array = np.array(values, dtype=dtype)
+    array.setflags(write=False)
+    return array
+
+
+def _kept(c_skip: float, c_out: float, x: Float32, output: Float32, scratch: Float32) -> Float32:
+    """c_skip * x + c_out * output, without arithmetic where the output itself is kept."""
+    if c_skip == 0.0:
+        return output if c_out == 1.0 else np.multiply(output, c_out)
+    kept = np.multiply(x, c_skip)
+    if c_out != 0.0:
+        kept += np.multiply(output, c_out, out=scratch)
+    return kept
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        plain: Any = value.tolist()
+        return plain if np.isfinite(value).all() else ["inf" if v == math.inf else v for v in plain]
+    return list(value) if isinstance(value, tuple) else value

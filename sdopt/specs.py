@@ -1,0 +1,74 @@
+"""What goes into and comes out of a component: names, dtypes and shapes with named dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sdopt.errors import UsageError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+DTYPES = ("float32", "float16", "int32", "int64", "bool")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a component, e.g. `("sample", "float32", ("batch", 4, "latent_height", "latent_width"))`.
+
+    A dimension is a fixed length or a name; one name has one length in all tensors of a call.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UsageError(f"tensor {self.name!r}: dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if not all(isinstance(d, str) or d > 0 for d in self.shape):
+            raise UsageError(f"tensor {self.name!r}: {self} has a dimension that is not positive")
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype} [{', '.join(map(str, self.shape))}]"
+
+    def check(self, array: Array, dims: dict[str, int], owner: str) -> None:
+        """Record this tensor's named dimensions in `dims`.
+
+        Raises: UsageError if dtype or shape differ from the spec, or a name already has another length.
+        """
+        got = f"{owner} input {self.name!r}: got {array.dtype} {list(array.shape)}"
+        if array.dtype != self.dtype:
+            raise UsageError(f"{got}; it takes {self.dtype}. Use {self.name}.astype(np.{self.dtype}).")
+        if array.ndim != len(self.shape):
+            raise UsageError(f"{got}; it takes {len(self.shape)} dimensions [{', '.join(map(str, self.shape))}]")
+        for want, length in zip(self.shape, array.shape, strict=True):
+            known = dims.setdefault(want, length) if isinstance(want, str) else want
+            if length != known or length == 0:
+                allowed = f"{want} = {known}" if isinstance(want, str) and length else f"{want}"
+                raise UsageError(f"{got}; it takes [{', '.join(map(str, self.shape))}] with {allowed}")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+
+    @staticmethod
+    def from_json(entry: Mapping[str, Any]) -> TensorSpec:
+        return TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"]))
+
+
+def check_inputs(owner: str, specs: Sequence[TensorSpec], arrays: Mapping[str, Array]) -> dict[str, int]:
+    """The length of every named dimension, once all `arrays` are what `specs` ask for.
+
+    Raises: UsageError for a missing or unknown name, a wrong dtype or a wrong shape.
+    """
+    names = [s.name for s in specs]
+    for problem, given in (("missing", set(names) - set(arrays)), ("unknown", set(arrays) - set(names))):
+        if given:
+            raise UsageError(f"{owner}: {problem} input {', '.join(sorted(given))}; it takes {', '.join(names)}")
+    dims: dict[str, int] = {}
+    for spec in specs:
+        spec.check(arrays[spec.name], dims, owner)
+    return dims

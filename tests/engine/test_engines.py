@@ -1,0 +1,60 @@
+"""Every backend that is installed keeps the contract, and one that is not says how to get it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from sdopt import engine as engines
+from sdopt.bundle import Bundle
+from sdopt.engine import BACKENDS, Engine, choose_backend, installed_backends, open_engine
+from sdopt.errors import BackendError, BundleError, UsageError
+from tests.conftest import EMOJI_BUNDLE
+from tests.engine.contract import CONTRACT, unet_inputs
+
+
+@pytest.fixture(scope="module", params=installed_backends())
+def unet(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    with open_engine(Bundle.open(EMOJI_BUNDLE), "unet", request.param) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("promise", CONTRACT, ids=lambda p: p.__name__)
+def test_contract(unet: Engine, promise: Callable[[Engine], None]) -> None:
+    promise(unet)
+
+
+@pytest.mark.parametrize("backend", installed_backends())
+def test_a_closed_engine_refuses_to_be_called(backend: str) -> None:
+    engine = open_engine(Bundle.open(EMOJI_BUNDLE), "unet", backend, threads=1)
+    given = unet_inputs(engine)
+    engine.close()
+    engine.close()
+    with pytest.raises(UsageError, match="closed"):
+        engine(**given)
+
+
+def test_an_unknown_backend_lists_what_there_is() -> None:
+    with pytest.raises(UsageError, match=r"backend 'orrt' is not known; there are auto, ort"):
+        choose_backend("orrt")
+
+
+def test_a_backend_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "installed_backends", lambda: ())
+    for backend in ("auto", *BACKENDS):
+        with pytest.raises(BackendError, match="pip install"):
+            choose_backend(backend)
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_threads_must_be_positive(threads: int) -> None:
+    with pytest.raises(UsageError, match="threads = "):
+        open_engine(Bundle.open(EMOJI_BUNDLE), "unet", threads=threads)
+
+
+def test_a_graph_that_is_not_what_the_manifest_says_is_refused(bundle_copy: object) -> None:
+    bundle = Bundle.open(EMOJI_BUNDLE)
+    swapped = dict(bundle.manifest["components"], unet=dict(bundle.manifest["components"]["unet"], graph="vae_decoder.onnx"))
+    with pytest.raises(BundleError, match=r"vae_decoder.onnx: its inputs are .*latent_sample.* the manifest says"):
+        open_engine(Bundle(bundle.path, dict(bundle.manifest, components=swapped)), "unet")

@@ -1,0 +1,290 @@
+"""The picture is PyTorch's picture, in any batch, and never a black one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sdopt
+from sdopt.errors import NumericsError, UsageError
+from sdopt.pipeline import Denoiser
+from sdopt.specs import Array
+from tests.conftest import EMOJI_BUNDLE, EMOJI_CHECKPOINT
+
+FLOOR_DB = 60.0
+
+
+def picture_psnr(reference: Array, other: Array) -> float:
+    """dB between pictures in 0..1."""
+    return float(-10 * np.log10(np.mean(np.square(reference - other, dtype=np.float64)) + 1e-20))
+
+
+@cache
+def diffusers_pipeline(checkpoint: Path) -> Any:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@cache
+def sdopt_pipeline(bundle: Path) -> sdopt.Pipeline:
+    return sdopt.load(bundle)
+
+
+@pytest.fixture(params=["emoji", "tiny"])
+def pair(request: pytest.FixtureRequest) -> tuple[Any, sdopt.Pipeline]:
+    """The same checkpoint in diffusers and in sdopt."""
+    if request.param == "emoji":
+        return diffusers_pipeline(EMOJI_CHECKPOINT), sdopt_pipeline(EMOJI_BUNDLE)
+    checkpoint: Path = request.getfixturevalue("tiny_checkpoint")
+    return diffusers_pipeline(checkpoint), sdopt_pipeline(request.getfixturevalue("tiny_bundle"))
+
+
+@pytest.fixture
+def emoji() -> Iterator[sdopt.Pipeline]:
+    with sdopt.load() as pipe:
+        yield pipe
+
+
+@pytest.mark.parametrize("negative", [None, "a green apple"], ids=["plain", "negative"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("wide", [False, True], ids=["own-size", "wide"])
+def test_the_picture_is_the_one_that_diffusers_makes(pair: Any, wide: bool, batch: int, negative: str | None) -> None:
+    import torch
+
+    theirs, ours = pair
+    defaults, factor = ours.bundle.manifest["defaults"], ours.bundle.manifest["latents"]["factor"]
+    size = {"height": defaults["height"], "width": defaults["width"] + (4 * factor if wide else 0)}
+    options = {"num_inference_steps": 8, "guidance_scale": 3.0, "negative_prompt": negative, **size}
+    options["num_images_per_prompt"] = batch
+    generators = [torch.Generator("cpu").manual_seed(41 + i) for i in range(batch)]
+    expected = theirs("a red apple", generator=generators, output_type="np", **options).images
+    found = ours("a red apple", seed=41, output_type="np", **options)
+    assert found.images.shape == expected.shape == (batch, size["height"], size["width"], 3)
+    assert found.seeds == tuple(range(41, 41 + batch))
+    assert picture_psnr(expected, found.images) >= FLOOR_DB
+
+
+def test_without_guidance_only_the_conditional_half_runs(pair: Any) -> None:
+    import torch
+
+    theirs, ours = pair
+    options = {"num_inference_steps": 5, "guidance_scale": 1.0, "output_type": "np"}
+    expected = theirs("a cat", generator=torch.Generator("cpu").manual_seed(3), **options).images
+    assert picture_psnr(expected, ours("a cat", seed=3, **options).images) >= FLOOR_DB
+
+
+@pytest.mark.parametrize("sampler", ["pndm", "ddim", "euler", "dpmpp_2m"])
+def test_a_named_sampler_is_the_diffusers_scheduler_of_that_name(pair: Any, sampler: str) -> None:
+    import diffusers
+    import torch
+
+    names = {"pndm": "PNDM", "ddim": "DDIM", "euler": "EulerDiscrete", "dpmpp_2m": "DPMSolverMultistep"}
+    theirs, ours = pair
+    own = theirs.scheduler
+    theirs.scheduler = getattr(diffusers, f"{names[sampler]}Scheduler").from_config(own.config, clip_sample=False)
+    try:
+        expected = theirs(
+            "a cat", generator=torch.Generator("cpu").manual_seed(3), num_inference_steps=9, output_type="np", guidance_scale=2.0
+        ).images
+    finally:
+        theirs.scheduler = own
+    options = {"num_inference_steps": 9, "guidance_scale": 2.0, "output_type": "np"}
+    assert picture_psnr(expected, ours("a cat", seed=3, sampler=sampler, **options).images) >= FLOOR_DB
+
+
+def test_an_image_of_a_batch_is_the_image_made_alone(emoji: sdopt.Pipeline) -> None:
+    options = {"num_inference_steps": 4, "output_type": "np"}
+    prompts, seeds = ["a red apple", "a cat", "a rocket on a blue background"], [7, 2**40, 7]
+    together = emoji(prompts, seed=seeds, negative_prompt=["", "a dog", ""], **options).images
+    for i, negative in enumerate(["", "a dog", ""]):
+        alone = emoji(prompts[i], seed=seeds[i], negative_prompt=negative, **options).images[0]
+        assert picture_psnr(alone, together[i]) >= 80
+
+
+def test_images_of_several_prompts_stand_prompt_by_prompt(emoji: sdopt.Pipeline) -> None:
+    result = emoji(["a cat", "a dog"], num_images_per_prompt=2, seed=5, num_inference_steps=1)
+    assert [p["prompt"] for p in result.parameters] == ["a cat", "a cat", "a dog", "a dog"]
+    assert result.seeds == (5, 6, 7, 8)
+
+
+def test_without_a_seed_one_is_drawn_and_reported(emoji: sdopt.Pipeline) -> None:
+    first = emoji("a cat", num_inference_steps=2, output_type="np")
+    second = emoji("a cat", num_inference_steps=2, output_type="np")
+    assert first.seeds != second.seeds
+    again = emoji("a cat", num_inference_steps=2, output_type="np", seed=first.seeds[0])
+    np.testing.assert_array_equal(again.images, first.images)
+
+
+def test_guidance_in_two_calls_is_guidance_in_one(emoji: sdopt.Pipeline) -> None:
+    one, two = (
+        emoji("a cat", seed=1, num_inference_steps=4, guidance_scale=5.0, guidance_batch=b, output_type="np").images
+        for b in (2, 1)
+    )
+    assert picture_psnr(one, two) >= 80
+
+
+def test_given_latents_and_embeddings_take_the_place_of_seed_and_prompt(emoji: sdopt.Pipeline) -> None:
+    from sdopt.noise import generator
+
+    expected = emoji("a cat", seed=9, num_inference_steps=3, output_type="np").images
+    shape = (1, *next(emoji.denoise("a cat", seed=9, num_inference_steps=1)).sample.shape[1:])
+    given = emoji(
+        latents=generator(9).randn(shape),
+        prompt_embeds=emoji.encode(["a cat"]),
+        negative_prompt_embeds=emoji.encode([""]),
+        num_inference_steps=3,
+        output_type="np",
+    )
+    np.testing.assert_allclose(given.images, expected, atol=1e-5)
+
+
+def test_the_steps_are_the_callers_to_drive_and_to_stop(emoji: sdopt.Pipeline) -> None:
+    expected = emoji("a cat", seed=1, num_inference_steps=6, output_type="np").images
+    steps = emoji.denoise("a cat", seed=1, num_inference_steps=6)
+    first = next(steps)
+    assert (first.index, first.of) == (0, 6)
+    assert first.sample.shape == first.denoised.shape
+    second = next(steps)
+    assert second.sigma < first.sigma
+    assert second.timestep < first.timestep
+    last = [*steps][-1]
+    np.testing.assert_array_equal(emoji.decode(last.sample, "np"), expected)
+    cancelled = emoji.denoise("a cat", seed=1, num_inference_steps=6)
+    next(cancelled)
+    cancelled.close()
+    np.testing.assert_array_equal(emoji("a cat", seed=1, num_inference_steps=6, output_type="np").images, expected)
+
+
+def test_the_denoised_estimate_ends_at_the_picture(emoji: sdopt.Pipeline) -> None:
+    *_, last = emoji.denoise("a cat", seed=1, num_inference_steps=20)
+    assert np.abs(last.denoised - last.sample).mean() < 0.05
+
+
+def test_a_callback_sees_every_step_and_may_change_the_latents(emoji: sdopt.Pipeline) -> None:
+    seen: list[int] = []
+
+    def blank(pipe: sdopt.Pipeline, index: int, timestep: float, tensors: dict[str, Array]) -> dict[str, Array]:
+        seen.append(index)
+        return {"latents": tensors["latents"] * 0} if index == 2 else {}
+
+    changed = emoji("a cat", seed=1, num_inference_steps=3, output_type="latent", callback_on_step_end=blank).images
+    assert seen == [0, 1, 2]
+    assert not changed.any()
+
+
+def test_a_callback_that_raises_leaves_the_pipeline_usable(emoji: sdopt.Pipeline) -> None:
+    expected = emoji("a cat", seed=1, num_inference_steps=2, output_type="np").images
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        emoji("a cat", seed=1, num_inference_steps=2, callback_on_step_end=fail)
+    np.testing.assert_array_equal(emoji("a cat", seed=1, num_inference_steps=2, output_type="np").images, expected)
+
+
+class FakeEngine:
+    """An engine of a few lines: what the loop needs and no more."""
+
+    inputs = outputs = ()
+
+    def __init__(self, value: float, output: str) -> None:
+        self.value, self.output, self.calls = value, output, list[dict[str, Array]]()
+
+    def __call__(self, **arrays: Array) -> dict[str, Array]:
+        self.calls.append(arrays)
+        return {self.output: np.full_like(next(iter(arrays.values())), self.value)}
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_or_infinity_names_the_component_and_the_step(emoji: sdopt.Pipeline, value: float) -> None:
+    emoji._engines["unet"] = FakeEngine(value, "noise_pred")
+    with pytest.raises(NumericsError, match="unet, step 1 of 3"):
+        emoji("a cat", num_inference_steps=3)
+    emoji._engines["vae_decoder"] = FakeEngine(value, "sample")
+    with pytest.raises(NumericsError, match="vae_decoder"):
+        emoji.decode(np.zeros((1, 4, 8, 8), np.float32))
+
+
+def test_guidance_is_uncond_plus_scale_times_the_difference() -> None:
+    class Echo(FakeEngine):
+        def __call__(self, **arrays: Array) -> dict[str, Array]:
+            self.calls.append(arrays)
+            return {"noise_pred": arrays["sample"] * 0 + arrays["encoder_hidden_states"].mean((1, 2))[:, None, None, None]}
+
+    cond, uncond = np.full((2, 3, 4), 5, np.float32), np.full((2, 3, 4), 1, np.float32)
+    for batch, calls in ((2, 1), (1, 2)):
+        engine = Echo(0, "noise_pred")
+        out = Denoiser(engine, cond, uncond, 7.5, batch)(np.zeros((2, 4, 8, 8), np.float32), 10.5)
+        assert len(engine.calls) == calls
+        np.testing.assert_array_equal(out, np.full((2, 4, 8, 8), 1 + 7.5 * 4, np.float32))
+        assert all((call["timestep"] == 10.5).all() for call in engine.calls)
+
+
+def test_a_component_can_be_released_and_comes_back(emoji: sdopt.Pipeline) -> None:
+    expected = emoji("a cat", seed=1, num_inference_steps=1, output_type="np").images
+    emoji.release("text_encoder")
+    emoji.release("text_encoder")
+    assert "text_encoder" not in emoji._engines
+    np.testing.assert_array_equal(emoji("a cat", seed=1, num_inference_steps=1, output_type="np").images, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps = 0; allowed are whole numbers from 1"),
+        ({"num_inference_steps": True}, "num_inference_steps = True"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps = 2.5"),
+        ({"num_inference_steps": 1001}, "1000"),
+        ({"guidance_scale": float("nan")}, "guidance_scale = nan; allowed are finite"),
+        ({"guidance_scale": "7"}, "guidance_scale = '7'"),
+        ({"width": 65}, "width = 65; this model makes multiples of"),
+        ({"height": 0}, "height = 0"),
+        ({"height": 10**9}, "height = 1000000000"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt = 0"),
+        ({"num_images_per_prompt": 65}, "num_images_per_prompt = 65"),
+        ({"seed": -1}, "seed = -1; allowed are whole numbers from 0"),
+        ({"seed": 2**64}, "seed = "),
+        ({"seed": 1.5}, "seed = 1.5"),
+        ({"seed": True}, "seed = True"),
+        ({"seed": [1, 2]}, "2 seeds for 1 images"),
+        ({"sampler": "eulr"}, "euler"),
+        ({"guidance_batch": 3}, "guidance_batch = 3"),
+        ({"latents": np.zeros((1, 4, 3, 3), np.float32)}, r"latents: got float32 \(1, 4, 3, 3\)"),
+        ({"prompt_embeds": np.zeros((1, 4, 3), np.float32)}, "negative_prompt_embeds"),
+        ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
+        ({"output_type": "jpeg"}, "output_type = 'jpeg'; allowed are"),
+        ({"steps": 3}, "unknown argument steps; there are .*num_inference_steps"),
+    ],
+    ids=lambda v: str(v)[:40],
+)
+def test_a_wrong_argument_is_named_with_its_value_and_what_is_allowed(emoji: sdopt.Pipeline, options: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        emoji("a cat", **options)
+
+
+@pytest.mark.parametrize("prompt", [None, 3, [], [1], b"a"])
+def test_a_prompt_is_a_text_or_a_list_of_texts(emoji: sdopt.Pipeline, prompt: Any) -> None:
+    with pytest.raises(UsageError, match="prompt = "):
+        emoji(prompt)
+
+
+def test_a_prompt_that_is_too_long_says_what_was_left_out(emoji: sdopt.Pipeline) -> None:
+    long = "a cat and " * 12 + "a rocket at the very end"
+    with pytest.warns(UserWarning, match=r"the prompt has \d+ tokens, the model reads 30; left out: .*very end"):
+        emoji(long, num_inference_steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        emoji("a cat", num_inference_steps=1)
