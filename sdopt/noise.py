@@ -84,14 +84,12 @@ def check_seed(seed: Any) -> int:
     Raises: UsageError for anything else (torch itself remaps negative seeds silently; we refuse them).
     """
     allowed = "a seed is an integer from 0 to 2**64-1 (18446744073709551615)"
-    if isinstance(seed, (bool, float, np.bool_, np.floating)):
-        raise UsageError(f"seed {seed!r} is a {type(seed).__name__}; {allowed}.")
     try:
-        value = operator.index(seed)
+        value = -1 if isinstance(seed, bool) else operator.index(seed)
     except TypeError:
         raise UsageError(f"seed {seed!r} is a {type(seed).__name__}; {allowed}.") from None
     if not 0 <= value < 2**64:
-        raise UsageError(f"seed {value} is out of range; {allowed}.")
+        raise UsageError(f"seed {seed} is out of range; {allowed}.")
     return value
 
 
@@ -125,7 +123,7 @@ class TorchCpu:
         """The next numbers as a float32 array of `shape`."""
         n = math.prod(shape)
         flat = self._blocks(n) if n >= 16 else np.array([self._one() for _ in range(n)], dtype=np.float32)
-        return flat.reshape(tuple(shape))
+        return np.reshape(flat, tuple(shape))
 
     def _blocks(self, n: int) -> Float32:
         flat, whole = self._uniform24(n), n // 16 * 16
@@ -156,10 +154,10 @@ class TorchCpu:
 
 def _box_muller(uniform: Float32) -> Float32:
     """Normals from uniforms in blocks of 16: cosines in the first half of a block, sines in the second."""
-    u = uniform.reshape(-1, 2, 8)
-    radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - u[:, 0]))
-    turn = np.float32(2 * math.pi) * u[:, 1]
-    return np.stack([radius * np.cos(turn), radius * np.sin(turn)], axis=1).reshape(-1)
+    u: Float32 = np.reshape(uniform, (-1, 2, 8))
+    radius = np.sqrt(-2 * np.log(1 - u[:, 0]))
+    turn = 2 * math.pi * u[:, 1]
+    return np.ravel(np.stack([radius * np.cos(turn), radius * np.sin(turn)], axis=1))
 
 
 class NumpyLegacy:
@@ -195,8 +193,8 @@ class TorchCuda:
         counters = np.arange(grid, dtype=np.uint64)
         blocks = [_philox_normal(counters, self._offset + i, self._key) for i in range(rounds)]
         self._offset += rounds
-        flat = np.concatenate(blocks, axis=0).reshape(-1)[:n] if blocks else np.empty(0, np.float32)
-        return flat.reshape(tuple(shape))
+        flat = np.ravel(np.concatenate(blocks))[:n] if blocks else np.empty(0, np.float32)
+        return np.reshape(flat, tuple(shape))
 
     def _grid(self, n: int) -> int:
         """Threads of the launch: whole blocks of 256, no more than the GPU holds."""
@@ -227,5 +225,5 @@ def _curand_pair(x: NDArray[np.uint64], y: NDArray[np.uint64]) -> Float32:
     """Two normals from two words, sine first; float32 throughout."""
     u = x.astype(np.float32) * np.float32(2.0**-32) + np.float32(2.0**-33)
     v = y.astype(np.float32) * np.float32(2.0**-32 * 2 * math.pi) + np.float32(2.0**-33 * 2 * math.pi)
-    radius = np.sqrt(np.float32(-2) * np.log(u))
+    radius = np.sqrt(-2 * np.log(u))
     return np.stack([radius * np.sin(v), radius * np.cos(v)])

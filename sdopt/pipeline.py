@@ -212,7 +212,8 @@ class Denoiser:
         if self._halves == 1:
             return outputs[0]
         uncond, cond = outputs if copies == 1 else (outputs[0][: self._images], outputs[0][self._images :])
-        return uncond + self._scale * (cond - uncond)
+        with np.errstate(invalid="ignore", over="ignore"):  # the loop refuses what is not finite, with step and component
+            return uncond + self._scale * (cond - uncond)
 
 
 def _refuse_nan(array: Array, where: str) -> None:

@@ -35,7 +35,7 @@ def linspace32(start: float, end: float, n: int) -> Float32:
     if n == 1:
         return np.array([start], dtype=np.float32)
     first, last = np.float32(start), np.float32(end)
-    step = np.float64((last - first) / np.float32(n - 1))
+    step = float((last - first) / np.float32(n - 1))
     i = np.arange(n)
     up, down = np.float64(first) + step * i, np.float64(last) - step * (n - 1 - i)
     return np.where(i < n // 2, up, down).astype(np.float32)
@@ -61,8 +61,8 @@ def _betas_of(alpha_bar_at: Callable[[float], float], n: int) -> Float32:
 
 
 def _sigmoid(start: float, end: float, n: int) -> Float32:
-    wave = np.float32(1) / (np.float32(1) + np.exp(-linspace32(-6, 6, n)))
-    return (wave * np.float32(end - start) + np.float32(start)).astype(np.float32)
+    wave: Float32 = 1 / (1 + np.exp(-linspace32(-6, 6, n)))
+    return np.asarray(wave * np.float32(end - start) + np.float32(start), dtype=np.float32)
 
 
 BETA_SCHEDULES: Mapping[str, Callable[[float, float, int], Float32]] = {
@@ -108,11 +108,11 @@ def _cumulative(values: Float32) -> Float32:
 
 def zero_terminal_snr(values: Float32) -> Float32:
     """Betas rescaled so that the last timestep is pure noise. Ref: Lin et al. 2023, arXiv:2305.08891, algorithm 1."""
-    root = np.sqrt(_cumulative(np.float32(1) - values))
+    root = np.sqrt(_cumulative(1 - values))
     first, last = root[0], root[-1]
     root = (root - last) * (first / (first - last))
     alpha_bar_ = root**2
-    return np.float32(1) - np.concatenate([alpha_bar_[:1], alpha_bar_[1:] / alpha_bar_[:-1]])
+    return 1 - np.concatenate([alpha_bar_[:1], alpha_bar_[1:] / alpha_bar_[:-1]])
 
 
 def alpha_bar(options: Mapping[str, Any], *, finite_sigma: bool = False) -> Float32:
@@ -122,7 +122,7 @@ def alpha_bar(options: Mapping[str, Any], *, finite_sigma: bool = False) -> Floa
 
     Shapes: [num_train_timesteps].
     """
-    values = _cumulative(np.float32(1) - betas(options))
+    values = _cumulative(1 - betas(options))
     if finite_sigma and options.get("rescale_betas_zero_snr"):
         values[-1] = NEARLY_ZERO
     return values
@@ -130,7 +130,7 @@ def alpha_bar(options: Mapping[str, Any], *, finite_sigma: bool = False) -> Floa
 
 def sigmas_of(values: Float32) -> Float32:
     """sqrt((1 - alpha_bar) / alpha_bar) in float32: the noise level at every training timestep."""
-    return np.sqrt((np.float32(1) - values) / values)
+    return np.sqrt((1 - values) / values)
 
 
 # ------------------------------------------------------------------------------------------- which timesteps
@@ -151,11 +151,11 @@ def spaced(n: int, spacing: str, train: int, offset: int = 0, *, fence: bool = F
     top = train if last is None else last
     if spacing == "linspace":
         grid = np.linspace(0, top - 1, n + fence)
-        return (grid.round() if fence else grid)[::-1][:n]
+        return (np.round(grid) if fence else grid)[::-1][:n]
     if spacing == "leading":
-        return (np.arange(n + fence) * float(top // (n + fence)))[::-1][:n] + offset
+        return (np.arange(n + fence, dtype=np.float64) * (top // (n + fence)))[::-1][:n] + offset
     if spacing == "trailing":
-        return np.arange(top, 0, -train / n).round() - 1
+        return np.round(np.arange(top, 0, -train / n, dtype=np.float64)) - 1
     raise UsageError(f"timestep_spacing {spacing!r} is unknown; use one of {choices(spacing, SPACINGS)}.")
 
 
@@ -165,9 +165,10 @@ SPACINGS = ("leading", "linspace", "trailing")
 def sigma_to_t(sigma: ArrayLike, log_sigmas: Float32) -> Float64:
     """The fractional training timestep whose noise level is `sigma`, interpolating log sigma."""
     log_sigma = np.log(np.maximum(sigma, 1e-10))
-    low = np.clip(np.searchsorted(log_sigmas, log_sigma, side="right") - 1, 0, len(log_sigmas) - 2)
+    index = np.searchsorted(log_sigmas, log_sigma, side="right") - 1
+    low = np.minimum(np.maximum(index, 0), len(log_sigmas) - 2)
     below, above = log_sigmas[low], log_sigmas[low + 1]
-    weight = np.clip((below - log_sigma) / (below - above), 0, 1)
+    weight = np.minimum(np.maximum((below - log_sigma) / (below - above), 0), 1)
     return (1 - weight) * low + weight * (low + 1)
 
 
@@ -236,5 +237,10 @@ def shifted(sigmas: Float64, shift: float) -> Float64:
 
 
 def stretched(sigmas: Float64, terminal: float) -> Float64:
-    """Flow sigmas stretched so that the last one is `terminal`."""
+    """Flow sigmas stretched so that the last one is `terminal`.
+
+    Raises: UsageError when the first is also the last, at pure noise.
+    """
+    if sigmas[-1] == 1:
+        raise UsageError("shift_terminal needs two steps or more.")
     return 1 - (1 - sigmas) / ((1 - sigmas[-1]) / (1 - terminal))

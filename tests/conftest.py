@@ -18,7 +18,7 @@ EMOJI_BUNDLE = ROOT / "engines/emoji/bundle"
 
 
 def make_tiny_checkpoint(folder: Path, **scheduler: object) -> Path:
-    """A random Stable Diffusion pipeline whose sizes are nobody's defaults: 7 tokens, factor 2, odd multiples."""
+    """A random Stable Diffusion pipeline whose sizes are nobody's defaults: 7 tokens, factor 2."""
     import torch
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -34,12 +34,12 @@ def make_tiny_checkpoint(folder: Path, **scheduler: object) -> Path:
         max_position_embeddings=7, bos_token_id=0, eos_token_id=1, pad_token_id=1, projection_dim=20,
     )  # fmt: skip
     unet = UNet2DConditionModel(
-        sample_size=10, block_out_channels=(12, 28), layers_per_block=1, norm_num_groups=4, cross_attention_dim=20,
+        sample_size=12, block_out_channels=(12, 28), layers_per_block=1, norm_num_groups=4, cross_attention_dim=20,
         attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
     vae = AutoencoderKL(
-        block_out_channels=(6, 10), norm_num_groups=2, layers_per_block=1, sample_size=20, scaling_factor=0.7,
+        block_out_channels=(6, 10), norm_num_groups=2, layers_per_block=1, sample_size=24, scaling_factor=0.7,
         down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
     )  # fmt: skip
     config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}

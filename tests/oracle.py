@@ -9,8 +9,11 @@ A sampler table run on the same vectors must arrive at the same numbers after ev
 
 from __future__ import annotations
 
+import copy
+import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,15 +38,40 @@ SD15 = {
 }
 
 
-def scheduler_like(config: Mapping[str, Any], sampler: str | None, **extra: Any) -> Any:
+def scheduler_like(config: Mapping[str, Any], sampler: str | None) -> Any:
     """The diffusers scheduler that the same request means: NewScheduler.from_config(config)."""
     import diffusers
 
     entry, options, _ = resolve(config, sampler)
-    stated = {**config, **{k: options[k] for k in entry.forced}, "clip_sample": False, **extra}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return getattr(diffusers, entry.diffusers).from_config({**stated, "_class_name": entry.diffusers})
+    stated = {**config, **{k: options[k] for k in entry.forced}, "clip_sample": False, "_class_name": entry.diffusers}
+    key = json.dumps(stated, sort_keys=True)
+    if key not in _MADE:
+        diffusers.utils.logging.set_verbosity_error()
+        _MADE[key] = getattr(diffusers, entry.diffusers).from_config(stated)
+    return copy.deepcopy(_MADE[key])
+
+
+_MADE: dict[str, Any] = {}  # some constructors take a quarter of a second
+
+
+@contextmanager
+def rounded_roots() -> Iterator[None]:
+    """Inside, torch's square roots are correctly rounded, as IEEE 754 says and NumPy's are.
+
+    On some processors torch takes them from a library that is one unit in the last place off, for a fifth of all numbers.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    powers = (torch.pow, torch.Tensor.pow, torch.Tensor.__pow__)
+
+    class Rounded(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            root = func in (torch.sqrt, torch.Tensor.sqrt) or (func in powers and args[1:] == (0.5,))
+            return torch.from_numpy(np.asarray(np.sqrt(args[0].numpy()))) if root else func(*args, **(kwargs or {}))
+
+    with Rounded():
+        yield
 
 
 @dataclass(frozen=True)
@@ -127,12 +155,12 @@ def compare(
     import torch
 
     table = sampler_table(config, steps or 1, sampler=sampler, strength=strength, eta=eta, **custom)
-    scheduler = scheduler_like(config, sampler)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), rounded_roots():
         warnings.simplefilter("ignore")
-        scheduler.set_timesteps(None if custom else steps, **custom) if custom else scheduler.set_timesteps(steps)
+        scheduler = scheduler_like(config, sampler)
+        scheduler.set_timesteps(None if custom else steps, **custom)
         begin = len(scheduler.timesteps) - len(table)
-        init = float(scheduler.init_noise_sigma)
+        init = float(getattr(scheduler, "init_noise_sigma", 1.0))
         start = _start(scheduler, begin, torch)
         theirs = run_diffusers(scheduler, begin, double=double, eta=eta)
     ours = run_table(table, theirs.samples.shape[1])
@@ -147,12 +175,14 @@ def compare(
 
 
 def _start(scheduler: Any, begin: int, torch: Any) -> Float64 | None:
-    if not hasattr(scheduler, "add_noise"):
+    mix = getattr(scheduler, "add_noise", None) or getattr(scheduler, "scale_noise", None)
+    if mix is None:
         return None
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
     image, noise = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    mixed = scheduler.add_noise(image, noise, scheduler.timesteps[begin : begin + 1])
+    first = scheduler.timesteps[begin : begin + 1]
+    mixed = mix(image, noise, first) if hasattr(scheduler, "add_noise") else mix(image, first, noise)
     return mixed[0].numpy().astype(np.float64)
 
 

@@ -61,6 +61,7 @@ class Checkpoint:
         from diffusers import AutoencoderKL, UNet2DConditionModel
         from transformers import CLIPTextModel
 
+        _silence()
         model_class: Any = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}[component]
         options = {"torch_dtype": torch.float32} if component != "text_encoder" else {"dtype": torch.float32}
         try:
@@ -143,7 +144,7 @@ def open_folder(folder: Path, variant: str | None, provenance: Mapping[str, Any]
     if not (folder / "model_index.json").is_file():
         raise CheckpointError(f"{folder} has no model_index.json, so it is not a diffusers checkpoint")
     index = read_json(folder / "model_index.json")
-    name = index.get("_class_name")
+    name = str(index.get("_class_name"))
     if name not in PIPELINES:
         raise CheckpointError(f"{folder}: pipeline class {name!r} is not known; known are {', '.join(PIPELINES)}")
     for component, entry in index.items():
@@ -198,11 +199,22 @@ def _download(repo_id: str, revision: str | None, variant: str | None, offline: 
         raise CheckpointError(f"{repo_id}: the hub says: {error}") from error
 
 
+def _silence() -> None:
+    """Keep the libraries' progress bars off the terminal; ours are the lines that `report` is given."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+
+
 def _unpack_single_file(path: Path, folder: Path, config: str | None, offline: bool) -> None:
     """Write one .safetensors file as a diffusers folder, in its own precision."""
     from diffusers import StableDiffusionPipeline
     from safetensors import SafetensorError, safe_open
 
+    _silence()
     try:
         with safe_open(path, "pt") as weights:
             kinds = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118

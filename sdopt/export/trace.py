@@ -32,18 +32,19 @@ def trace(part: Part, opset: int = 23) -> ir.Model:
     arrays = part.example(part.sizes[0])
     inputs = tuple(torch.from_numpy(arrays[s.name]) for s in part.inputs)  # pyright: ignore[reportUnknownMemberType]
     try:
-        with _quiet(), torch.inference_mode(False), torch.no_grad():
+        with _quiet(), torch.no_grad():
+            traced = torch.export.export(
+                part.module, inputs, dynamic_shapes=tuple(map(_dynamic, part.inputs)), strict=False
+            )
             program = torch.onnx.export(
-                part.module,
-                inputs,
+                traced,
                 dynamo=True,
                 opset_version=opset,
                 input_names=[s.name for s in part.inputs],
                 output_names=[s.name for s in part.outputs],
-                dynamic_shapes=tuple(_dynamic(s) for s in part.inputs),
                 verbose=False,
             )
-    except torch.onnx.errors.OnnxExporterError as error:
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
         raise CheckpointError(f"{part.name}: torch cannot trace it: {error}") from error
     assert program is not None  # with dynamo=True and no file, the program is returned
     model: ir.Model = program.model
@@ -88,9 +89,9 @@ def narrow(model: ir.Model) -> str:
     return "float16" if halved * 2 > total else "float32"
 
 
-def _dynamic(spec: TensorSpec) -> dict[int, str]:
-    """Axis to dimension name. Names are kept by the exporter; equal names are found equal by the trace."""
-    return {axis: dim for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}
+def _dynamic(spec: TensorSpec) -> dict[int, Any]:
+    """Axis to dynamic dimension; which of them are equal, the trace finds out."""
+    return {axis: torch.export.Dim.AUTO for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}
 
 
 def _strip(model: ir.Model) -> None:

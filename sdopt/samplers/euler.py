@@ -6,11 +6,17 @@ Ref: Karras et al. 2022, arXiv:2206.00364, algorithm 1 and Table 1.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
-from sdopt.samplers.grids import Grid, sigma_grid
+import numpy as np
+from numpy.typing import NDArray
+
+from sdopt.samplers.grids import Grid, schedule_of, sigma_grid
 from sdopt.samplers.prediction import X, clean_of, noise_of
 from sdopt.samplers.rows import Request, Rows
 from sdopt.samplers.table import SamplerTable
+
+Float64 = NDArray[np.float64]
 
 
 def euler(r: Request) -> SamplerTable:
@@ -21,6 +27,63 @@ def euler(r: Request) -> SamplerTable:
         step = X + (after - sigma) * noise_of(r.prediction, 1.0, sigma)
         rows.add(grid.timesteps[k], sigma, c_in=c_in(sigma), step=step, denoised=clean_of(r.prediction, 1.0, sigma))
     return rows.table(init_noise_sigma=widest(r, grid), start=(1.0, grid.sigmas[r.begin]))
+
+
+def euler_a(r: Request) -> SamplerTable:
+    """Euler's ancestral table: step to a lower level than asked for, then add noise up to it.
+
+    Ref: Karras et al. 2022, arXiv:2206.00364, section 4; Song et al. 2021, arXiv:2010.02502, equation 16 with eta = 1.
+    """
+    grid, rows = sigma_grid(r), Rows(r)
+    for k in range(r.begin, len(grid)):
+        sigma = grid.sigmas[k]
+        down, up = ancestral(sigma, grid.sigmas[k + 1])
+        step = X + (down - sigma) * noise_of(r.prediction, 1.0, sigma)
+        clean = clean_of(r.prediction, 1.0, sigma)
+        rows.add(grid.timesteps[k], sigma, c_in=c_in(sigma), step=step, noise=up, draws=True, denoised=clean)
+    return rows.table(init_noise_sigma=widest(r, grid), start=(1.0, grid.sigmas[r.begin]))
+
+
+def ancestral(sigma: float, after: float) -> tuple[float, float]:
+    """(down, up) with down^2 + up^2 = after^2: where the deterministic part ends, and the noise added there."""
+    return after * after / sigma, after * math.sqrt(max(1 - (after / sigma) ** 2, 0.0))
+
+
+def lms(r: Request) -> SamplerTable:
+    """The linear multistep table: the noise of up to four calls, extrapolated by a polynomial in sigma and integrated.
+
+    In image to image diffusers takes the polynomial of a run from the start and leaves out the terms it has no history
+    for; so do we.
+    """
+    o = r.options
+    if schedule_of(o) == "karras":  # diffusers reads sigma_min and sigma_max for the other schedules only
+        r = replace(r, options={**o, "sigma_min": None, "sigma_max": None})
+    grid, rows = sigma_grid(r), Rows(r)
+    for k in range(r.begin, len(grid)):
+        sigma = grid.sigmas[k]
+        nodes = grid.sigmas[k - min(k + 1, 4) + 1 : k + 1][::-1]
+        weights = integrated_lagrange(nodes, sigma, grid.sigmas[k + 1])[: k - r.begin + 1]
+        rows.add(
+            grid.timesteps[k],
+            sigma,
+            c_in=c_in(sigma),
+            keep=noise_of(r.prediction, 1.0, sigma),
+            update=[1.0, *weights],
+            denoised=clean_of(r.prediction, 1.0, sigma),
+        )
+    return rows.table(init_noise_sigma=widest(r, grid), start=(1.0, grid.sigmas[r.begin]))
+
+
+def integrated_lagrange(nodes: Float64, start: float, end: float) -> list[float]:
+    """The integral from `start` to `end` of each Lagrange polynomial of `nodes`, exact up to degree 7 (Gauss)."""
+    points, weights = np.polynomial.legendre.leggauss(4)
+    half = (end - start) / 2
+    tau = start + half * (points + 1)
+    basis = [
+        np.prod([(tau - other) / (node - other) for other in nodes[np.arange(len(nodes)) != i]], axis=0, initial=1.0)
+        for i, node in enumerate(nodes)
+    ]
+    return [float(half * np.sum(weights * values)) for values in basis]
 
 
 def c_in(sigma: float) -> float:

@@ -42,9 +42,8 @@ def integer_grid(request: Request) -> NDArray[np.int64]:
     if request.timesteps is not None:
         return np.array(custom_timesteps(request, whole=True), dtype=np.int64)
     o = request.options
-    return (
-        schedules.spaced(request.steps, o["timestep_spacing"], request.train, o["steps_offset"]).round().astype(np.int64)
-    )
+    spaced = schedules.spaced(request.steps, o["timestep_spacing"], request.train, o["steps_offset"])
+    return np.round(spaced).astype(np.int64)
 
 
 def custom_timesteps(request: Request, *, whole: bool) -> Sequence[float]:
@@ -119,7 +118,7 @@ def _spaced_sigmas(request: Request, trained: Float32) -> Grid:
         sigmas = np.exp(ramp).astype(np.float64)
     schedule = schedule_of(o)
     if schedule:
-        sigmas = _scheduled(o, schedule, sigmas[0], sigmas[-1], request.steps)
+        sigmas = scheduled(o, schedule, sigmas[0], sigmas[-1], request.steps)
         timesteps = _as_float32(schedules.sigma_to_t(sigmas, log_sigmas))
     return Grid(timesteps, _as_float32(np.append(sigmas, _final(o, trained[0]))))
 
@@ -152,7 +151,7 @@ def unipc_grid(request: Request) -> Grid:
     if o["use_flow_sigmas"]:
         timesteps, sigmas = _unipc_flow(request, trained)
         return Grid(np.trunc(timesteps), _as_float32(np.append(sigmas, _final(o, sigmas[-1]))))
-    timesteps, sigmas = _plain_or_scheduled(request, trained)
+    timesteps, sigmas = _plain_orscheduled(request, trained)
     smallest = sigmas[-1] if schedule_of(o) else trained[0]
     return Grid(np.trunc(timesteps), _as_float32(np.append(sigmas, _final(o, smallest))))
 
@@ -162,12 +161,12 @@ def deis_grid(request: Request) -> Grid:
     o = request.options
     trained = schedules.sigmas_of(schedules.alpha_bar(o))
     flow = o["use_flow_sigmas"] and not schedule_of(o)
-    timesteps, sigmas = _flow_sigmas(request) if flow else _plain_or_scheduled(request, trained)
+    timesteps, sigmas = _flow_sigmas(request) if flow else _plain_orscheduled(request, trained)
     last = sigmas[-1] if flow or schedule_of(o) else trained[0]
     return Grid(np.trunc(timesteps), _as_float32(np.append(sigmas, last)))
 
 
-def _plain_or_scheduled(request: Request, trained: Float32) -> tuple[Float64, Float64]:
+def _plain_orscheduled(request: Request, trained: Float32) -> tuple[Float64, Float64]:
     if schedule_of(request.options):
         return _solver_schedule(request, trained, round_cosine=True)
     timesteps = _fence(request, request.options["timestep_spacing"], request.train)
@@ -177,10 +176,10 @@ def _plain_or_scheduled(request: Request, trained: Float32) -> tuple[Float64, Fl
 def _solver_schedule(request: Request, trained: Float32, round_cosine: bool) -> tuple[Float64, Float64]:
     """A sigma schedule over the whole trained range; Karras and Lu round their timesteps, the others truncate."""
     o, schedule = request.options, schedule_of(request.options)
-    sigmas = _scheduled(o, schedule, float(trained[-1]), float(trained[0]), request.steps)
+    sigmas = scheduled(o, schedule, float(trained[-1]), float(trained[0]), request.steps)
     timesteps = schedules.sigma_to_t(sigmas, np.log(trained))
     rounds = schedule in ("karras", "lu") and (round_cosine or o["beta_schedule"] != "squaredcos_cap_v2")
-    return (timesteps.round() if rounds else timesteps), sigmas
+    return (np.round(timesteps) if rounds else timesteps), sigmas
 
 
 def _fence(request: Request, spacing: str, last: int) -> Float64:
@@ -196,7 +195,7 @@ def _unclipped(alpha_bar: Float32, lambda_min: float | str | None) -> int:
     """How many timesteps have a log signal-to-noise ratio lambda of at least `lambda_min`."""
     if lambda_min is None or float(lambda_min) == -math.inf:
         return len(alpha_bar)
-    lambdas = np.log(np.sqrt(alpha_bar)) - np.log(np.sqrt(np.float32(1) - alpha_bar))
+    lambdas = np.log(np.sqrt(alpha_bar)) - np.log(np.sqrt(1 - alpha_bar))
     return len(alpha_bar) - int(np.searchsorted(lambdas[::-1], np.float32(lambda_min)))
 
 
@@ -209,7 +208,7 @@ def _flow_sigmas(request: Request) -> tuple[Float64, Float64]:
 def _unipc_flow(request: Request, trained: Float32) -> tuple[Float64, Float64]:
     """UniPC's flow sigmas: with Karras, sigma / (1 + sigma) of the trained ones; else shifted ones starting below 1."""
     if schedule_of(request.options) == "karras":
-        sigmas = _scheduled(request.options, "karras", float(trained[-1]), float(trained[0]), request.steps)
+        sigmas = scheduled(request.options, "karras", float(trained[-1]), float(trained[0]), request.steps)
         sigmas = sigmas / (sigmas + 1)
         return sigmas * request.train, sigmas
     sigmas = np.linspace(1, 1 / request.train, request.steps + 1)[:-1]
@@ -257,7 +256,7 @@ def schedule_of(options: Mapping[str, Any]) -> str:
     return asked[0] if asked else ""
 
 
-def _scheduled(options: Mapping[str, Any], schedule: str, high: float, low: float, n: int) -> Float64:
+def scheduled(options: Mapping[str, Any], schedule: str, high: float, low: float, n: int) -> Float64:
     """`n` sigmas between `high` and `low`, unless the options name sigma_max or sigma_min."""
     if schedule == "lu":
         return schedules.uniform_lambda(float(np.log(np.float32(high))), float(np.log(np.float32(low))), n)

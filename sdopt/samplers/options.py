@@ -29,8 +29,14 @@ LEADING: Options = {"timestep_spacing": "leading"}
 SIGMAS: Options = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 FLOW: Options = {"use_flow_sigmas": False, "flow_shift": 1.0, "use_dynamic_shifting": False}
 
-DDIM: Options = {**TRAINED, **LEADING, "clip_sample": True, "set_alpha_to_one": True, "rescale_betas_zero_snr": False}
-DDPM: Options = {**TRAINED, **LEADING, "clip_sample": True, "variance_type": "fixed_small", "rescale_betas_zero_snr": False}
+NONLINEAR: Options = {"thresholding": False}
+
+DDIM: Options = {
+    **TRAINED, **LEADING, **NONLINEAR, "clip_sample": True, "set_alpha_to_one": True, "rescale_betas_zero_snr": False,
+}  # fmt: skip
+DDPM: Options = {
+    **TRAINED, **LEADING, **NONLINEAR, "clip_sample": True, "variance_type": "fixed_small", "rescale_betas_zero_snr": False,
+}  # fmt: skip
 PNDM: Options = {**TRAINED, **LEADING, "skip_prk_steps": False, "set_alpha_to_one": False}
 LMS: Options = {**TRAINED, **LINSPACE, **SIGMAS}
 EULER: Options = {
@@ -39,9 +45,10 @@ EULER: Options = {
     "rescale_betas_zero_snr": False, "final_sigmas_type": "zero",
 }  # fmt: skip
 EULER_ANCESTRAL: Options = {**TRAINED, **LINSPACE, "rescale_betas_zero_snr": False}
-HEUN: Options = {**TRAINED, **LINSPACE, **SIGMAS, "beta_start": 0.00085, "beta_end": 0.012}
+KDPM2: Options = {**TRAINED, **LINSPACE, **SIGMAS, "beta_start": 0.00085, "beta_end": 0.012}
+HEUN: Options = {**KDPM2, "clip_sample": False}
 DPM: Options = {
-    **TRAINED, **LINSPACE, **SIGMAS, **FLOW,
+    **TRAINED, **LINSPACE, **SIGMAS, **FLOW, **NONLINEAR,
     "solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint", "lower_order_final": True,
     "euler_at_final": False, "use_lu_lambdas": False, "final_sigmas_type": "zero", "lambda_min_clipped": -math.inf,
     "variance_type": None, "rescale_betas_zero_snr": False,
@@ -52,18 +59,18 @@ DPM_SINGLE: Options = {
     if key not in ("euler_at_final", "use_lu_lambdas", "timestep_spacing", "steps_offset", "rescale_betas_zero_snr")
 }
 UNIPC: Options = {
-    **TRAINED, **LINSPACE, **SIGMAS, **FLOW,
+    **TRAINED, **LINSPACE, **SIGMAS, **FLOW, **NONLINEAR,
     "solver_order": 2, "predict_x0": True, "solver_type": "bh2", "lower_order_final": True, "disable_corrector": (),
     "solver_p": None, "final_sigmas_type": "zero", "rescale_betas_zero_snr": False, "sigma_min": None, "sigma_max": None,
     "shift_terminal": None, "time_shift_type": "exponential",
 }  # fmt: skip
 DEIS: Options = {
-    **TRAINED, **LINSPACE, **SIGMAS, **FLOW,
+    **TRAINED, **LINSPACE, **SIGMAS, **FLOW, **NONLINEAR,
     "solver_order": 2, "algorithm_type": "deis", "solver_type": "logrho", "lower_order_final": True,
 }  # fmt: skip
 IPNDM: Options = {"num_train_timesteps": 1000, "trained_betas": None, "prediction_type": "v_prediction"}
 LCM: Options = {
-    **TRAINED, **LEADING,
+    **TRAINED, **LEADING, **NONLINEAR,
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "original_inference_steps": 50,
     "clip_sample": False, "set_alpha_to_one": True, "timestep_scaling": 10.0, "rescale_betas_zero_snr": False,
 }  # fmt: skip
@@ -72,7 +79,7 @@ EDM: Options = {
     "sigma_schedule": "karras", "rho": 7.0, "final_sigmas_type": "zero",
 }  # fmt: skip
 EDM_DPM: Options = {
-    **EDM, "solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint", "lower_order_final": True,
+    **EDM, **NONLINEAR, "solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint", "lower_order_final": True,
     "euler_at_final": False,
 }  # fmt: skip
 FLOW_EULER: Options = {
@@ -85,21 +92,20 @@ FLOW_EULER: Options = {
 def merged(defaults: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Options, tuple[str, ...]]:
     """Every option of a class: the config's where it states one, else the default; and notes on what was decided.
 
-    Keys that the class does not know are kept, as diffusers keeps them: some are read all the same (sigma_min).
-
     Raises: UsageError for an option that no table can express.
     """
     unstated = set(config.get("_use_default_values", ()))  # diffusers' own mark in a live config
-    stated = {key: value for key, value in config.items() if key not in unstated and not key.startswith("_")}
+    known = {*defaults, "sigma_min", "sigma_max"}  # these two are read by classes that do not declare them
+    stated = {key: value for key, value in config.items() if key in known and key not in unstated}
     options, notes = {**defaults, **stated}, list[str]()
     if defaults.get("clip_sample") and "clip_sample" not in stated:
         options["clip_sample"] = False
         notes.append("clip_sample is not stated by the checkpoint; it is off here (the class of diffusers has it on).")
-    refuse_nonlinear(options, defaults)
+    refuse_nonlinear(options)
     return options, tuple(notes)
 
 
-def refuse_nonlinear(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+def refuse_nonlinear(options: Mapping[str, Any]) -> None:
     """Raises: UsageError naming the first option that makes a step depend on the sample in a way that is not linear."""
     for name, reason in _NONLINEAR.items():
         if options.get(name):
@@ -107,17 +113,16 @@ def refuse_nonlinear(options: Mapping[str, Any], defaults: Mapping[str, Any]) ->
                 f"{name} {options[name]!r} cannot be used: {reason}, and sdopt's samplers are tables of coefficients. "
                 f'Set "{name}" to false in scheduler_config.json.'
             )
-    if options.get("variance_type") in ("learned", "learned_range") and "variance_type" in defaults:
+    if options.get("variance_type") in ("learned", "learned_range"):
         raise UsageError(
             f"variance_type {options['variance_type']!r} cannot be used: the model predicts its own variance, so the noise of "
             'a step is not known before the model ran. Set "variance_type" to "fixed_small" and export a 4-channel output.'
         )
-    if options.get("solver_p") is not None and "solver_p" in defaults:
+    if options.get("solver_p") is not None:
         raise UsageError('solver_p cannot be used: UniPC\'s predictor is its own here. Set "solver_p" to null.')
 
 
 _NONLINEAR = {
     "thresholding": "dynamic thresholding rescales by a quantile of the sample itself",
     "clip_sample": "it clamps the clean sample, which is wrong for latents anyway",
-    "use_clipped_model_output": "it uses the clamped clean sample",
 }

@@ -84,4 +84,82 @@ def _plms_mixture(call: int) -> Sequence[float]:
 
 
 def _prk(r: Request) -> SamplerTable:
-    raise NotImplementedError
+    """Twelve calls of Runge-Kutta over the first three steps, four calls a step, then the multistep method.
+
+    Within a step every stage starts again from the sample S where the step began; S is solved from the stage before:
+    x = scale S + gain m, so S = (x - gain m) / scale.
+    """
+    if r.steps < 4:
+        raise UsageError(f"pndm with its Runge-Kutta warm-up takes 4 steps or more, got {r.steps}; set skip_prk_steps true.")
+    alpha_bar = schedules.alpha_bar(r.options).astype(np.float64)
+    stages, multistep = _prk_timesteps(r)
+    timesteps = [*stages, *multistep]
+    rows, stride = Rows(r), r.train // r.steps
+    begun = np.array([1.0])  # S in terms of [x, kept before, ...]
+    for call, t in enumerate(timesteps[r.begin :]):
+        if call < len(stages):
+            stage = call % 4
+            begun = np.array([1.0]) if stage == 0 else begun
+            before = t if stage % 2 else t - stride // 2
+            scale, gain = _transfer(r, alpha_bar, stages[call // 4 * 4], before)
+            update = scale * _later(begun, 4) + gain * np.array([0.0, *RUNGE_KUTTA[stage]])
+            begun = np.array([1.0, -gain]) / scale
+        else:
+            scale, gain = _transfer(r, alpha_bar, t, t - stride)
+            update = np.array([scale, *(gain * w for w in _prk_mixture(call))])
+        alpha, sigma = split(at(r, alpha_bar, t))
+        rows.add(t, ratio(alpha, sigma), update=update.tolist(), denoised=clean_of(r.prediction, alpha, sigma))
+    return rows.table(init_noise_sigma=1.0, start=start_of(r, alpha_bar, timesteps))
+
+
+# What each stage uses of the newest outputs; the fourth averages all four.
+RUNGE_KUTTA = ((1.0, 0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0), (1 / 6, 1 / 3, 1 / 3, 1 / 6))
+
+
+def _later(begun: Float64, history: int) -> Float64:
+    """S in terms of [x, this call's output, kept before, ...]: this call's output is not part of it."""
+    return np.array([begun[0], 0.0, *begun[1:], *[0.0] * (history - len(begun))])
+
+
+def _prk_timesteps(r: Request) -> tuple[list[int], list[int]]:
+    """The timesteps of the twelve stages, and those of the steps after."""
+    rising = [int(t) for t in integer_grid(r)[::-1]]
+    half = r.train // r.steps // 2
+    halves = [t + shift for t in rising[-4:] for shift in (0, half)][:-1]
+    stages = [t for t in halves for _ in range(2)][1:-1][::-1]
+    return stages, rising[:-3][::-1]
+
+
+def _prk_mixture(call: int) -> Sequence[float]:
+    """Adams-Bashforth over the first outputs of the three Runge-Kutta steps and all outputs since."""
+    kept = [call - c for c in (0, 4, 8) if c < call] + [call - c for c in range(12, call + 1)]
+    newest = sorted(kept)[:4]
+    weights = np.zeros(max(newest) + 1)
+    weights[newest] = ADAMS_BASHFORTH[len(newest) - 1]
+    return weights.tolist()
+
+
+def ipndm(r: Request) -> SamplerTable:
+    """Improved PNDM's table: it has a schedule of its own, and warms up from order 1 instead of Runge-Kutta.
+
+    Ref: Zhang & Chen 2023, arXiv:2204.13902, appendix F; the schedule is k-diffusion's for v prediction.
+    """
+    ramp = np.array([*schedules.linspace32(1, 0, r.steps + 1)[:-1], 0], dtype=np.float32)
+    trained = r.options["trained_betas"]
+    sigma = np.sin(ramp * np.float32(math.pi / 2)) ** 2 if trained is None else np.array(trained, dtype=np.float32)
+    alpha = np.sqrt(1 - sigma**2)
+    timesteps = (np.arctan2(sigma, alpha) / np.float32(math.pi) * 2)[:-1].astype(np.float64)
+    alpha, sigma = alpha.astype(np.float64), sigma.astype(np.float64)
+    rows = Rows(r)
+    for k in range(r.begin, len(timesteps)):
+        a, s, a2, s2 = alpha[k], sigma[k], alpha[k + 1], sigma[k + 1]
+        scale, gain = (a2 / a, s2 - a2 * s / a) if a > 1e-8 else (0.0, s2)  # pure noise: nothing clean to keep
+        weights = ADAMS_BASHFORTH[min(k - r.begin, 3)]
+        rows.add(
+            timesteps[k],
+            ratio(a, s),
+            keep=np.array([s, a]),
+            update=[scale, *(gain * w for w in weights)],
+            denoised=np.array([a, -s]),
+        )
+    return rows.table(init_noise_sigma=1.0, start=(alpha[r.begin], sigma[r.begin]))

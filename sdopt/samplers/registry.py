@@ -8,14 +8,20 @@ from typing import Any
 
 from sdopt.errors import UsageError, choices
 from sdopt.samplers import options as defaults_of
+from sdopt.samplers.consistency import lcm, tcd
 from sdopt.samplers.ddim import ddim, ddpm
-from sdopt.samplers.dpm import dpm_multistep
-from sdopt.samplers.euler import euler
+from sdopt.samplers.deis import deis
+from sdopt.samplers.dpm import dpm_multistep, dpm_singlestep
+from sdopt.samplers.edm import edm_dpm, edm_euler
+from sdopt.samplers.euler import euler, euler_a, lms
+from sdopt.samplers.flow import flow_euler
 from sdopt.samplers.grids import SCHEDULE_FLAGS
+from sdopt.samplers.heun import dpm2, dpm2_a, heun
 from sdopt.samplers.options import Options, merged
-from sdopt.samplers.pndm import pndm
+from sdopt.samplers.pndm import ipndm, pndm
 from sdopt.samplers.rows import Request
 from sdopt.samplers.table import SamplerTable
+from sdopt.samplers.unipc import unipc
 
 
 @dataclass(frozen=True)
@@ -38,19 +44,57 @@ class Sampler:
 
 
 _DPM, _DPM_SINGLE = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
-_PLUS = {"algorithm_type": "dpmsolver++"}
-_SDE = {"algorithm_type": "sde-dpmsolver++"}
+_PLUS: Mapping[str, Any] = {"algorithm_type": "dpmsolver++"}
+_SDE: Mapping[str, Any] = {"algorithm_type": "sde-dpmsolver++"}
+
+
+def _twice(n: int) -> int:
+    return 2 * n - 1
+
 
 _ALL = (
-    Sampler("ddim", "DDIM", ddim, "DDIMScheduler", defaults_of.DDIM, 1, "arXiv:2010.02502", aliases=("DDIMParallelScheduler",)),
+    Sampler("ddim", "DDIM", ddim, "DDIMScheduler", defaults_of.DDIM, 1, "arXiv:2010.02502",
+            aliases=("DDIMParallelScheduler",)),
     Sampler("ddpm", "DDPM", ddpm, "DDPMScheduler", defaults_of.DDPM, 1, "arXiv:2006.11239", stochastic=True,
             custom=("timesteps",), aliases=("DDPMParallelScheduler",)),
     Sampler("pndm", "PLMS", pndm, "PNDMScheduler", defaults_of.PNDM, 4, "arXiv:2202.09778",
-            calls=lambda n: n + 1 if n > 1 else n, aliases=("PLMS",)),
+            calls=lambda n: n + 1 if n > 1 else n),
+    Sampler("lms", "LMS", lms, "LMSDiscreteScheduler", defaults_of.LMS, 4, "arXiv:2206.00364"),
     Sampler("euler", "Euler", euler, "EulerDiscreteScheduler", defaults_of.EULER, 1, "arXiv:2206.00364",
             custom=("timesteps", "sigmas")),
+    Sampler("euler_a", "Euler a", euler_a, "EulerAncestralDiscreteScheduler", defaults_of.EULER_ANCESTRAL, 1,
+            "arXiv:2206.00364", stochastic=True, aliases=("euler ancestral",)),
+    Sampler("heun", "Heun", heun, "HeunDiscreteScheduler", defaults_of.HEUN, 2, "arXiv:2206.00364", calls=_twice,
+            custom=("timesteps",), steps_per_call=2),
+    Sampler("dpm2", "DPM2", dpm2, "KDPM2DiscreteScheduler", defaults_of.KDPM2, 2, "arXiv:2206.00927", calls=_twice,
+            steps_per_call=2, aliases=("kdpm2",)),
+    Sampler("dpm2_a", "DPM2 a", dpm2_a, "KDPM2AncestralDiscreteScheduler", defaults_of.KDPM2, 2, "arXiv:2206.00927",
+            stochastic=True, calls=_twice, steps_per_call=2, aliases=("kdpm2_a", "dpm2 ancestral")),
     Sampler("dpmpp_2m", "DPM++ 2M", dpm_multistep, _DPM, defaults_of.DPM, 2, "arXiv:2211.01095",
             {**_PLUS, "solver_order": 2}, custom=("timesteps",)),
+    Sampler("dpmpp_3m", "DPM++ 3M", dpm_multistep, _DPM, defaults_of.DPM, 3, "arXiv:2211.01095",
+            {**_PLUS, "solver_order": 3}, custom=("timesteps",)),
+    Sampler("dpmpp_2m_sde", "DPM++ 2M SDE", dpm_multistep, _DPM, defaults_of.DPM, 2, "arXiv:2211.01095",
+            {**_SDE, "solver_order": 2}, stochastic=True, custom=("timesteps",)),
+    Sampler("dpmpp_3m_sde", "DPM++ 3M SDE", dpm_multistep, _DPM, defaults_of.DPM, 1, "arXiv:2211.01095",
+            {**_SDE, "solver_order": 3}, stochastic=True, custom=("timesteps",)),
+    Sampler("dpmpp_2s", "DPM++ 2S", dpm_singlestep, _DPM_SINGLE, defaults_of.DPM_SINGLE, 2, "arXiv:2211.01095",
+            {**_PLUS, "solver_order": 2}, custom=("timesteps",), aliases=("DPM++ SDE",)),
+    Sampler("dpmpp_3s", "DPM++ 3S", dpm_singlestep, _DPM_SINGLE, defaults_of.DPM_SINGLE, 3, "arXiv:2211.01095",
+            {**_PLUS, "solver_order": 3}, custom=("timesteps",)),
+    Sampler("unipc", "UniPC", unipc, "UniPCMultistepScheduler", defaults_of.UNIPC, 3, "arXiv:2302.04867",
+            custom=("sigmas",)),
+    Sampler("deis", "DEIS", deis, "DEISMultistepScheduler", defaults_of.DEIS, 2, "arXiv:2204.13902"),
+    Sampler("ipndm", "iPNDM", ipndm, "IPNDMScheduler", defaults_of.IPNDM, 4, "arXiv:2204.13902"),
+    Sampler("lcm", "LCM", lcm, "LCMScheduler", defaults_of.LCM, 1, "arXiv:2310.04378", stochastic=True,
+            custom=("timesteps",)),
+    Sampler("tcd", "TCD", tcd, "TCDScheduler", defaults_of.LCM, 1, "arXiv:2402.19159", stochastic=True,
+            custom=("timesteps",)),
+    Sampler("edm_euler", "EDM Euler", edm_euler, "EDMEulerScheduler", defaults_of.EDM, 1, "arXiv:2206.00364"),
+    Sampler("edm_dpmpp_2m", "EDM DPM++ 2M", edm_dpm, "EDMDPMSolverMultistepScheduler", defaults_of.EDM_DPM, 2,
+            "arXiv:2211.01095", {**_PLUS, "solver_order": 2}),
+    Sampler("flow_euler", "Flow Euler", flow_euler, "FlowMatchEulerDiscreteScheduler", defaults_of.FLOW_EULER, 1,
+            "arXiv:2210.02747", custom=("timesteps", "sigmas")),
 )  # fmt: skip
 
 SAMPLERS: dict[str, Sampler] = {sampler.name: sampler for sampler in _ALL}

@@ -21,7 +21,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -171,7 +171,7 @@ _ARRAYS = {"timestep", "sigma", "c_in", "c_skip", "c_out", "update", "denoised",
 
 
 def _frozen(values: Any, dtype: type) -> NDArray[Any]:
-    array = np.array(values, dtype=dtype)
+    array = np.array(values, dtype=np.bool_ if dtype is bool else np.float64)
     array.setflags(write=False)
     return array
 
@@ -188,6 +188,7 @@ def _kept(c_skip: float, c_out: float, x: Float32, output: Float32, scratch: Flo
 
 def _jsonable(value: Any) -> Any:
     if isinstance(value, np.ndarray):
-        plain: Any = value.tolist()
-        return plain if np.isfinite(value).all() else ["inf" if v == math.inf else v for v in plain]
-    return list(value) if isinstance(value, tuple) else value
+        array = cast("NDArray[Any]", value)
+        plain: Any = array.tolist()
+        return plain if np.isfinite(array).all() else ["inf" if v == math.inf else v for v in plain]
+    return list(cast("tuple[Any, ...]", value)) if isinstance(value, tuple) else value

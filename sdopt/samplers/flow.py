@@ -1,0 +1,78 @@
+"""Flow matching: x = (1 - sigma) clean + sigma noise, and the model predicts noise - clean.
+
+Ref: Lipman et al. 2023, arXiv:2210.02747; Esser et al. 2024, arXiv:2403.03206.
+"""
+
+from __future__ import annotations
+
+import math
+import numpy as np
+from numpy.typing import NDArray
+
+from sdopt import schedules
+from sdopt.errors import UsageError
+from sdopt.samplers.grids import Grid, custom_sigmas, custom_timesteps, schedule_of, scheduled
+from sdopt.samplers.prediction import OUTPUT, X
+from sdopt.samplers.rows import Request, Rows
+from sdopt.samplers.table import SamplerTable
+
+Float64 = NDArray[np.float64]
+
+
+def flow_euler(r: Request) -> SamplerTable:
+    """Euler's table along the straight flow; with stochastic_sampling, the clean sample with fresh noise."""
+    grid, rows = flow_grid(r), Rows(r)
+    stochastic = bool(r.options["stochastic_sampling"])
+    for k in range(r.begin, len(grid)):
+        sigma, after = grid.sigmas[k], grid.sigmas[k + 1]
+        clean = X - sigma * OUTPUT
+        rows.add(
+            grid.timesteps[k],
+            sigma,
+            step=(1 - after) * clean if stochastic else X + (after - sigma) * OUTPUT,
+            noise=after if stochastic else 0.0,
+            draws=stochastic,
+            denoised=clean,
+        )
+    first = grid.sigmas[r.begin]
+    return rows.table(init_noise_sigma=1.0, start=(1 - first, first))
+
+
+def flow_grid(r: Request) -> Grid:
+    """Flow sigmas from 1 towards 0, shifted for the size of the image; a timestep is sigma * num_train_timesteps."""
+    o = r.options
+    sigmas = _shift(r, _unshifted(r))
+    if o["shift_terminal"]:
+        sigmas = schedules.stretched(sigmas, float(o["shift_terminal"]))
+    schedule = schedule_of(o)
+    if schedule:
+        sigmas = scheduled(o, schedule, float(sigmas[0]), float(sigmas[-1]), r.steps)
+    levels = sigmas.astype(np.float32)
+    last = 0.0
+    if o["invert_sigmas"]:
+        levels, last = 1 - levels, 1.0
+    timesteps = np.asarray(levels * np.float32(r.train), dtype=np.float64)
+    if r.timesteps is not None and not o["invert_sigmas"]:
+        timesteps = np.array(custom_timesteps(r, whole=False), dtype=np.float64)
+    return Grid(timesteps, np.append(levels.astype(np.float64), last))
+
+
+def _unshifted(r: Request) -> Float64:
+    if r.sigmas is not None:
+        return custom_sigmas(r, highest=1.0)
+    if r.timesteps is not None:
+        return np.array(custom_timesteps(r, whole=False)) / r.train
+    ends = np.array([1, 1 / np.float32(r.train)], dtype=np.float32)
+    if not r.options["use_dynamic_shifting"]:  # diffusers shifts the ends when it is made, and all of it again here
+        ends = schedules.shifted(ends.astype(np.float64), float(r.options["shift"])).astype(np.float32)
+    return np.linspace(float(ends[0]) * r.train, float(ends[1]) * r.train, r.steps) / r.train
+
+
+def _shift(r: Request, sigmas: Float64) -> Float64:
+    o = r.options
+    if not o["use_dynamic_shifting"]:
+        return schedules.shifted(sigmas, float(o["shift"]))
+    if r.mu is None:
+        raise UsageError("use_dynamic_shifting is true: the shift depends on the size of the image, pass it as mu.")
+    shift = math.exp(r.mu) if o["time_shift_type"] == "exponential" else r.mu
+    return shift / (shift + (1 / sigmas - 1))

@@ -1,0 +1,195 @@
+"""An exported graph is the model it came from, or there is no bundle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import sdopt
+from sdopt.bundle import Bundle
+from sdopt.errors import BundleError, CheckpointError, ParityError, UsageError
+from sdopt.export import components, export, parity, trace
+from sdopt.export.source import open_checkpoint
+from tests.conftest import EMOJI_BUNDLE, EMOJI_CHECKPOINT, ROOT, sdopt as command
+
+
+def test_the_manifest_tells_where_a_bundle_came_from_and_how_well_it_matches(tiny_bundle: Path) -> None:
+    manifest = Bundle.open(tiny_bundle).manifest
+    assert manifest["family"] == "sd"
+    assert manifest["verified"] is True
+    assert manifest["source"] == {"folder": "checkpoint"}
+    assert set(manifest["versions"]) == {"sdopt", "torch", "diffusers", "transformers"}
+    assert manifest["scheduler"]["_class_name"] == "PNDMScheduler"
+    assert manifest["latents"] == {"channels": 4, "factor": 2, "scaling_factor": 0.7, "shift_factor": 0.0}
+    assert manifest["defaults"] == {"height": 24, "width": 24, "num_inference_steps": 50, "guidance_scale": 7.5}
+    for entry in manifest["components"].values():
+        sizes = [tuple(p["sizes"].items()) for p in entry["parity"]]
+        assert len(set(sizes)) == 2
+        assert all(p["psnr_db"] >= 80 and p["max_error"] < 1e-3 for p in entry["parity"])
+
+
+def test_inputs_outputs_and_their_dimensions_have_the_fields_names(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle)
+    found = {name: [*map(str, bundle.component(name).inputs), *map(str, bundle.component(name).outputs)] for name in bundle.components}
+    assert found == {
+        "text_encoder": ["input_ids int32 [batch, tokens]", "last_hidden_state float32 [batch, tokens, 20]"],
+        "unet": [
+            "sample float32 [batch, 4, latent_height, latent_width]",
+            "timestep float32 [batch]",
+            "encoder_hidden_states float32 [batch, tokens, 20]",
+            "noise_pred float32 [batch, 4, latent_height, latent_width]",
+        ],
+        "vae_decoder": [
+            "latent_sample float32 [batch, 4, latent_height, latent_width]",
+            "sample float32 [batch, 3, height, width]",
+        ],
+        "vae_encoder": [
+            "sample float32 [batch, 3, height, width]",
+            "mean float32 [batch, 4, latent_height, latent_width]",
+            "logvar float32 [batch, 4, latent_height, latent_width]",
+        ],
+    }
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "unet", "vae_decoder", "vae_encoder"])
+def test_graphs_are_valid_standard_onnx_without_a_trace_of_the_machine(name: str) -> None:
+    path = EMOJI_BUNDLE / f"{name}.onnx"
+    onnx.checker.check_model(str(path), full_check=False)
+    model = onnx.load(path, load_external_data=False)
+    assert {i.domain for i in model.opset_import} <= {"", "ai.onnx"}
+    assert not model.functions
+    assert not any(n.metadata_props or n.doc_string for n in model.graph.node)
+    text = path.read_bytes()
+    assert b"/home/" not in text
+    assert b"site-packages" not in text
+    assert str(ROOT).encode() not in text
+
+
+def test_a_float16_checkpoint_keeps_its_size_and_its_float32_interface() -> None:
+    model = onnx.load(EMOJI_BUNDLE / "unet.onnx", load_external_data=False)
+    assert {i.type.tensor_type.elem_type for i in model.graph.input} == {onnx.TensorProto.FLOAT}
+    weights = (EMOJI_CHECKPOINT / "unet/diffusion_pytorch_model.safetensors").stat().st_size
+    assert (EMOJI_BUNDLE / "unet.onnx.data").stat().st_size < 1.02 * weights
+
+
+def test_float32_weights_are_stored_as_they_are(tiny_bundle: Path) -> None:
+    manifest = Bundle.open(tiny_bundle).manifest
+    assert {c["weights"] for c in manifest["components"].values()} == {"float32"}
+
+
+def test_the_shipped_bundle_is_what_the_shipped_checkpoint_exports_to() -> None:
+    bundle = Bundle.open(EMOJI_BUNDLE)
+    with open_checkpoint(str(EMOJI_CHECKPOINT)) as checkpoint:
+        assert bundle.manifest["scheduler"] == checkpoint.config("scheduler")
+        for build in components.FAMILIES["sd"]:
+            part = build(checkpoint)
+            component = bundle.component(part.name)
+            assert (component.inputs, component.outputs) == (part.inputs, part.outputs)
+            parity.gate(part, parity.measure(part, component.graph))
+
+
+def test_opset_18_unverified_by_the_command(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    """Older parsers get the same picture; --no-verify is recorded; the command prints its table and the path."""
+    done = command("export", tiny_checkpoint, "-o", tmp_path / "old", "--opset", 18, "--no-verify")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'old'}\n"
+    lines = done.stderr.splitlines()
+    assert [line.split()[0] for line in lines[:5]] == ["component", "text_encoder", "unet", "vae_decoder", "vae_encoder"]
+    assert all(line.endswith("unverified") for line in lines[1:5])
+    manifest = Bundle.open(tmp_path / "old").manifest
+    assert manifest["verified"] is False
+    assert not any(c["parity"] for c in manifest["components"].values())
+    assert onnx.load(tmp_path / "old/unet.onnx", load_external_data=False).opset_import[0].version == 18
+    pictures = [
+        sdopt.load(b)("a", seed=1, num_inference_steps=3, output_type="np").images
+        for b in (tmp_path / "old", tiny_bundle)
+    ]
+    np.testing.assert_allclose(*pictures, atol=1e-4)
+
+
+def test_an_opset_that_cannot_be_written_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="opset 17; allowed are 18"):
+        export(tiny_checkpoint, tmp_path / "b", opset=17, report=lambda line: None)
+
+
+def test_below_the_parity_floor_nothing_is_written(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ParityError, match=r"text_encoder: the graph is not the model: .* dB.*floor is 199"):
+        export(tiny_checkpoint, tmp_path / "b", floor_db=199.9, report=lambda line: None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_with_one_changed_weight_fails_the_gate(tmp_path: Path) -> None:
+    with open_checkpoint(str(EMOJI_CHECKPOINT)) as checkpoint:
+        part = components.text_encoder(checkpoint)
+    graph = tmp_path / "text_encoder.onnx"
+    trace.save(trace.trace(part), graph)
+    parity.gate(part, parity.measure(part, graph))
+    next(part.module.parameters()).data.mul_(1.01)
+    with pytest.raises(ParityError, match="text_encoder"):
+        parity.gate(part, parity.measure(part, graph))
+
+
+def test_nan_in_an_output_never_passes_the_gate() -> None:
+    assert parity.psnr(np.ones(3), np.array([1, np.nan, 1])) == -np.inf
+    assert parity.psnr(np.ones(3), np.ones(3)) == 200
+    assert parity.psnr(np.array([10.0, 0]), np.array([10.0, 0.1 * 2**0.5])) == pytest.approx(40)
+
+
+def test_a_scheduler_that_cannot_be_a_table_is_refused_before_the_work(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    path = copy / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": "DDIMScheduler", "thresholding": True}))
+    with pytest.raises((UsageError, CheckpointError), match="thresholding"):
+        export(copy, tmp_path / "b", report=lambda line: None)
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_existing_target_is_refused_before_the_work(tiny_bundle: Path) -> None:
+    with pytest.raises(BundleError, match="exists already"):
+        export("no/such-model", tiny_bundle)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_export_leaves_no_bundle(tiny_checkpoint: Path, tmp_path: Path, signal_number: signal.Signals) -> None:
+    target = tmp_path / "b"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sdopt", "export", str(tiny_checkpoint), "-o", str(target)],
+        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ},
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".b.tmp-*/text_encoder.onnx.data")) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal_number)
+    code = process.wait(60)
+    assert not target.exists()
+    if signal_number == signal.SIGINT:
+        assert code == 130
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["nothing/at/all"], 3, "there is no such folder or file"),
+        (["owner/name", "--offline"], 3, "not in the local cache"),
+        (["model.ckpt"], 3, "pickle checkpoint"),
+        ([EMOJI_CHECKPOINT, "--opset", "9"], 2, "opset 9"),
+    ],
+)
+def test_the_command_fails_with_its_exit_code_and_a_sentence(arguments: list, code: int, message: str, tmp_path: Path) -> None:
+    done = command("export", *arguments, "-o", tmp_path / "b")
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "b").exists()
