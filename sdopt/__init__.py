@@ -46,7 +46,7 @@ _HOME = {
     "ParityError": "errors",
     "NumericsError": "errors",
 }
-__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+__all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,12 +17,12 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 from sdopt.errors import BundleError, choices
 from sdopt.specs import TensorSpec
@@ -124,10 +124,11 @@ def read_manifest(folder: Path) -> Mapping[str, Any]:
     if path.is_symlink() or path.stat().st_size > MAX_MANIFEST_BYTES:
         raise BundleError(f"{path} is a link or larger than {MAX_MANIFEST_BYTES} bytes; refusing to read it")
     try:
-        manifest = json.loads(path.read_bytes(), object_pairs_hook=_unique, parse_constant=_no_constant)
+        manifest: Any = json.loads(path.read_bytes(), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is not valid JSON: {error}") from error
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    manifest = cast(dict[str, Any], manifest if isinstance(manifest, dict) else {})
+    version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise BundleError(
             f"{path} has format_version {version!r}; this sdopt reads {FORMAT_VERSION}. "
@@ -174,7 +175,7 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
 
 def _check_hashes(folder: Path, files: Mapping[str, Any]) -> None:
     with ThreadPoolExecutor(max_workers=4) as pool:
-        digests = pool.map(lambda name: sha256(folder / name), files)
+        digests = pool.map(sha256, [folder / name for name in files])
         for name, digest in zip(files, digests, strict=True):
             if digest != files[name].get("sha256"):
                 raise BundleError(
@@ -201,7 +202,7 @@ def refuse_existing(target: Path, force: bool) -> None:
 
 
 @contextmanager
-def new_folder(target: Path, *, force: bool = False, needed_bytes: int = 0) -> Iterator[Path]:
+def new_folder(target: Path, *, force: bool = False, needed_bytes: int = 0) -> Generator[Path]:
     """A temporary folder beside `target` that takes its name, by one rename, when the block ends well.
 
     A block that raises, or a process that is killed, leaves nothing under the name of `target`.

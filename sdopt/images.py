@@ -7,7 +7,7 @@ import os
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -21,12 +21,14 @@ MAX_CHUNK_BYTES = 1 << 20
 
 def to_unit(decoded: Array) -> Array:
     """The pictures as float32 [batch, height, width, 3] in 0..1, as diffusers' `output_type="np"`."""
-    return np.clip(decoded * np.float32(0.5) + np.float32(0.5), 0, 1).transpose(0, 2, 3, 1)
+    pictures: Array = np.clip(decoded * np.float32(0.5) + np.float32(0.5), 0, 1)
+    return np.transpose(pictures, (0, 2, 3, 1))
 
 
 def to_pil(decoded: Array) -> list[Image.Image]:
     """The pictures as PIL images, rounded as diffusers rounds."""
-    return [Image.fromarray(picture) for picture in (to_unit(decoded) * 255).round().astype(np.uint8)]
+    pixels: Array = np.round(to_unit(decoded) * 255).astype(np.uint8)
+    return [Image.fromarray(picture) for picture in pixels]
 
 
 def save_png(image: Image.Image, path: str | os.PathLike[str], parameters: Mapping[str, Any] | None = None) -> None:
@@ -53,7 +55,7 @@ def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises: UsageError if it is not such a PNG.
     """
     try:
-        with Image.open(path, formats=("PNG",)) as image:
+        with cast(Any, Image).open(path, formats=("PNG",)) as image:
             text = image.info.get("sdopt")
         if not isinstance(text, str) or len(text) > MAX_CHUNK_BYTES:
             raise ValueError("no 'sdopt' text in it")

@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -103,6 +103,7 @@ class Pipeline:
         if output_type not in OUTPUT_TYPES:
             raise UsageError(f"output_type = {output_type!r}; allowed are {choices(output_type, OUTPUT_TYPES)}")
         plan = make_plan(self.bundle, prompt, options)
+        sample = np.empty(0, np.float32)
         for step in self.steps(plan):
             if callback_on_step_end is not None:
                 changed = callback_on_step_end(self, step.index, step.timestep, {"latents": step.sample}) or {}
@@ -212,8 +213,8 @@ class Denoiser:
         if self._halves == 1:
             return outputs[0]
         uncond, cond = outputs if copies == 1 else (outputs[0][: self._images], outputs[0][self._images :])
-        with np.errstate(invalid="ignore", over="ignore"):  # the loop refuses what is not finite, with step and component
-            return uncond + self._scale * (cond - uncond)
+        with np.errstate(invalid="ignore", over="ignore"):  # the loop names component and step of what is not finite
+            return cast(Array, uncond + self._scale * (cond - uncond))
 
 
 def _refuse_nan(array: Array, where: str) -> None:

@@ -6,7 +6,7 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from sdopt.bundle import Bundle
 from sdopt.errors import UsageError
@@ -76,7 +76,9 @@ def make_plan(bundle: Bundle, prompt: str | Sequence[str] | None, options: Optio
     """
     unknown = set(options) - set(Options.__annotations__)
     if unknown:
-        raise UsageError(f"unknown argument {', '.join(sorted(unknown))}; there are {', '.join(Options.__annotations__)}")
+        raise UsageError(
+            f"unknown argument {', '.join(sorted(unknown))}; there are {', '.join(Options.__annotations__)}"
+        )
     defaults: Mapping[str, Any] = bundle.manifest["defaults"]
     embeds, negative_embeds = options.get("prompt_embeds"), options.get("negative_prompt_embeds")
     each = _whole("num_images_per_prompt", options.get("num_images_per_prompt", 1), 1, MAX_IMAGES)
@@ -112,6 +114,10 @@ def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
+def _list(value: Any) -> list[Any]:
+    return list(cast(Sequence[Any], value)) if isinstance(value, (list, tuple)) else []
+
+
 def _whole(name: str, value: Any, low: int, high: int = 1 << 31) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise UsageError(f"{name} = {value!r}; allowed are whole numbers from {low} to {high}")
@@ -133,8 +139,8 @@ def _size(name: str, value: Any, factor: int) -> int:
 
 
 def _prompts(name: str, value: Any, each: int) -> tuple[str, ...]:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(t, str) for t in texts):
+    texts: list[Any] = [value] if isinstance(value, str) else _list(value)
+    if not texts or not all(isinstance(text, str) for text in texts):
         raise UsageError(f"{name} = {value!r}; allowed are a text or a list of texts")
     if len(texts) * each > MAX_IMAGES:
         raise UsageError(f"{len(texts) * each} images in one call; allowed are {MAX_IMAGES}. Call more than once.")
@@ -146,7 +152,9 @@ def _negatives(value: Any, images: int, each: int) -> tuple[str, ...]:
         return (value or "",) * images
     negatives = _prompts("negative_prompt", value, each)
     if len(negatives) != images:
-        raise UsageError(f"{len(negatives) // each} negative prompts for {images // each} prompts; give one, or as many")
+        raise UsageError(
+            f"{len(negatives) // each} negative prompts for {images // each} prompts; give one, or as many"
+        )
     return negatives
 
 
@@ -154,7 +162,7 @@ def _seeds(value: Any, images: int) -> tuple[int, ...]:
     if value is None:
         value = secrets.randbits(32)
     if isinstance(value, (list, tuple)):
-        seeds = tuple(_whole("seed", seed, 0, 2**64 - 1) for seed in value)
+        seeds = tuple(_whole("seed", seed, 0, 2**64 - 1) for seed in _list(value))
         if len(seeds) != images:
             raise UsageError(f"seed: {len(seeds)} seeds for {images} images; give one seed, or one per image")
         return seeds

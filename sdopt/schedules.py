@@ -1,7 +1,7 @@
 """Noise schedules: betas -> alpha_bar -> sigmas, spacings of timesteps, and sigma schedules.
 
-Trained numbers (betas, alpha_bar, their sigmas) are float32 and computed as torch computes them, because a checkpoint was
-trained and is used with those roundings; everything derived from them is float64.
+Trained numbers (betas, alpha_bar, their sigmas) are float32 and computed as torch computes them, because a checkpoint
+was trained and is used with those roundings; everything derived from them is float64.
 
     alpha_bar   the share of signal variance left at timestep t: x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise
     sigma       sqrt(1 - alpha_bar) / sqrt(alpha_bar), the noise level when the signal is scaled to 1
@@ -35,7 +35,7 @@ def linspace32(start: float, end: float, n: int) -> Float32:
     if n == 1:
         return np.array([start], dtype=np.float32)
     first, last = np.float32(start), np.float32(end)
-    step = float((last - first) / np.float32(n - 1))
+    step = float(np.divide(np.subtract(last, first), np.float32(n - 1)))
     i = np.arange(n)
     up, down = np.float64(first) + step * i, np.float64(last) - step * (n - 1 - i)
     return np.where(i < n // 2, up, down).astype(np.float32)
@@ -61,7 +61,7 @@ def _betas_of(alpha_bar_at: Callable[[float], float], n: int) -> Float32:
 
 
 def _sigmoid(start: float, end: float, n: int) -> Float32:
-    wave: Float32 = 1 / (1 + np.exp(-linspace32(-6, 6, n)))
+    wave = np.asarray(1 / (1 + np.exp(-linspace32(-6, 6, n))), dtype=np.float32)
     return np.asarray(wave * np.float32(end - start) + np.float32(start), dtype=np.float32)
 
 
@@ -136,7 +136,9 @@ def sigmas_of(values: Float32) -> Float32:
 # ------------------------------------------------------------------------------------------- which timesteps
 
 
-def spaced(n: int, spacing: str, train: int, offset: int = 0, *, fence: bool = False, last: int | None = None) -> Float64:
+def spaced(
+    n: int, spacing: str, train: int, offset: int = 0, *, fence: bool = False, last: int | None = None
+) -> Float64:
     """`n` timesteps from high to low; unrounded where they fall between (the samplers that need integers round them).
 
     leading    0, r, 2r, ... with r = train // n, plus `offset`; the noisiest timesteps are never visited
@@ -193,7 +195,10 @@ def beta(high: float, low: float, n: int) -> Float64:
 
 
 def uniform_lambda(log_high: float, log_low: float, n: int) -> Float64:
-    """Sigmas with equal strides of the log signal-to-noise ratio. Ref: Lu et al. 2022, arXiv:2206.00927, section 3.4."""
+    """Sigmas with equal strides of the log signal-to-noise ratio.
+
+    Ref: Lu et al. 2022, arXiv:2206.00927, section 3.4.
+    """
     return np.exp(log_high + np.linspace(0, 1, n) * (log_low - log_high))
 
 

@@ -1,4 +1,4 @@
-"""Real parts for the tests: the embedded model, and a tiny pipeline with odd channel counts, exported once a session."""
+"""Real parts for the tests: the embedded model, and a tiny pipeline with odd channel counts, exported once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ def make_tiny_checkpoint(folder: Path, **scheduler: object) -> Path:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     torch.manual_seed(0)
-    words = ["<|startoftext|>", "<|endoftext|>", *"abcdefghijklmnopqrstuvwxyz", *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz")]
+    words = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *"abcdefghijklmnopqrstuvwxyz",
+        *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz"),
+    ]
     words += ["ap", "app", "appl", "apple</w>"]
     vocab = {word: i for i, word in enumerate(words)}
     merges = [("a", "p"), ("ap", "p"), ("app", "l"), ("appl", "e</w>")]

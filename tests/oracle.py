@@ -43,7 +43,8 @@ def scheduler_like(config: Mapping[str, Any], sampler: str | None) -> Any:
     import diffusers
 
     entry, options, _ = resolve(config, sampler)
-    stated = {**config, **{k: options[k] for k in entry.forced}, "clip_sample": False, "_class_name": entry.diffusers}
+    forced = {key: options[key] for key in entry.forced}
+    stated = {**config, **forced, "clip_sample": False, "_class_name": entry.diffusers}
     key = json.dumps(stated, sort_keys=True)
     if key not in _MADE:
         diffusers.utils.logging.set_verbosity_error()
@@ -162,7 +163,7 @@ def compare(
         begin = len(scheduler.timesteps) - len(table)
         init = float(getattr(scheduler, "init_noise_sigma", 1.0))
         start = _start(scheduler, begin, torch)
-        theirs = run_diffusers(scheduler, begin, double=double, eta=eta)
+        theirs = run_diffusers(scheduler, begin, double=double, eta=eta or 0.0)
     ours = run_table(table, theirs.samples.shape[1])
     return Verdict(
         map=max(deviation(ours.samples, theirs.samples), deviation(ours.inputs, theirs.inputs)),

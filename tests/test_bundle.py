@@ -23,7 +23,9 @@ MINIMAL = {
         "unet": {
             "graph": "unet.onnx",
             "inputs": [{"name": "sample", "dtype": "float32", "shape": ["batch", 4, "latent_height", "latent_width"]}],
-            "outputs": [{"name": "noise_pred", "dtype": "float32", "shape": ["batch", 4, "latent_height", "latent_width"]}],
+            "outputs": [
+                {"name": "noise_pred", "dtype": "float32", "shape": ["batch", 4, "latent_height", "latent_width"]}
+            ],
         }
     },
 }
@@ -166,13 +168,14 @@ def test_a_block_that_fails_leaves_no_trace(tmp_path: Path) -> None:
             (folder / "half").write_text("x")
             raise RuntimeError
 
-    pytest.raises(RuntimeError, fail)
+    with pytest.raises(RuntimeError):
+        fail()
     assert not list(tmp_path.iterdir())
 
 
 def test_an_existing_bundle_is_replaced_only_with_force(tmp_path: Path) -> None:
     target = minimal_bundle(tmp_path / "b")
-    with pytest.raises(BundleError, match="exists already.*--force"), new_folder(target):
+    with pytest.raises(BundleError, match=r"exists already.*--force"), new_folder(target):
         pass
     with new_folder(target, force=True) as folder:
         (folder / "manifest.json").write_text("new")
@@ -182,13 +185,19 @@ def test_an_existing_bundle_is_replaced_only_with_force(tmp_path: Path) -> None:
 def test_force_never_replaces_a_folder_that_is_not_a_bundle(tmp_path: Path) -> None:
     (tmp_path / "holiday").mkdir()
     (tmp_path / "holiday/photo.jpg").write_text("dear")
-    with pytest.raises(BundleError, match="not a bundle; it is not replaced"), new_folder(tmp_path / "holiday", force=True):
+    with (
+        pytest.raises(BundleError, match="not a bundle; it is not replaced"),
+        new_folder(tmp_path / "holiday", force=True),
+    ):
         pass
     assert (tmp_path / "holiday/photo.jpg").exists()
 
 
 def test_a_full_disk_is_said_before_the_work_starts(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"GB free, about .* needed"), new_folder(tmp_path / "b", needed_bytes=1 << 60):
+    with (
+        pytest.raises(BundleError, match=r"GB free, about .* needed"),
+        new_folder(tmp_path / "b", needed_bytes=1 << 60),
+    ):
         pass
     assert not list(tmp_path.iterdir())
 

@@ -29,7 +29,9 @@ def test_generate_writes_a_picture_and_prints_its_path(tmp_path: Path) -> None:
 
 
 def test_json_tells_all_that_makes_each_picture_again(tmp_path: Path) -> None:
-    done = sdopt("generate", "a cat", "-n", 2, "--steps", 2, "--seed", 7, "--size", "96x64", "--json", "-o", tmp_path / "c.png")
+    done = sdopt(
+        "generate", "a cat", "-n", 2, "--steps", 2, "--seed", 7, "--size", "96x64", "--json", "-o", tmp_path / "c.png"
+    )
     result = json.loads(done.stdout)
     assert [Path(i["path"]).name for i in result["images"]] == ["c-0.png", "c-1.png"]
     assert [i["seed"] for i in result["images"]] == [7, 8]
@@ -133,6 +135,8 @@ def test_inspect_shows_components_sizes_parity_and_provenance() -> None:
 
 def test_help_is_quick_to_import_and_lists_every_command() -> None:
     code = "import sys; from sdopt.cli import _parser, COMMANDS; text = _parser(None).format_help()\n"
-    code += "assert all(c in text for c in COMMANDS); assert not {'numpy', 'PIL', 'onnxruntime', 'tqdm'} & set(sys.modules)"
+    code += (
+        "assert all(c in text for c in COMMANDS); assert not {'numpy', 'PIL', 'onnxruntime', 'tqdm'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     assert "PROMPT" in sdopt("generate", "--help").stdout

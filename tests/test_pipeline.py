@@ -94,7 +94,11 @@ def test_a_named_sampler_is_the_diffusers_scheduler_of_that_name(pair: Any, samp
     theirs.scheduler = getattr(diffusers, f"{names[sampler]}Scheduler").from_config(own.config, clip_sample=False)
     try:
         expected = theirs(
-            "a cat", generator=torch.Generator("cpu").manual_seed(3), num_inference_steps=9, output_type="np", guidance_scale=2.0
+            "a cat",
+            generator=torch.Generator("cpu").manual_seed(3),
+            num_inference_steps=9,
+            output_type="np",
+            guidance_scale=2.0,
         ).images
     finally:
         theirs.scheduler = own
@@ -222,7 +226,9 @@ def test_guidance_is_uncond_plus_scale_times_the_difference() -> None:
     class Echo(FakeEngine):
         def __call__(self, **arrays: Array) -> dict[str, Array]:
             self.calls.append(arrays)
-            return {"noise_pred": arrays["sample"] * 0 + arrays["encoder_hidden_states"].mean((1, 2))[:, None, None, None]}
+            return {
+                "noise_pred": arrays["sample"] * 0 + arrays["encoder_hidden_states"].mean((1, 2))[:, None, None, None]
+            }
 
     cond, uncond = np.full((2, 3, 4), 5, np.float32), np.full((2, 3, 4), 1, np.float32)
     for batch, calls in ((2, 1), (1, 2)):
@@ -270,7 +276,9 @@ def test_a_component_can_be_released_and_comes_back(emoji: sdopt.Pipeline) -> No
     ],
     ids=lambda v: str(v)[:40],
 )
-def test_a_wrong_argument_is_named_with_its_value_and_what_is_allowed(emoji: sdopt.Pipeline, options: Any, message: str) -> None:
+def test_a_wrong_argument_is_named_with_its_value_and_what_is_allowed(
+    emoji: sdopt.Pipeline, options: Any, message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         emoji("a cat", **options)
 

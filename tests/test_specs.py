@@ -26,7 +26,10 @@ def test_named_dimensions_are_read_off_the_arrays() -> None:
     [
         ({"sample": zeros(2, 4, 8, 6)}, "unet: missing input timestep; it takes sample, timestep"),
         ({"sample": zeros(2, 4, 8, 6), "timestep": zeros(2), "t": zeros(2)}, "unet: unknown input t"),
-        ({"sample": zeros(2, 4, 8, 6, dtype="float64"), "timestep": zeros(2)}, r"got float64 .*sample.astype\(np.float32\)"),
+        (
+            {"sample": zeros(2, 4, 8, 6, dtype="float64"), "timestep": zeros(2)},
+            r"got float64 .*sample.astype\(np.float32\)",
+        ),
         ({"sample": zeros(2, 3, 8, 6), "timestep": zeros(2)}, r"got float32 \[2, 3, 8, 6\]; it takes .* with 4"),
         ({"sample": zeros(2, 4, 8), "timestep": zeros(2)}, "it takes 4 dimensions"),
         ({"sample": zeros(2, 4, 8, 6), "timestep": zeros(1)}, r"'timestep': got float32 \[1\]; .* batch = 2"),

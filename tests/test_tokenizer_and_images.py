@@ -46,7 +46,9 @@ def test_old_checkpoints_with_vocab_and_merges_only_get_the_same_tokenizer(tmp_p
     shutil.copytree(EMOJI_CHECKPOINT / "tokenizer", folder)
     (folder / "tokenizer.json").unlink()
     assert Checkpoint(tmp_path, "sd").tokenizer()(PROMPTS[1])["input_ids"] == [
-        i for i in Tokenizer(EMOJI_BUNDLE / ENTRY["file"], ENTRY)([PROMPTS[1]])[0].tolist() if i != ENTRY["pad_token_id"]
+        i
+        for i in Tokenizer(EMOJI_BUNDLE / ENTRY["file"], ENTRY)([PROMPTS[1]])[0].tolist()
+        if i != ENTRY["pad_token_id"]
     ] + [ENTRY["eos_token_id"]]
 
 

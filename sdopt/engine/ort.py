@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
-import onnxruntime as ort
+import onnxruntime
 
 from sdopt.bundle import Bundle, Component
 from sdopt.errors import BackendError, BundleError, UsageError
 from sdopt.specs import Array, TensorSpec, check_inputs
 
+ort = cast(Any, onnxruntime)  # its bindings are not typed
 ONNX_TYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -60,10 +61,10 @@ class OrtEngine:
 
 
 def _session(graph: Path, threads: int | None) -> Any:
-    options: Any = ort.SessionOptions()
+    options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or usable_cores()
-    available: list[str] = ort.get_available_providers()  # pyright: ignore[reportUnknownMemberType]
+    available = ort.get_available_providers()
     providers = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in available]
     try:
         return ort.InferenceSession(graph, options, providers=providers)

@@ -1,10 +1,10 @@
 """Export: a diffusers checkpoint into a Bundle. The only side of sdopt that imports torch.
 
-    source      opens and checks the checkpoint
-    components  what is traced, family by family
-    trace       torch to ONNX
-    parity      the gate that every graph has to pass
-    probe       a diffusers scheduler into its sampler table
+source      opens and checks the checkpoint
+components  what is traced, family by family
+trace       torch to ONNX
+parity      the gate that every graph has to pass
+probe       a diffusers scheduler into its sampler table
 """
 
 from __future__ import annotations
@@ -49,9 +49,12 @@ def export(
     """
     target = Path(target)
     refuse_existing(target, force)
-    with open_checkpoint(
-        os.fspath(source), revision=revision, variant=variant, offline=offline, config=config
-    ) as checkpoint, new_folder(target, force=force, needed_bytes=checkpoint.nbytes) as folder:
+    with (
+        open_checkpoint(
+            os.fspath(source), revision=revision, variant=variant, offline=offline, config=config
+        ) as checkpoint,
+        new_folder(target, force=force, needed_bytes=checkpoint.nbytes) as folder,
+    ):
         manifest = describe(checkpoint)
         report(HEADER)
         for build in components.FAMILIES[checkpoint.family]:
@@ -81,7 +84,10 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "family": checkpoint.family,
         "source": {key: value for key, value in checkpoint.provenance.items() if value is not None},
-        "versions": {"sdopt": __version__, **{p: importlib.metadata.version(p) for p in ("torch", "diffusers", "transformers")}},
+        "versions": {
+            "sdopt": __version__,
+            **{p: importlib.metadata.version(p) for p in ("torch", "diffusers", "transformers")},
+        },
         "scheduler": scheduler,
         "prediction_type": scheduler.get("prediction_type", "epsilon"),
         "latents": {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -49,9 +49,9 @@ class Part:
     def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """What PyTorch computes in float32: the reference of the parity gate."""
         with torch.inference_mode():
-            given = [torch.from_numpy(arrays[s.name]) for s in self.inputs]  # pyright: ignore[reportUnknownMemberType]
+            given = [torch.from_numpy(arrays[s.name]) for s in self.inputs]
             result = self.module(*given)
-        tensors = result if isinstance(result, tuple) else (result,)
+        tensors = cast(tuple[Any, ...], result if isinstance(result, tuple) else (result,))
         return {spec.name: tensor.numpy() for spec, tensor in zip(self.outputs, tensors, strict=True)}
 
 
@@ -147,7 +147,11 @@ def vae_decoder(checkpoint: Checkpoint) -> Part:
     return Part(
         "vae_decoder",
         VaeDecoder(checkpoint.load("vae")),
-        (TensorSpec("latent_sample", "float32", ("batch", config["latent_channels"], "latent_height", "latent_width")),),
+        (
+            TensorSpec(
+                "latent_sample", "float32", ("batch", config["latent_channels"], "latent_height", "latent_width")
+            ),
+        ),
         (TensorSpec("sample", "float32", ("batch", config["out_channels"], "height", "width")),),
         LATENT_SIZES,
         {},

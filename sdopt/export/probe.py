@@ -1,11 +1,11 @@
 """The table of any linear diffusers scheduler, found by running it.
 
-A scheduler that is linear in (sample, model outputs, noise) is known once it has been run on one-hot vectors: the first
-sample is e0, the i-th model output e(1+i), the j-th noise its own vector; every sample that comes back is then the list of
-its own coefficients. A second run on random vectors, which must give what those coefficients say, tells whether the
-scheduler is linear at all.
+A scheduler that is linear in (sample, model outputs, noise) is known once it has been run on one-hot vectors: the
+first sample is e0, the i-th model output e(1+i), and every noise has a vector of its own; each sample that comes back
+is then the list of its own coefficients. A second run, on random vectors, must give what those coefficients say: it
+tells whether the scheduler is linear at all.
 
-The run is in float64, with the schedule's numbers as set_timesteps made them, so no rounding of steps is in the table.
+The runs are in float64, on the schedule's numbers as set_timesteps made them, so no step's rounding is in the table.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _double_default() -> Generator[None]:
 
 
 def probe(scheduler: Any, steps: int, *, begin: int = 0) -> SamplerTable:
-    """The table of a diffusers scheduler for `steps` steps, skipping the first `begin` timesteps as image to image does.
+    """The table of a diffusers scheduler for `steps` steps, without the first `begin` timesteps as in image to image.
 
     What it keeps is whichever of the model output, the clean sample and the noise needs the shortest history.
 
@@ -139,8 +139,8 @@ def _refuse_nonlinear(scheduler: Any, name: str, begin: int, seen: Observation, 
         step = int(np.argmax(~(error < 1e-6))) - 1
         raise CheckpointError(
             f"{name} is not linear: on random vectors, call {step} is off by {error[step + 1]:.1%} of what its "
-            "coefficients say. Look for thresholding, clip_sample or a learned variance in scheduler_config.json and set it "
-            "to false, or name another sampler."
+            "coefficients say. Look for thresholding, clip_sample or a learned variance in scheduler_config.json and "
+            "set it to false, or name another sampler."
         )
 
 

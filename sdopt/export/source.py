@@ -10,11 +10,11 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -62,7 +62,9 @@ class Checkpoint:
         from transformers import CLIPTextModel
 
         _silence()
-        model_class: Any = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}[component]
+        model_class: Any = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}[
+            component
+        ]
         options = {"torch_dtype": torch.float32} if component != "text_encoder" else {"dtype": torch.float32}
         try:
             model = model_class.from_pretrained(
@@ -74,9 +76,9 @@ class Checkpoint:
 
     def tokenizer(self) -> Any:
         """The transformers tokenizer, backed by the `tokenizers` library."""
-        from transformers import CLIPTokenizerFast
+        from transformers import CLIPTokenizer
 
-        return CLIPTokenizerFast.from_pretrained(self.folder / "tokenizer", local_files_only=True)  # pyright: ignore
+        return cast(Any, CLIPTokenizer).from_pretrained(self.folder / "tokenizer", local_files_only=True)
 
     def weight_files(self, component: str) -> list[Path]:
         """The safetensors files of a component: one, or the shards of its index."""
@@ -102,7 +104,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     if not isinstance(entry, dict):
         raise CheckpointError(f"{path}: holds {type(entry).__name__}, not a JSON object")
-    return entry
+    return cast(dict[str, Any], entry)
 
 
 @contextmanager
@@ -113,7 +115,7 @@ def open_checkpoint(
     variant: str | None = None,
     offline: bool = False,
     config: str | None = None,
-) -> Iterator[Checkpoint]:
+) -> Generator[Checkpoint]:
     """The checkpoint that `source` names: a folder, a file, or else an id on the hub.
 
     Raises: CheckpointError with what is wrong and what to do.
@@ -150,7 +152,7 @@ def open_folder(folder: Path, variant: str | None, provenance: Mapping[str, Any]
     for component, entry in index.items():
         if component.startswith("_") or component in NOT_USED or not isinstance(entry, list):
             continue
-        pair = tuple(map(str, entry))
+        pair = tuple(map(str, cast(list[Any], entry)))
         if pair not in KNOWN.get(component, ()):
             allowed = [".".join(p) for p in KNOWN.get(component, ())] or ["nothing under this name"]
             raise CheckpointError(
@@ -180,16 +182,15 @@ def _check_weights(checkpoint: Checkpoint, component: str) -> None:
 
 def _download(repo_id: str, revision: str | None, variant: str | None, offline: bool) -> Path:
     """The folder of a hub snapshot: the configurations, and the weights of one variant."""
-    from huggingface_hub import snapshot_download
+    import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     dot = f".{variant}" if variant else ""
     weights = [f"{c}/*model{dot}{part}.safetensors" for c in WEIGHTED for part in ("", "-*-of-*")]
     patterns = ["model_index.json", "generation_config.json", "*/*.json", "*/merges.txt", *weights]
     try:
-        return Path(
-            snapshot_download(repo_id, revision=revision, allow_patterns=patterns, local_files_only=offline)
-        )
+        download = cast(Any, huggingface_hub).snapshot_download
+        return Path(download(repo_id, revision=revision, allow_patterns=patterns, local_files_only=offline))
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
             f"{repo_id} is not in the local cache, and the hub cannot be asked (offline, or no connection). "
@@ -216,7 +217,7 @@ def _unpack_single_file(path: Path, folder: Path, config: str | None, offline: b
 
     _silence()
     try:
-        with safe_open(path, "pt") as weights:
+        with cast(Any, safe_open)(path, "pt") as weights:
             kinds = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
@@ -224,7 +225,7 @@ def _unpack_single_file(path: Path, folder: Path, config: str | None, offline: b
     local = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     options: dict[str, Any] = {"config": config} if config else {}
     try:
-        pipeline: Any = StableDiffusionPipeline.from_single_file(  # pyright: ignore[reportUnknownMemberType]
+        pipeline: Any = StableDiffusionPipeline.from_single_file(
             str(path), torch_dtype=dtype, local_files_only=local, safety_checker=None, **options
         )
     except Exception as error:  # diffusers raises whatever its parts raise

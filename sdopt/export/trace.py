@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def trace(part: Part, opset: int = 23) -> ir.Model:
     if opset not in OPSETS:
         raise UsageError(f"opset {opset}; allowed are {', '.join(map(str, OPSETS))}")
     arrays = part.example(part.sizes[0])
-    inputs = tuple(torch.from_numpy(arrays[s.name]) for s in part.inputs)  # pyright: ignore[reportUnknownMemberType]
+    inputs = tuple(torch.from_numpy(arrays[s.name]) for s in part.inputs)
     try:
         with _quiet(), torch.no_grad():
             traced = torch.export.export(
@@ -116,9 +116,11 @@ def _name_dimensions(model: ir.Model, part: Part) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Keep the exporter's progress and warnings off the terminal; errors still raise."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx", "torch.export", "torch.utils", "onnxscript")]
+    loggers = [
+        logging.getLogger(name) for name in ("torch.onnx", "torch.fx", "torch.export", "torch.utils", "onnxscript")
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sdopt.samplers.registry import SAMPLERS, SCHEDULES, Sampler, find_sampler, resolve, sampler_table
+from sdopt.samplers.registry import SAMPLERS, SCHEDULES, Sampler, find_sampler
+from sdopt.samplers.resolve import resolve, sampler_table
 from sdopt.samplers.table import SamplerTable
 
 __all__ = ["SAMPLERS", "SCHEDULES", "Sampler", "SamplerTable", "find_sampler", "resolve", "sampler_table"]

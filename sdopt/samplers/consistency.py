@@ -45,7 +45,7 @@ def tcd(r: Request) -> SamplerTable:
 
     Ref: Zheng et al. 2024, arXiv:2402.19159, algorithm 4 (strategic stochastic sampling; eta is its gamma).
     """
-    eta = 0.3 if r.eta is None else r.eta
+    eta = r.eta or 0.0
     alpha_bar, timesteps = schedules.alpha_bar(r.options).astype(np.float64), distilled_timesteps(r)
     rows, n = Rows(r), len(timesteps)
     for k in range(r.begin, n):
@@ -77,7 +77,8 @@ def distilled_timesteps(r: Request) -> NDArray[np.int64]:
     original = int(r.options["original_inference_steps"])
     if r.steps > original or original > r.train:
         raise UsageError(
-            f"{r.name}: {r.steps} steps of {original} original_inference_steps of {r.train}; it takes {original} or fewer."
+            f"{r.name}: {r.steps} steps are too many; the model was distilled on original_inference_steps {original} "
+            f"of {r.train} timesteps. Use {min(original, r.train)} or fewer."
         )
     grid = np.arange(1, original + 1) * (r.train // original) - 1
     return grid[::-1][np.floor(np.linspace(0, original, r.steps, endpoint=False)).astype(np.int64)]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdopt import schedules
-from sdopt.errors import UsageError
+from sdopt.errors import UsageError, choices
 from sdopt.samplers.grids import integer_grid
 from sdopt.samplers.prediction import X, clean_of, noise_of
 from sdopt.samplers.rows import Request, Rows
@@ -45,7 +45,10 @@ def ddim(r: Request) -> SamplerTable:
 
 
 def ddpm(r: Request) -> SamplerTable:
-    """DDPM's table: the posterior mean and a fixed variance. Ref: Ho et al. 2020, arXiv:2006.11239, equations 6 and 7."""
+    """DDPM's table: the posterior mean and a fixed variance.
+
+    Ref: Ho et al. 2020, arXiv:2006.11239, equations 6 and 7.
+    """
     alpha_bar, timesteps = _alpha_bar(r), integer_grid(r)
     rows = Rows(r)
     for k, t in enumerate(timesteps[r.begin :], start=r.begin):
@@ -67,7 +70,8 @@ def _std(variance_type: str, beta: float, posterior: float) -> float:
         return math.sqrt(max(posterior, 1e-20))
     if variance_type == "fixed_large":
         return math.sqrt(beta)
-    raise UsageError(f"variance_type {variance_type!r} is unknown; use one of fixed_small, fixed_small_log, fixed_large.")
+    known = ("fixed_small", "fixed_small_log", "fixed_large")
+    raise UsageError(f"variance_type {variance_type!r} is unknown; use one of {choices(str(variance_type), known)}.")
 
 
 def _alpha_bar(r: Request) -> Float64:

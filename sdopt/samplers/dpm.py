@@ -1,7 +1,7 @@
 """DPM-Solver and DPM-Solver++, multistep and singlestep, deterministic and stochastic, orders 1 to 3.
 
-Every formula is written with e = exp(-h) = (sigma_t / alpha_t) / (sigma_s / alpha_s), which is 0 (and h infinite) at the last
-step to sigma 0, so no limit needs a special case.
+lambda = log(alpha / sigma) is half the log signal-to-noise ratio; a step of h = lambda(t) - lambda(s) integrates the
+kept value against an exponential of lambda exactly. At the last step to sigma 0, h is infinite, and exp(-h) is 0.
 
 Ref: Lu et al. 2022, arXiv:2206.00927 (DPM-Solver); arXiv:2211.01095 (DPM-Solver++).
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def log_ratio(to: Level, start: Level) -> float:
 
 
 class Expansion:
-    """One exponential-integrator step from `start` to `to`: x' = scale x + first D0 + second D1 + third D2 + gain noise.
+    """One exponential-integrator step: x' = scale x + first D0 + second D1 + third D2 + gain noise.
 
     D0 is what was kept (the clean sample for ++, else the noise), D1 and D2 its divided differences in lambda.
     Ref: Lu et al. 2022, arXiv:2211.01095, appendix B and Table 5 (SDE variants).
@@ -72,7 +73,7 @@ class Expansion:
         return self._weight * (math.expm1(self._u) / self._u - 1)
 
     def third(self) -> float:
-        """The weight of D2. For the SDE, diffusers adds the half that it should subtract; so do we, to make its picture."""
+        """The weight of D2. For the SDE, diffusers has the half with the wrong sign; so do we, to make its picture."""
         u = self._u
         return self._weight * ((math.expm1(u) - u) / (u * u) - (-0.5 if self.sde else 0.5))
 
@@ -124,7 +125,7 @@ def multistep_table(
 ) -> SamplerTable:
     """The multistep rows over any grid of levels; `frame` replaces the usual conversion of model outputs (EDM)."""
     rows, frame = Rows(r), frame or vp_frame(r, level_at, algorithm)
-    h = [0.0, *(log_ratio(b, a) for a, b in zip(level_at, level_at[1:], strict=False))]
+    h = [0.0, *(log_ratio(b, a) for a, b in pairwise(level_at))]
     for k in range(r.begin, len(grid)):
         refuse_standstill(r, grid, k)
         order = multistep_order(r.options, k, len(grid), k - r.begin) if h[k + 1] else 1
@@ -169,8 +170,8 @@ def refuse_standstill(r: Request, grid: Grid, k: int) -> None:
     """Raises: UsageError where a noise level is repeated before the end: the next step divides by their distance."""
     if grid.sigmas[k] == grid.sigmas[k + 1] and k + 1 < len(grid):
         raise UsageError(
-            f"{r.name}: steps {k} and {k + 1} have the same noise level {grid.sigmas[k]:g}; {len(grid)} steps are too many "
-            "for this schedule. Use fewer steps or another schedule."
+            f"{r.name}: steps {k} and {k + 1} have the same noise level {grid.sigmas[k]:g}; {len(grid)} steps are too "
+            "many for this schedule. Use fewer steps or another schedule."
         )
 
 
@@ -190,7 +191,8 @@ def solver_options(r: Request) -> tuple[str, str]:
         raise UsageError(f"solver_order {r.options['solver_order']!r}: {r.name} has orders 1, 2 and 3.")
     if not algorithm.endswith("++") and r.options["final_sigmas_type"] == "zero":
         raise UsageError(
-            f'algorithm_type {algorithm!r} cannot end at sigma 0; set final_sigmas_type "sigma_min", or use {algorithm}++.'
+            f"algorithm_type {algorithm!r} cannot end at sigma 0; "
+            f'set final_sigmas_type "sigma_min", or algorithm_type "{algorithm}++".'
         )
     if algorithm == "sde-dpmsolver" and int(r.options["solver_order"]) == 3:
         raise UsageError("algorithm_type 'sde-dpmsolver' has orders 1 and 2; use sde-dpmsolver++ for order 3.")
@@ -211,8 +213,8 @@ def dpm_singlestep(r: Request) -> SamplerTable:
     algorithm, solver = solver_options(r)
     if algorithm.startswith("sde"):
         raise UsageError(
-            f"algorithm_type {algorithm!r} cannot be used with {r.name}: a step would need the noise of the step before. "
-            "Use --sampler dpmpp_2m_sde."
+            f"algorithm_type {algorithm!r} cannot be used with {r.name}: a step would need the noise of the step "
+            "before. Use --sampler dpmpp_2m_sde."
         )
     grid, rows = solver_grid(r, spacing="linspace"), Rows(r)
     level_at, orders = levels(r, grid), block_orders(r)
@@ -225,7 +227,9 @@ def dpm_singlestep(r: Request) -> SamplerTable:
         began = began if order > 1 else np.array([1.0, 0.0, 0.0, 0.0])
         update = e.scale * began + np.array([0.0, *weights])
         clean, keep, c_in = frame(k)
-        rows.add(grid.timesteps[k], grid.sigmas[k], c_in=c_in, keep=keep, update=list(update[: order + 1]), denoised=clean)
+        rows.add(
+            grid.timesteps[k], grid.sigmas[k], c_in=c_in, keep=keep, update=list(update[: order + 1]), denoised=clean
+        )
         if k + 1 < len(grid):
             began = np.array([1.0, 0.0, *-weights[:2]]) / e.scale
     return rows.table(init_noise_sigma=1.0, start=level_at[r.begin])

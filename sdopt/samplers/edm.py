@@ -37,7 +37,10 @@ def edm_dpm(r: Request) -> SamplerTable:
     """DPM-Solver++ multistep's table on EDM's preconditioning."""
     algorithm, solver = solver_options(r)
     if not algorithm.endswith("++") or (algorithm.startswith("sde") and int(r.options["solver_order"]) == 3):
-        raise UsageError(f"{r.name} has algorithm_type dpmsolver++, and sde-dpmsolver++ up to order 2, not {algorithm!r}.")
+        raise UsageError(
+            f"{r.name} has algorithm_type dpmsolver++, and sde-dpmsolver++ up to solver_order 2, not {algorithm!r} "
+            f"of order {r.options['solver_order']}."
+        )
     grid = edm_grid(r)
 
     def frame(k: int) -> tuple[Pair, Pair, float]:

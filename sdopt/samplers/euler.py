@@ -1,4 +1,6 @@
-"""Euler's family: straight steps in the exploding frame, where x = clean + sigma * noise and c_in = 1 / sqrt(1 + sigma^2).
+"""Euler's family: straight steps in the exploding frame.
+
+There x = clean + sigma * noise, and c_in = 1 / sqrt(1 + sigma^2) gives the denoiser a sample of unit variance.
 
 Ref: Karras et al. 2022, arXiv:2206.00364, algorithm 1 and Table 1.
 """
@@ -92,6 +94,6 @@ def c_in(sigma: float) -> float:
 
 
 def widest(r: Request, grid: Grid) -> float:
-    """The standard deviation of the first sample; leading spacing does not start at pure noise, so it adds the image's."""
+    """The standard deviation of the first sample; leading spacing starts below pure noise and adds the image's."""
     sigma = float(grid.sigmas.max())
     return sigma if r.options["timestep_spacing"] in ("linspace", "trailing") else math.sqrt(sigma * sigma + 1)

@@ -1,8 +1,8 @@
 """Which timesteps and noise levels a sampler visits: the three families of diffusers' schedulers.
 
-    integer_grid   DDIM, DDPM, PNDM               timesteps are indices into alpha_bar
-    sigma_grid     Euler, LMS, Heun, KDPM2        timesteps may be fractional; sigmas end in 0
-    solver_grid    DPM-Solver, UniPC, DEIS        n + 1 fence posts, the last one dropped; timesteps are truncated to integers
+integer_grid   DDIM, DDPM, PNDM          timesteps are indices into alpha_bar
+sigma_grid     Euler, LMS, Heun, KDPM2   timesteps may be fractional; sigmas end in 0
+solver_grid    DPM-Solver, UniPC, DEIS   n + 1 fence posts, the last one dropped; timesteps truncated to integers
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -52,14 +53,14 @@ def custom_timesteps(request: Request, *, whole: bool) -> Sequence[float]:
     Raises: UsageError unless they fall strictly and lie in 0..num_train_timesteps - 1.
     """
     given = list(request.timesteps or ())
-    falling = all(a > b for a, b in zip(given, given[1:], strict=False))
+    falling = all(a > b for a, b in pairwise(given))
     inside = all(0 <= t <= request.train - 1 for t in given)
     integer = all(float(t).is_integer() for t in given)
     if not given or not falling or not inside or (whole and not integer):
         kind = "whole numbers" if whole else "numbers"
         raise UsageError(
-            f"timesteps={given}: {request.name} takes {kind} from {request.train - 1} down to 0, each lower than the one "
-            f"before, for example timesteps={[request.train - 1, request.train // 2 - 1]}."
+            f"timesteps={given}: {request.name} takes {kind} from {request.train - 1} down to 0, each lower than the "
+            f"one before, for example timesteps={[request.train - 1, request.train // 2 - 1]}."
         )
     return given
 
@@ -87,10 +88,7 @@ def sigma_grid(request: Request, *, finite_sigma: bool = True) -> Grid:
     o = request.options
     alpha_bar = schedules.alpha_bar(o, finite_sigma=finite_sigma)
     trained = schedules.sigmas_of(alpha_bar)
-    if request.sigmas is not None:
-        grid = _given_sigmas(request, trained)
-    else:
-        grid = _spaced_sigmas(request, trained)
+    grid = _spaced_sigmas(request, trained) if request.sigmas is None else _given_sigmas(request, trained)
     if o.get("timestep_type") == "continuous" and request.prediction == "v_prediction":
         return Grid(0.25 * np.log(grid.sigmas[: len(grid)]), grid.sigmas)
     return grid
@@ -127,7 +125,7 @@ def _spaced_sigmas(request: Request, trained: Float32) -> Grid:
 
 
 def solver_grid(request: Request, *, spacing: str | None = None, round_cosine: bool = True) -> Grid:
-    """Integer timesteps and their sigmas for DPM-Solver; `spacing` overrides the option, singlestep knows only linspace."""
+    """Integer timesteps and their sigmas for DPM-Solver; `spacing` is for singlestep, which knows only linspace."""
     o = request.options
     alpha_bar = schedules.alpha_bar(o, finite_sigma=True)
     trained = schedules.sigmas_of(alpha_bar)
@@ -188,7 +186,8 @@ def _fence(request: Request, spacing: str, last: int) -> Float64:
             f"{request.name} with timestep_spacing {spacing!r} takes at most {last - 1} steps of {last} timesteps, "
             f"got {request.steps}."
         )
-    return schedules.spaced(request.steps, spacing, request.train, request.options.get("steps_offset", 0), fence=True, last=last)
+    offset = request.options.get("steps_offset", 0)
+    return schedules.spaced(request.steps, spacing, request.train, offset, fence=True, last=last)
 
 
 def _unclipped(alpha_bar: Float32, lambda_min: float | str | None) -> int:
@@ -252,7 +251,8 @@ def schedule_of(options: Mapping[str, Any]) -> str:
     """
     asked = [name for name, flag in SCHEDULE_FLAGS.items() if options.get(flag)]
     if len(asked) > 1:
-        raise UsageError(f"only one sigma schedule at a time: {' and '.join(SCHEDULE_FLAGS[n] for n in asked)} are true.")
+        flags = " and ".join(SCHEDULE_FLAGS[name] for name in asked)
+        raise UsageError(f"only one sigma schedule at a time, and {flags} are true; name one with --schedule.")
     return asked[0] if asked else ""
 
 

@@ -3,7 +3,7 @@
 Every step but the last calls the denoiser twice and begins twice at the same sample S. The first call leaves
 x1 = S + (middle - sigma) m0, so the second knows S = x1 - (middle - sigma) m0.
 
-Ref: Karras et al. 2022, arXiv:2206.00364, algorithm 1 (Heun); Lu et al. 2022, arXiv:2206.00927, algorithm 1 (DPM-Solver-2).
+Ref: Karras et al. 2022, arXiv:2206.00364, algorithm 1 (Heun); Lu et al. 2022, arXiv:2206.00927, algorithm 1.
 """
 
 from __future__ import annotations

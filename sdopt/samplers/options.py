@@ -1,8 +1,9 @@
 """The options of diffusers' schedulers: the defaults of each class, and which ones no table can express.
 
-Changing a checkpoint's sampler keeps the options that its scheduler_config.json states and takes the new class's defaults for
-the others, as NewScheduler.from_config(old.config) does. One exception: where the config does not state clip_sample and the
-class's default is true (DDIM, DDPM), it is false here, with a note; Stable Diffusion pipelines switch it off too.
+Changing a checkpoint's sampler keeps the options that its scheduler_config.json states and takes the new class's
+defaults for the others, as NewScheduler.from_config(old.config) does. One exception: where the config does not state
+clip_sample and the class's default is true (DDIM, DDPM), it is false here, with a note; the Stable Diffusion pipelines
+of diffusers switch it off too.
 """
 
 from __future__ import annotations
@@ -24,68 +25,61 @@ TRAINED: Options = {
     "prediction_type": "epsilon",
     "steps_offset": 0,
 }
-LINSPACE: Options = {"timestep_spacing": "linspace"}
-LEADING: Options = {"timestep_spacing": "leading"}
+LINSPACE: Options = {**TRAINED, "timestep_spacing": "linspace"}
+LEADING: Options = {**TRAINED, "timestep_spacing": "leading"}
+ZERO_SNR: Options = {"rescale_betas_zero_snr": False}
+THRESHOLDING: Options = {"thresholding": False}
 SIGMAS: Options = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 FLOW: Options = {"use_flow_sigmas": False, "flow_shift": 1.0, "use_dynamic_shifting": False}
+RANGE: Options = {"sigma_min": None, "sigma_max": None}
 
-NONLINEAR: Options = {"thresholding": False}
-
-DDIM: Options = {
-    **TRAINED, **LEADING, **NONLINEAR, "clip_sample": True, "set_alpha_to_one": True, "rescale_betas_zero_snr": False,
-}  # fmt: skip
-DDPM: Options = {
-    **TRAINED, **LEADING, **NONLINEAR, "clip_sample": True, "variance_type": "fixed_small", "rescale_betas_zero_snr": False,
-}  # fmt: skip
-PNDM: Options = {**TRAINED, **LEADING, "skip_prk_steps": False, "set_alpha_to_one": False}
-LMS: Options = {**TRAINED, **LINSPACE, **SIGMAS}
+DDIM: Options = {**LEADING, **THRESHOLDING, **ZERO_SNR, "clip_sample": True, "set_alpha_to_one": True}
+DDPM: Options = {**LEADING, **THRESHOLDING, **ZERO_SNR, "clip_sample": True, "variance_type": "fixed_small"}
+PNDM: Options = {**LEADING, "skip_prk_steps": False, "set_alpha_to_one": False}
+LMS: Options = {**LINSPACE, **SIGMAS}
 EULER: Options = {
-    **TRAINED, **LINSPACE, **SIGMAS,
-    "interpolation_type": "linear", "timestep_type": "discrete", "sigma_min": None, "sigma_max": None,
-    "rescale_betas_zero_snr": False, "final_sigmas_type": "zero",
+    **LINSPACE, **SIGMAS, **RANGE, **ZERO_SNR,
+    "interpolation_type": "linear", "timestep_type": "discrete", "final_sigmas_type": "zero",
 }  # fmt: skip
-EULER_ANCESTRAL: Options = {**TRAINED, **LINSPACE, "rescale_betas_zero_snr": False}
-KDPM2: Options = {**TRAINED, **LINSPACE, **SIGMAS, "beta_start": 0.00085, "beta_end": 0.012}
+EULER_ANCESTRAL: Options = {**LINSPACE, **ZERO_SNR}
+KDPM2: Options = {**LINSPACE, **SIGMAS, "beta_start": 0.00085, "beta_end": 0.012}
 HEUN: Options = {**KDPM2, "clip_sample": False}
-DPM: Options = {
-    **TRAINED, **LINSPACE, **SIGMAS, **FLOW, **NONLINEAR,
-    "solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint", "lower_order_final": True,
-    "euler_at_final": False, "use_lu_lambdas": False, "final_sigmas_type": "zero", "lambda_min_clipped": -math.inf,
-    "variance_type": None, "rescale_betas_zero_snr": False,
-}  # fmt: skip
 DPM_SINGLE: Options = {
-    key: value
-    for key, value in {**DPM, "lower_order_final": False}.items()
-    if key not in ("euler_at_final", "use_lu_lambdas", "timestep_spacing", "steps_offset", "rescale_betas_zero_snr")
-}
+    **TRAINED, **SIGMAS, **FLOW, **THRESHOLDING,
+    "solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint", "lower_order_final": False,
+    "final_sigmas_type": "zero", "lambda_min_clipped": -math.inf, "variance_type": None,
+}  # fmt: skip
+DPM: Options = {
+    **DPM_SINGLE, **LINSPACE, **ZERO_SNR, "lower_order_final": True, "euler_at_final": False, "use_lu_lambdas": False,
+}  # fmt: skip
 UNIPC: Options = {
-    **TRAINED, **LINSPACE, **SIGMAS, **FLOW, **NONLINEAR,
+    **LINSPACE, **SIGMAS, **FLOW, **RANGE, **THRESHOLDING, **ZERO_SNR,
     "solver_order": 2, "predict_x0": True, "solver_type": "bh2", "lower_order_final": True, "disable_corrector": (),
-    "solver_p": None, "final_sigmas_type": "zero", "rescale_betas_zero_snr": False, "sigma_min": None, "sigma_max": None,
-    "shift_terminal": None, "time_shift_type": "exponential",
+    "solver_p": None, "final_sigmas_type": "zero", "shift_terminal": None, "time_shift_type": "exponential",
 }  # fmt: skip
 DEIS: Options = {
-    **TRAINED, **LINSPACE, **SIGMAS, **FLOW, **NONLINEAR,
+    **LINSPACE, **SIGMAS, **FLOW, **THRESHOLDING,
     "solver_order": 2, "algorithm_type": "deis", "solver_type": "logrho", "lower_order_final": True,
 }  # fmt: skip
-IPNDM: Options = {"num_train_timesteps": 1000, "trained_betas": None, "prediction_type": "v_prediction"}
+IPNDM: Options = {"num_train_timesteps": 1000, "trained_betas": None}
 LCM: Options = {
-    **TRAINED, **LEADING, **NONLINEAR,
+    **LEADING, **THRESHOLDING, **ZERO_SNR,
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "original_inference_steps": 50,
-    "clip_sample": False, "set_alpha_to_one": True, "timestep_scaling": 10.0, "rescale_betas_zero_snr": False,
+    "clip_sample": False, "set_alpha_to_one": True, "timestep_scaling": 10.0,
 }  # fmt: skip
 EDM: Options = {
-    "num_train_timesteps": 1000, "prediction_type": "epsilon", "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5,
-    "sigma_schedule": "karras", "rho": 7.0, "final_sigmas_type": "zero",
+    "num_train_timesteps": 1000, "prediction_type": "epsilon", "sigma_min": 0.002, "sigma_max": 80.0,
+    "sigma_data": 0.5, "sigma_schedule": "karras", "rho": 7.0, "final_sigmas_type": "zero",
 }  # fmt: skip
 EDM_DPM: Options = {
-    **EDM, **NONLINEAR, "solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint", "lower_order_final": True,
+    **EDM, **THRESHOLDING,
+    "solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint", "lower_order_final": True,
     "euler_at_final": False,
 }  # fmt: skip
 FLOW_EULER: Options = {
-    **SIGMAS, "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False, "base_shift": 0.5, "max_shift": 1.15,
-    "base_image_seq_len": 256, "max_image_seq_len": 4096, "invert_sigmas": False, "shift_terminal": None,
-    "time_shift_type": "exponential", "stochastic_sampling": False, "prediction_type": "flow_prediction",
+    **SIGMAS,
+    "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False, "invert_sigmas": False,
+    "shift_terminal": None, "time_shift_type": "exponential", "stochastic_sampling": False,
 }  # fmt: skip
 
 
@@ -115,8 +109,9 @@ def refuse_nonlinear(options: Mapping[str, Any]) -> None:
             )
     if options.get("variance_type") in ("learned", "learned_range"):
         raise UsageError(
-            f"variance_type {options['variance_type']!r} cannot be used: the model predicts its own variance, so the noise of "
-            'a step is not known before the model ran. Set "variance_type" to "fixed_small" and export a 4-channel output.'
+            f"variance_type {options['variance_type']!r} cannot be used: the model predicts its own variance, so the "
+            "noise of a step is not known before the model ran. "
+            'Set "variance_type" to "fixed_small" and export an output without the variance.'
         )
     if options.get("solver_p") is not None:
         raise UsageError('solver_p cannot be used: UniPC\'s predictor is its own here. Set "solver_p" to null.')

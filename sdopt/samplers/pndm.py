@@ -90,7 +90,7 @@ def _prk(r: Request) -> SamplerTable:
     x = scale S + gain m, so S = (x - gain m) / scale.
     """
     if r.steps < 4:
-        raise UsageError(f"pndm with its Runge-Kutta warm-up takes 4 steps or more, got {r.steps}; set skip_prk_steps true.")
+        raise UsageError(f"pndm with its warm-up takes 4 steps or more, got {r.steps}; set skip_prk_steps to true.")
     alpha_bar = schedules.alpha_bar(r.options).astype(np.float64)
     stages, multistep = _prk_timesteps(r)
     timesteps = [*stages, *multistep]

@@ -1,16 +1,16 @@
 """What a denoiser predicts, as the clean sample and as the noise: two numbers each, for [x, output].
 
-In every frame x = alpha * clean + sigma * noise: alpha^2 + sigma^2 = 1 in the variance-preserving frame, alpha = 1 in the
-exploding one, alpha = 1 - sigma in flow matching.
+In every frame x = alpha * clean + sigma * noise: alpha^2 + sigma^2 = 1 in the variance-preserving frame, alpha = 1 in
+the exploding one, alpha = 1 - sigma in flow matching. With o the output and n^2 = alpha^2 + sigma^2:
 
-| prediction      | output                    | clean                     | noise                   |
-|-----------------|---------------------------|---------------------------|-------------------------|
-| epsilon         | noise                     | (x - sigma o) / alpha     | o                       |
+| prediction      | predicts                        | clean                       | noise                       |
+|-----------------|---------------------------------|-----------------------------|-----------------------------|
+| epsilon         | noise                           | (x - sigma o) / alpha       | o                           |
 | v_prediction    | (alpha noise - sigma clean) / n | alpha x / n^2 - sigma o / n | sigma x / n^2 + alpha o / n |
-| sample          | clean                     | o                         | (x - alpha o) / sigma   |
-| flow_prediction | noise - clean             | x - sigma o               | x + (1 - sigma) o       |
+| sample          | clean                           | o                           | (x - alpha o) / sigma       |
+| flow_prediction | noise - clean                   | x - sigma o                 | x + (1 - sigma) o           |
 
-with n^2 = alpha^2 + sigma^2. Ref: Salimans & Ho 2022, arXiv:2202.00512, appendix D (v).
+Ref: Salimans & Ho 2022, arXiv:2202.00512, appendix D (v prediction).
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def clean_of(prediction: str, alpha: float, sigma: float) -> Pair:
     if prediction == "epsilon":
         if alpha == 0:
             raise UsageError(
-                "at zero terminal SNR the first timestep is pure noise, and a model that predicts epsilon cannot say what "
-                'is under it: use a checkpoint with prediction_type "v_prediction", or rescale_betas_zero_snr false.'
+                "at zero terminal SNR the first timestep is pure noise, and a model that predicts epsilon cannot say "
+                'what is under it: use a checkpoint with prediction_type "v_prediction", or set '
+                '"rescale_betas_zero_snr" to false.'
             )
         return (X - sigma * OUTPUT) / alpha
     if prediction == "v_prediction":

@@ -156,7 +156,8 @@ class SamplerTable:
         values: dict[str, Any] = dict(json.loads(data) if isinstance(data, str) else data)
         known = {f.name for f in fields(cls)}
         if known - {"notes"} - values.keys() or values.keys() - known:
-            raise UsageError(f"sampler table: fields must be {', '.join(sorted(known))}; got {', '.join(sorted(values))}.")
+            expected, given = ", ".join(sorted(known)), ", ".join(sorted(values))
+            raise UsageError(f"sampler table: the fields must be {expected}; got {given}.")
         for name in _ARRAYS & values.keys():
             values[name] = np.array(values[name], dtype=bool if name == "draws" else float)
         return cls(**values)

@@ -39,9 +39,8 @@ def unipc(r: Request) -> SamplerTable:
         weights = step.predict(width) + (step.scale * previous if corrects else 0.0)
         clean = clean_of(r.prediction, *level_at[k])
         keep = clean if r.options["predict_x0"] else noise_of(r.prediction, *level_at[k])
-        rows.add(
-            grid.timesteps[k], grid.sigmas[k], keep=keep, update=[step.scale, *weights[: k - r.begin + 1]], denoised=clean
-        )
+        update = [step.scale, *weights[: k - r.begin + 1]]
+        rows.add(grid.timesteps[k], grid.sigmas[k], keep=keep, update=update, denoised=clean)
         previous = step.correct(width) if k < n - 1 else previous
     return rows.table(init_noise_sigma=1.0, start=level_at[r.begin])
 
@@ -115,7 +114,7 @@ class _Step:
         return self._b * weights if weights.any() else weights  # B(h) may be infinite where nothing needs it
 
     def correct(self, width: int) -> Float64:
-        """What correcting adds, in terms of the next row's [m0, m1, ...]: its m0 is the output at the level stepped to."""
+        """What correcting adds, in terms of the next row's [m0, m1, ...]: m0 is the output at the level stepped to."""
         rhos, unit = self._rhos(self.order), np.eye(width)
         before = rhos[:-1] @ self._differences(width) - self._predicted(width)
         later = np.array([0.0, *before[:-1]])  # the next row sees every value one place further back
@@ -139,5 +138,5 @@ def _solver(r: Request) -> str:
     if int(r.options["solver_order"]) < 1:
         raise UsageError(f"solver_order {r.options['solver_order']!r}: unipc has orders 1 and up.")
     if r.sigmas is not None and not r.options["use_flow_sigmas"]:
-        raise UsageError("unipc takes sigmas only with use_flow_sigmas true; use timesteps-free samplers such as euler.")
+        raise UsageError("unipc takes sigmas only with use_flow_sigmas true; --sampler euler takes them always.")
     return solver

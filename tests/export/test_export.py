@@ -20,7 +20,8 @@ from sdopt.bundle import Bundle
 from sdopt.errors import BundleError, CheckpointError, ParityError, UsageError
 from sdopt.export import components, export, parity, trace
 from sdopt.export.source import open_checkpoint
-from tests.conftest import EMOJI_BUNDLE, EMOJI_CHECKPOINT, ROOT, sdopt as command
+from tests.conftest import EMOJI_BUNDLE, EMOJI_CHECKPOINT, ROOT
+from tests.conftest import sdopt as command
 
 
 def test_the_manifest_tells_where_a_bundle_came_from_and_how_well_it_matches(tiny_bundle: Path) -> None:
@@ -40,7 +41,10 @@ def test_the_manifest_tells_where_a_bundle_came_from_and_how_well_it_matches(tin
 
 def test_inputs_outputs_and_their_dimensions_have_the_fields_names(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
-    found = {name: [*map(str, bundle.component(name).inputs), *map(str, bundle.component(name).outputs)] for name in bundle.components}
+    found = {
+        name: [*map(str, bundle.component(name).inputs), *map(str, bundle.component(name).outputs)]
+        for name in bundle.components
+    }
     assert found == {
         "text_encoder": ["input_ids int32 [batch, tokens]", "last_hidden_state float32 [batch, tokens, 20]"],
         "unet": [
@@ -104,7 +108,13 @@ def test_opset_18_unverified_by_the_command(tiny_checkpoint: Path, tiny_bundle: 
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path / 'old'}\n"
     lines = done.stderr.splitlines()
-    assert [line.split()[0] for line in lines[:5]] == ["component", "text_encoder", "unet", "vae_decoder", "vae_encoder"]
+    assert [line.split()[0] for line in lines[:5]] == [
+        "component",
+        "text_encoder",
+        "unet",
+        "vae_decoder",
+        "vae_encoder",
+    ]
     assert all(line.endswith("unverified") for line in lines[1:5])
     manifest = Bundle.open(tmp_path / "old").manifest
     assert manifest["verified"] is False
@@ -187,7 +197,9 @@ def test_a_killed_export_leaves_no_bundle(tiny_checkpoint: Path, tmp_path: Path,
         ([EMOJI_CHECKPOINT, "--opset", "9"], 2, "opset 9"),
     ],
 )
-def test_the_command_fails_with_its_exit_code_and_a_sentence(arguments: list, code: int, message: str, tmp_path: Path) -> None:
+def test_the_command_fails_with_its_exit_code_and_a_sentence(
+    arguments: list, code: int, message: str, tmp_path: Path
+) -> None:
     done = command("export", *arguments, "-o", tmp_path / "b")
     assert done.returncode == code
     assert message in done.stderr

@@ -45,7 +45,10 @@ def test_a_folder_is_opened_and_loads_in_float32() -> None:
         ({"unet": ["os", "system"]}, r"unet is os.system; sdopt reads diffusers.UNet2DConditionModel, and never runs"),
         ({"unet": ["modeling_evil", "Model"]}, "unet is modeling_evil.Model"),
         ({"extra": ["torch", "hub"]}, "extra is torch.hub; sdopt reads nothing under this name"),
-        ({"_class_name": "EvilPipeline"}, "pipeline class 'EvilPipeline' is not known; known are StableDiffusionPipeline"),
+        (
+            {"_class_name": "EvilPipeline"},
+            "pipeline class 'EvilPipeline' is not known; known are StableDiffusionPipeline",
+        ),
         ({"_class_name": ["custom", "Pipe"]}, "is not known"),
     ],
 )

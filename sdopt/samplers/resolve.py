@@ -1,0 +1,151 @@
+"""From a scheduler_config.json, and what the user prefers, to a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sdopt.errors import UsageError, choices
+from sdopt.samplers.grids import SCHEDULE_FLAGS
+from sdopt.samplers.options import Options, merged
+from sdopt.samplers.registry import SAMPLERS, SCHEDULES, Sampler, find_sampler, names_class
+from sdopt.samplers.rows import Request
+from sdopt.samplers.table import SamplerTable
+
+
+def sampler_table(
+    config: Mapping[str, Any],
+    steps: int,
+    *,
+    sampler: str | None = None,
+    schedule: str | None = None,
+    strength: float = 1.0,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+    eta: float | None = None,
+    mu: float | None = None,
+) -> SamplerTable:
+    """The table of a checkpoint's sampler, from its scheduler_config.json, for a number of steps.
+
+    `sampler` and `schedule` replace the checkpoint's (see `find_sampler` and SCHEDULES); `strength` below 1 begins
+    where image to image does; `timesteps` or `sigmas` replace the spacing, and then decide the number of steps; `eta`
+    is the noise of DDIM and TCD (0 unless given, as in diffusers' pipelines); `mu` is the logarithm of the flow shift
+    that the size of the image asks for.
+
+    Raises: UsageError for unknown names, options that no table can express, and numbers that make no schedule.
+    """
+    entry, options, notes = resolve(config, sampler, schedule)
+    steps = _count(entry, options, steps, timesteps, sigmas)
+    begin = _skipped(steps, strength) * entry.rows_per_step
+    _check_eta(entry, eta)
+    request = Request(entry.name, options, steps, begin, timesteps, sigmas, eta, mu, notes)
+    return entry.function(request)
+
+
+def resolve(
+    config: Mapping[str, Any], sampler: str | None = None, schedule: str | None = None
+) -> tuple[Sampler, Options, tuple[str, ...]]:
+    """The sampler, all of its options, and notes, from a scheduler_config.json and what the user prefers.
+
+    Raises: UsageError as `sampler_table` does.
+    """
+    name = sampler if sampler is not None else config.get("_class_name")
+    if not name:
+        raise UsageError('the scheduler config has no "_class_name"; name a sampler: ' + ", ".join(SAMPLERS) + ".")
+    entry, implied = find_sampler(str(name))
+    _check_family(entry, str(config.get("_class_name", "")))
+    options, notes = merged(entry.defaults, config)
+    by_class = names_class(str(name), entry)
+    options |= {} if by_class else entry.forced
+    wanted = schedule if schedule is not None else implied
+    if wanted is not None:
+        options |= _schedule_options(entry, wanted)
+    return (_named_by_options(entry, options) if by_class else entry), options, notes
+
+
+def _check_family(entry: Sampler, own: str) -> None:
+    """Raises: UsageError when a sampler of one kind of model is asked to sample another kind."""
+    known = {sampler.diffusers: sampler for sampler in SAMPLERS.values()}
+    if own in known and known[own].family != entry.family:
+        fitting = [sampler.name for sampler in SAMPLERS.values() if sampler.family == known[own].family]
+        raise UsageError(
+            f"{entry.name} cannot sample this checkpoint: its scheduler is {own}; use one of {', '.join(fitting)}."
+        )
+
+
+def _check_eta(entry: Sampler, eta: float | None) -> None:
+    """Raises: UsageError when eta is outside 0..1, or given to a sampler that has none."""
+    if eta is not None and not 0 <= eta <= 1:
+        raise UsageError(f"eta {eta!r} is out of range; 0 adds no noise, 1 adds the most.")
+    if eta and not entry.takes_eta:
+        able = [sampler.name for sampler in SAMPLERS.values() if sampler.takes_eta]
+        raise UsageError(f"{entry.name} has no eta; samplers that have: {', '.join(able)}.")
+
+
+def _named_by_options(entry: Sampler, options: Options) -> Sampler:
+    """Among samplers of one class, the one whose name implies these options; else the class's first."""
+    for other in SAMPLERS.values():
+        if other.diffusers == entry.diffusers and other.forced.items() <= options.items():
+            return other
+    return entry
+
+
+def _schedule_options(entry: Sampler, schedule: str) -> Options:
+    """The options that a schedule name stands for.
+
+    Raises: UsageError when there is no such schedule, or not for this sampler.
+    """
+    if schedule not in SCHEDULES:
+        raise UsageError(f"schedule {schedule!r} is unknown; use one of {choices(schedule, SCHEDULES)}.")
+    plain: Options = {flag: False for flag in SCHEDULE_FLAGS.values() if flag in entry.defaults}
+    if "sigma_schedule" in entry.defaults and schedule in ("karras", "exponential"):
+        return {"sigma_schedule": schedule}
+    if schedule in SCHEDULE_FLAGS:
+        flag = SCHEDULE_FLAGS[schedule]
+        if flag not in entry.defaults:
+            able = [s.name for s in SAMPLERS.values() if flag in s.defaults]
+            raise UsageError(f"{entry.name} has no schedule {schedule!r}; samplers that have: {', '.join(able)}.")
+        return {**plain, flag: True}
+    if schedule == "normal":
+        return plain
+    if "timestep_spacing" not in entry.defaults:
+        raise UsageError(f"{entry.name} has one spacing of its own; schedule {schedule!r} does not apply to it.")
+    return {**plain, "timestep_spacing": "trailing" if schedule in ("sgm_uniform", "simple") else schedule}
+
+
+def _count(
+    entry: Sampler, options: Options, steps: int, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None
+) -> int:
+    """The number of steps, once it is known to make sense."""
+    if timesteps is not None and sigmas is not None:
+        raise UsageError("give timesteps or sigmas, not both.")
+    for kind, given in (("timesteps", timesteps), ("sigmas", sigmas)):
+        if given is None:
+            continue
+        if kind not in entry.custom:
+            able = [s.name for s in SAMPLERS.values() if kind in s.custom]
+            raise UsageError(f"{entry.name} does not take {kind}; samplers that do: {', '.join(able)}.")
+        asked = [flag for flag in SCHEDULE_FLAGS.values() if options.get(flag)]
+        if asked and kind == "timesteps":
+            raise UsageError(f"timesteps cannot be combined with {asked[0]}; use --schedule normal.")
+        return len(given) - (kind == "sigmas" and entry.name == "euler")
+    if isinstance(steps, (bool, float)) or steps < 1:
+        raise UsageError(f"steps {steps!r}: the number of steps is a whole number, 1 or more.")
+    if steps > options["num_train_timesteps"]:
+        raise UsageError(
+            f"steps {steps}: the model was trained on {options['num_train_timesteps']} timesteps; use fewer."
+        )
+    return steps
+
+
+def _skipped(steps: int, strength: float) -> int:
+    """How many steps image to image skips: strength 0.6 of 50 does the last 30.
+
+    Raises: UsageError when strength is outside 0..1 or leaves nothing to do.
+    """
+    if not 0 <= strength <= 1:
+        raise UsageError(f"strength {strength!r} is out of range; 0 keeps the image, 1 replaces it.")
+    done = min(int(steps * strength), steps)
+    if done < 1:
+        raise UsageError(f"strength {strength} of {steps} steps leaves nothing to do; use {1 / steps:g} or more.")
+    return steps - done
