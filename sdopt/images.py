@@ -68,12 +68,13 @@ def a1111_text(parameters: Mapping[str, Any]) -> str:
     """The `parameters` text that AUTOMATIC1111's and its readers expect: prompt, negative prompt, one line of pairs."""
     pairs = {
         "Steps": parameters["num_inference_steps"],
-        "Sampler": parameters["sampler"],
+        "Sampler": parameters["sampled_by"],
+        "Schedule type": parameters.get("schedule", "Automatic"),
         "CFG scale": parameters["guidance_scale"],
         "Seed": parameters["seed"],
         "Size": f"{parameters['width']}x{parameters['height']}",
         "Model": parameters["model"],
-        "RNG": "CPU",
+        "RNG": str(parameters["rng"]).upper(),
         "Version": f"sdopt {parameters['version']}",
     }
     lines = [parameters["prompt"]]

@@ -120,10 +120,12 @@ class Pipeline:
         """The loop: predict the noise, take the sampler's row, move the sample."""
         table, unet = plan.table, self.engine("unet")
         embeds, negative_embeds = self._embeds(plan)
-        generators = [generator(seed) for seed in plan.seeds]
+        generators = [generator(seed, plan.rng) for seed in plan.seeds]
         noise = self._noise(plan, generators) if plan.latents is None else plan.latents
         sample = noise * np.float32(table.init_noise_sigma)
-        denoiser = Denoiser(unet, embeds, negative_embeds, plan.guidance_scale, plan.guidance_batch)
+        denoiser = Denoiser(
+            unet, embeds, negative_embeds, plan.guidance_scale, plan.guidance_batch, plan.guidance_rescale
+        )
         history: tuple[Array, ...] = ()
         for k, timestep in enumerate(table.timestep):
             output = denoiser(sample * np.float32(table.c_in[k]), timestep)
@@ -197,9 +199,11 @@ class Denoiser:
     Ref: Ho & Salimans 2022, arXiv:2207.12598, eq. 6, in the form of Saharia et al. 2022, arXiv:2205.11487, section 2.2.
     """
 
-    def __init__(self, unet: Engine, embeds: Array, negative: Array | None, scale: float, batch: int) -> None:
+    def __init__(
+        self, unet: Engine, embeds: Array, negative: Array | None, scale: float, batch: int = 2, rescale: float = 0.0
+    ) -> None:
         halves = [embeds] if negative is None else [negative, embeds]
-        self._unet, self._scale = unet, np.float32(scale)
+        self._unet, self._scale, self._rescale = unet, np.float32(scale), np.float32(rescale)
         self._calls = halves if batch == 1 else [np.concatenate(halves)]
         self._halves, self._images = len(halves), len(embeds)
 
@@ -214,7 +218,18 @@ class Denoiser:
             return outputs[0]
         uncond, cond = outputs if copies == 1 else (outputs[0][: self._images], outputs[0][self._images :])
         with np.errstate(invalid="ignore", over="ignore"):  # the loop names component and step of what is not finite
-            return cast(Array, uncond + self._scale * (cond - uncond))
+            guided = cast(Array, uncond + self._scale * (cond - uncond))
+            return rescaled(guided, cond, self._rescale) if self._rescale else guided
+
+
+def rescaled(guided: Array, cond: Array, share: np.float32) -> Array:
+    """`guided`, of which `share` is scaled to the standard deviation that the conditional output has.
+
+    Ref: Lin et al. 2024, arXiv:2305.08891, section 3.4.
+    """
+    axes = tuple(range(1, cond.ndim))
+    scale = cond.std(axes, keepdims=True, ddof=1) / guided.std(axes, keepdims=True, ddof=1)
+    return cast(Array, guided * (share * scale + (1 - share)))
 
 
 def _refuse_nan(array: Array, where: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any, TypedDict, cast
 
 from sdopt.bundle import Bundle
 from sdopt.errors import UsageError
-from sdopt.samplers import SamplerTable, sampler_table
+from sdopt.samplers import SAMPLERS, SamplerTable, sampler_table
 from sdopt.specs import Array
 
 MAX_IMAGES = 64
@@ -26,7 +27,13 @@ class Options(TypedDict, total=False):
     width: int | None
     num_images_per_prompt: int  # 1
     seed: int | Sequence[int] | None  # drawn and reported; one number s gives image i the seed s + i
-    sampler: str | None  # the checkpoint's own
+    guidance_rescale: float  # 0; share of the guided output rescaled to the conditional's spread
+    sampler: str | None  # the checkpoint's own; `sdopt samplers` lists them
+    schedule: str | None  # the sampler's own: karras, exponential, beta, leading, trailing, linspace, ...
+    eta: float | None  # 0; noise of DDIM and TCD
+    timesteps: Sequence[float] | None  # in place of num_inference_steps, for samplers that take them
+    sigmas: Sequence[float] | None
+    rng: str  # "cpu": torch's CPU generator; "cuda:a100", ...: its CUDA generator on that GPU; "numpy"
     latents: Array | None  # [images, channels, height / factor, width / factor], standard normal; drawn from the seed
     prompt_embeds: Array | None  # [images, tokens, features]; takes the place of the prompt
     negative_prompt_embeds: Array | None
@@ -43,8 +50,10 @@ class Plan:
     height: int
     width: int
     guidance_scale: float
+    guidance_rescale: float
     guidance_batch: int
-    steps: int
+    rng: str
+    sampling: Mapping[str, Any]
     table: SamplerTable
     latents: Array | None
     prompt_embeds: Array | None
@@ -60,12 +69,14 @@ class Plan:
         return {
             "prompt": self.prompts[image],
             "negative_prompt": self.negative_prompts[image],
-            "num_inference_steps": self.steps,
             "guidance_scale": self.guidance_scale,
+            "guidance_rescale": self.guidance_rescale,
             "seed": self.seeds[image],
-            "sampler": self.table.name,
+            "rng": self.rng,
             "width": self.width,
             "height": self.height,
+            "sampled_by": SAMPLERS[self.table.name].title if self.table.name in SAMPLERS else self.table.name,
+            **self.sampling,
         }
 
 
@@ -86,7 +97,7 @@ def make_plan(bundle: Bundle, prompt: str | Sequence[str] | None, options: Optio
     guidance_scale = _finite("guidance_scale", _or(options.get("guidance_scale"), defaults["guidance_scale"]))
     if embeds is not None and negative_embeds is None and guidance_scale > 1:
         raise UsageError("prompt_embeds without negative_prompt_embeds: give both, or guidance_scale=1")
-    steps = _whole("num_inference_steps", _or(options.get("num_inference_steps"), defaults["num_inference_steps"]), 1)
+    sampling = _sampling(options, defaults["num_inference_steps"])
     factor: int = bundle.manifest["latents"]["factor"]
     height = _size("height", _or(options.get("height"), defaults["height"]), factor)
     width = _size("width", _or(options.get("width"), defaults["width"]), factor)
@@ -101,13 +112,55 @@ def make_plan(bundle: Bundle, prompt: str | Sequence[str] | None, options: Optio
         height=height,
         width=width,
         guidance_scale=guidance_scale,
+        guidance_rescale=_share("guidance_rescale", options.get("guidance_rescale", 0.0)),
         guidance_batch=_whole("guidance_batch", options.get("guidance_batch", 2), 1, 2),
-        steps=steps,
-        table=sampler_table(bundle.manifest["scheduler"], steps, sampler=options.get("sampler")),
+        rng=options.get("rng", "cpu"),
+        sampling=sampling,
+        table=make_table(bundle, sampling),
         latents=latents,
         prompt_embeds=embeds,
         negative_prompt_embeds=negative_embeds,
     )
+
+
+def make_table(bundle: Bundle, sampling: Mapping[str, Any]) -> SamplerTable:
+    """The table that a bundle's scheduler and the caller's wishes come to.
+
+    A checkpoint whose scheduler sdopt does not know by name brings its tables along, one for each number of steps.
+    Raises: UsageError as `sampler_table` does, and for a number of steps that such a bundle has no table for.
+    """
+    options = dict(sampling)
+    steps = options.pop("num_inference_steps")
+    probed = bundle.manifest.get("sampler_tables")
+    if probed is None or options.get("sampler") is not None:
+        return sampler_table(bundle.manifest["scheduler"], steps, **options)
+    tables = json.loads(bundle.file(probed).read_bytes())
+    name = bundle.manifest["scheduler"].get("_class_name")
+    if str(steps) not in tables:
+        raise UsageError(f"num_inference_steps = {steps}; for {name} this bundle has tables for {', '.join(tables)}")
+    given = [key for key, value in options.items() if value is not None]
+    if given:
+        raise UsageError(f"{', '.join(given)}: {name} takes no options here; name another sampler to use them")
+    return SamplerTable.from_json(tables[str(steps)])
+
+
+def _sampling(options: Options, default_steps: int) -> dict[str, Any]:
+    """What decides the table: the number of steps, and those of the caller's wishes that are set."""
+    steps = _or(options.get("num_inference_steps"), default_steps)
+    wishes = {key: options.get(key) for key in ("sampler", "schedule", "eta")}
+    lists = {key: _numbers(key, options.get(key)) for key in ("timesteps", "sigmas")}
+    set_ones = {key: value for key, value in {**wishes, **lists}.items() if value is not None}
+    return {"num_inference_steps": _whole("num_inference_steps", steps, 1), **set_ones}
+
+
+def _numbers(name: str, value: Any) -> list[float] | None:
+    return None if value is None else [_finite(name, number) for number in value]
+
+
+def _share(name: str, value: Any) -> float:
+    if not 0 <= _finite(name, value) <= 1:
+        raise UsageError(f"{name} = {value!r}; allowed are numbers from 0 to 1")
+    return float(value)
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -296,3 +296,39 @@ def test_a_prompt_that_is_too_long_says_what_was_left_out(emoji: sdopt.Pipeline)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         emoji("a cat", num_inference_steps=1)
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7, 1.0])
+def test_guidance_rescale_is_that_of_diffusers(pair: Any, rescale: float) -> None:
+    import torch
+
+    theirs, ours = pair
+    options = {"num_inference_steps": 4, "guidance_scale": 6.0, "guidance_rescale": rescale, "output_type": "np"}
+    expected = theirs("a cat", generator=torch.Generator("cpu").manual_seed(3), **options).images
+    assert picture_psnr(expected, ours("a cat", seed=3, **options).images) >= FLOOR_DB
+
+
+def test_a_stochastic_sampler_draws_its_noise_as_diffusers_does_for_every_image(pair: Any) -> None:
+    import torch
+
+    theirs, ours = pair
+    own = theirs.scheduler
+    ddim = __import__("diffusers").DDIMScheduler.from_config(own.config, clip_sample=False)
+    theirs.scheduler = ddim
+    try:
+        generators = [torch.Generator("cpu").manual_seed(s) for s in (3, 2**40)]
+        options = {"num_inference_steps": 6, "guidance_scale": 2.0, "eta": 0.8, "output_type": "np"}
+        expected = theirs(["a cat"] * 2, generator=generators, **options).images
+    finally:
+        theirs.scheduler = own
+    found = ours(["a cat"] * 2, seed=[3, 2**40], sampler="ddim", **options).images
+    assert picture_psnr(expected, found) >= FLOOR_DB
+
+
+def test_the_noise_of_other_generators_makes_other_pictures(emoji: sdopt.Pipeline) -> None:
+    pictures = [
+        emoji("a cat", seed=1, num_inference_steps=2, rng=rng, output_type="np").images
+        for rng in ("cpu", "numpy", "cuda:a100")
+    ]
+    assert picture_psnr(pictures[0], pictures[1]) < 40
+    assert picture_psnr(pictures[0], pictures[2]) < 40

@@ -91,14 +91,14 @@ def test_pixels_are_rounded_as_diffusers_rounds_them() -> None:
 
 
 PARAMETERS = {
-    "prompt": "a cat", "negative_prompt": "", "num_inference_steps": 20, "sampler": "euler", "guidance_scale": 2.0,
-    "seed": 7, "width": 64, "height": 64, "model": "a, b: c", "version": "0.1",
+    "prompt": "a cat", "negative_prompt": "", "num_inference_steps": 20, "sampled_by": "Euler", "guidance_scale": 2.0,
+    "seed": 7, "rng": "cpu", "width": 64, "height": 64, "model": "a, b: c", "version": "0.1",
 }  # fmt: skip
 
 
 def test_the_a1111_text_is_this_to_the_letter() -> None:
     assert images.a1111_text(PARAMETERS) == (
-        "a cat\nSteps: 20, Sampler: euler, CFG scale: 2.0, Seed: 7, Size: 64x64, "
+        "a cat\nSteps: 20, Sampler: Euler, Schedule type: Automatic, CFG scale: 2.0, Seed: 7, Size: 64x64, "
         'Model: "a, b: c", RNG: CPU, Version: sdopt 0.1'
     )
 

@@ -26,6 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--guidance-batch", type=int, default=2, choices=(1, 2), help="1 halves the memory of guidance")
     add("--seed", type=int, help="0 to 2**64 - 1; image i of -n takes seed + i (default: drawn, and reported)")
     add("--sampler", help="the checkpoint's own unless named; `sdopt samplers` lists them")
+    add("--schedule", help="of the sampler: karras, exponential, beta, leading, trailing, linspace, ...")
+    add("--eta", type=float, help="0 to 1, the noise of ddim and tcd (default: 0)")
+    add("--guidance-rescale", type=float, default=0.0, metavar="SHARE", help="0 to 1 (default: 0)")
+    add("--rng", default="cpu", help="whose noise: cpu (torch's), cuda:a100 and other GPUs, numpy (default: cpu)")
     add("--size", type=size, metavar="WxH", help="pixels, e.g. 512x768 (default: the bundle's)")
     add("-n", "--number", type=int, default=1, metavar="N", help="how many pictures (default: 1)")
     add("--backend", default="auto", help="the engine library (default: the best one installed)")
@@ -86,16 +90,22 @@ def _request(args: argparse.Namespace) -> tuple[str, Options]:
             "width": width,
             "num_images_per_prompt": args.number,
             "seed": args.seed,
+            "rng": args.rng,
             "sampler": args.sampler,
+            "schedule": args.schedule,
+            "eta": args.eta,
+            "guidance_rescale": args.guidance_rescale,
         }
     from sdopt.images import read_parameters
 
-    given = [n for n in ("prompt", "negative", "steps", "guidance", "seed", "sampler", "size") if getattr(args, n)]
+    ways = ("prompt", "negative", "steps", "guidance", "seed", "sampler", "schedule", "eta", "guidance_rescale", "size")
+    given = [name for name in ways if getattr(args, name)]
     if given or args.number != 1:
         raise UsageError(f"--replay takes everything from the PNG; leave out {', '.join(given) or '-n'}")
+    from sdopt.request import Options
+
     found = read_parameters(args.replay)
-    keys = ("negative_prompt", "num_inference_steps", "guidance_scale", "seed", "sampler", "width", "height")
-    options: Any = {key: found.get(key) for key in keys}
+    options: Any = {key: found[key] for key in found if key in Options.__annotations__}
     return found.get("prompt", ""), options
 
 

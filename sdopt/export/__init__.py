@@ -17,14 +17,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
+
 from sdopt import __version__
 from sdopt.bundle import new_folder, refuse_existing, write_manifest
-from sdopt.errors import CheckpointError
-from sdopt.export import components, parity, trace
+from sdopt.errors import CheckpointError, UsageError
+from sdopt.export import components, parity, probe, trace
 from sdopt.export.source import Checkpoint, open_checkpoint, read_json
-from sdopt.samplers import sampler_table
+from sdopt.samplers import SAMPLERS, sampler_table
 
 HEADER = f"{'component':<14}{'seconds':>9}{'MB':>9}  {'weights':<8}{'parity dB':>10}{'max error':>11}"
+PROBED_STEPS = range(1, 51)
 Report = Callable[[str], None]
 
 
@@ -56,6 +59,7 @@ def export(
         new_folder(target, force=force, needed_bytes=checkpoint.nbytes) as folder,
     ):
         manifest = describe(checkpoint)
+        manifest.update(sampler_tables(checkpoint, folder, manifest["defaults"]["num_inference_steps"], report))
         report(HEADER)
         for build in components.FAMILIES[checkpoint.family]:
             name, entry = _component(build(checkpoint), folder, opset, floor_db if verify else None, report)
@@ -80,7 +84,6 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "num_inference_steps": generation.get("num_inference_steps", 50),
         "guidance_scale": generation.get("guidance_scale", 7.5),
     }
-    sampler_table(scheduler, defaults["num_inference_steps"])  # refuses a scheduler that cannot be a table
     return {
         "family": checkpoint.family,
         "source": {key: value for key, value in checkpoint.provenance.items() if value is not None},
@@ -100,6 +103,39 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "tokenizer": {},
         "components": {},
     }
+
+
+def sampler_tables(checkpoint: Checkpoint, folder: Path, steps: int, report: Report) -> dict[str, str]:
+    """The manifest's entry for tables that are stored in the bundle: empty for a scheduler that the runtime knows.
+
+    Any other scheduler of diffusers is run on one-hot vectors, for each number of steps in PROBED_STEPS.
+    Raises: CheckpointError for a scheduler that is not linear, or that diffusers does not have.
+    """
+    config = checkpoint.config("scheduler")
+    name = str(config.get("_class_name"))
+    if any(name == sampler.diffusers or name in sampler.aliases for sampler in SAMPLERS.values()):
+        try:
+            sampler_table(config, steps)
+        except UsageError as error:
+            raise CheckpointError(f"{checkpoint.folder / 'scheduler'}: {error}") from error
+        return {}
+    scheduler_class = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    if scheduler_class is None:
+        raise CheckpointError(
+            f"{checkpoint.folder / 'scheduler'}: {name} is no scheduler of diffusers {diffusers.__version__}"
+        )
+    tables = {
+        n: probe.probe(
+            scheduler_class.from_config(read_json(checkpoint.folder / "scheduler/scheduler_config.json")), n
+        ).to_json()
+        for n in PROBED_STEPS
+    }
+    (folder / "sampler_tables.json").write_text(json.dumps(tables, allow_nan=False))
+    report(
+        f"{name} is not a sampler that sdopt knows by name: its tables were found by running it, for "
+        f"{PROBED_STEPS.start} to {PROBED_STEPS.stop - 1} steps, and are stored in the bundle"
+    )
+    return {"sampler_tables": "sampler_tables.json"}
 
 
 def _component(

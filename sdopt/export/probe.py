@@ -44,28 +44,29 @@ class Observation:
     draws: NDArray[np.int64]
 
 
-class _Double(TorchFunctionMode):
-    """Inside, float32 is float64, and standard normal noise comes from `noise`."""
+class _Observed(TorchFunctionMode):
+    """Inside, standard normal noise comes from `noise`, and float32 is float64 unless told otherwise."""
 
-    def __init__(self, noise: Callable[[], torch.Tensor]) -> None:
+    def __init__(self, noise: Callable[[], torch.Tensor], double: bool) -> None:
         super().__init__()
         self._noise = noise
+        self._double = double
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func in (torch.randn, torch.randn_like):
             return self._noise()
-        wide = {torch.float32: torch.float64}
+        wide = {torch.float32: torch.float64} if self._double else {}
         args = [wide.get(a, a) if isinstance(a, torch.dtype) else a for a in args]
         kwargs = {k: wide.get(v, v) if isinstance(v, torch.dtype) else v for k, v in (kwargs or {}).items()}
         return func(*args, **kwargs)
 
 
 @contextmanager
-def _double_default() -> Generator[None]:
+def _default_like(sample: torch.Tensor) -> Generator[None]:
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(sample.dtype)
     try:
         yield
     finally:
@@ -244,7 +245,7 @@ def observe(
     """The samples of one run: `sample` in, the i-th model output `output(i)`, the j-th noise drawn `noise(j)`.
 
     `begin` is the index of the first timestep, above 0 as in image to image; `step` goes to scheduler.step where it has
-    such an argument (eta).
+    such an argument (eta). Without `double` the scheduler computes as it always does, in the vectors' own precision.
     """
     if begin and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
@@ -261,13 +262,13 @@ def observe(
     samples, inputs, clean, draws = [sample], list[torch.Tensor](), list[torch.Tensor](), list[int]()
     timesteps = list(scheduler.timesteps[begin:])
     scale: Callable[[Any, Any], Any] = getattr(scheduler, "scale_model_input", _as_it_is)  # flow schedulers have none
-    with _double_default(), _Double(draw):
+    with _default_like(sample), _Observed(draw, double):
         for i, t in enumerate(timesteps):
             before = drawn
             inputs.append(scale(samples[-1], t))
             result = scheduler.step(output(i), t, samples[-1], **step)
             samples.append(result.prev_sample)
-            told = getattr(result, "pred_original_sample", None)
+            told = getattr(result, "pred_original_sample", getattr(result, "denoised", None))
             clean.append(torch.full_like(sample, torch.nan) if told is None else told)
             draws.append(drawn - before)
     return Observation(

@@ -7,6 +7,7 @@ code when it is opened.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tempfile
@@ -51,7 +52,8 @@ class Checkpoint:
     def config(self, component: str) -> dict[str, Any]:
         """The configuration file of a component, as it is."""
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
-        return read_json(self.folder / component / name)
+        config = read_json(self.folder / component / name)
+        return {key: _plain(value) for key, value in config.items()}
 
     def load(self, component: str) -> torch.nn.Module:
         """The component's model in float32, ready to be traced.
@@ -105,6 +107,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(entry, dict):
         raise CheckpointError(f"{path}: holds {type(entry).__name__}, not a JSON object")
     return cast(dict[str, Any], entry)
+
+
+def _plain(value: Any) -> Any:
+    """A number that JSON does not have as text: diffusers writes -Infinity into the configurations of DPM-Solver."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

@@ -28,7 +28,15 @@ Frame = Callable[[int], tuple[Pair, Pair, float]]  # row -> clean sample, what i
 
 
 def level(sigma: float, flow: bool) -> Level:
-    """(alpha, sigma) of a noise level: variance-preserving, or the straight line of flow matching."""
+    """(alpha, sigma) of a noise level: variance-preserving, or the straight line of flow matching.
+
+    Raises: UsageError for a flow sigma that is not below 1: a schedule of the other kind was asked for.
+    """
+    if flow and sigma >= 1:
+        raise UsageError(
+            f"use_flow_sigmas is true, and sigma {sigma:g} is not below 1; flow sigmas do not go with karras, exponential, "
+            'beta, custom timesteps or final_sigmas_type "sigma_min".'
+        )
     if flow:
         return 1 - sigma, sigma
     alpha = 1 / math.sqrt(1 + sigma * sigma)
@@ -64,7 +72,9 @@ class Expansion:
         self._weight = -(to[0] if self.data else to[1]) * (2 if self.sde and not self.data else 1)
         self.first = self._weight * math.expm1(self._u)
         spread = -math.expm1(-2 * self.h) if self.data else math.expm1(2 * self.h)
-        self.gain = to[1] * math.sqrt(spread) if self.sde else 0.0
+        if self.sde and spread < -1e-6:
+            raise UsageError(f"{algorithm} adds noise on the way down; the noise level must not rise at the last step.")
+        self.gain = to[1] * math.sqrt(max(spread, 0.0)) if self.sde else 0.0
 
     def second(self, solver: str) -> float:
         """The weight of D1: the midpoint rule, or the exact integral that diffusers calls heun."""
@@ -167,7 +177,7 @@ def multistep_order(options: Mapping[str, Any], k: int, n: int, done: int) -> in
 
 
 def refuse_standstill(r: Request, grid: Grid, k: int) -> None:
-    """Raises: UsageError where a noise level is repeated before the end: the next step divides by their distance."""
+    """Raises: UsageError where a noise level is repeated before the end, as the next step divides by their distance."""
     if grid.sigmas[k] == grid.sigmas[k + 1] and k + 1 < len(grid):
         raise UsageError(
             f"{r.name}: steps {k} and {k + 1} have the same noise level {grid.sigmas[k]:g}; {len(grid)} steps are too "

@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from sdopt.errors import UsageError
 from sdopt.samplers.grids import Grid, schedule_of, sigma_grid
 from sdopt.samplers.prediction import X, clean_of, noise_of
 from sdopt.samplers.rows import Request, Rows
@@ -77,7 +78,12 @@ def lms(r: Request) -> SamplerTable:
 
 
 def integrated_lagrange(nodes: Float64, start: float, end: float) -> list[float]:
-    """The integral from `start` to `end` of each Lagrange polynomial of `nodes`, exact up to degree 7 (Gauss)."""
+    """The integral from `start` to `end` of each Lagrange polynomial of `nodes`, exact up to degree 7 (Gauss).
+
+    Raises: UsageError when two nodes are equal.
+    """
+    if len(set(nodes.tolist())) < len(nodes):
+        raise UsageError("lms: two steps have the same noise level; use fewer steps or another schedule.")
     points, weights = np.polynomial.legendre.leggauss(4)
     half = (end - start) / 2
     tau = start + half * (points + 1)

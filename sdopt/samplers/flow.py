@@ -75,5 +75,4 @@ def _shift(r: Request, sigmas: Float64) -> Float64:
         return schedules.shifted(sigmas, float(o["shift"]))
     if r.mu is None:
         raise UsageError("use_dynamic_shifting is true: the shift depends on the size of the image, pass it as mu.")
-    shift = math.exp(r.mu) if o["time_shift_type"] == "exponential" else r.mu
-    return shift / (shift + (1 / sigmas - 1))
+    return schedules.shifted(sigmas, math.exp(r.mu) if o["time_shift_type"] == "exponential" else r.mu)

@@ -139,19 +139,19 @@ def solver_grid(request: Request, *, spacing: str | None = None, round_cosine: b
     else:
         timesteps = _fence(request, spacing or o["timestep_spacing"], _unclipped(alpha_bar, o["lambda_min_clipped"]))
         sigmas = np.interp(timesteps, np.arange(len(trained)), trained)
-    return Grid(np.trunc(timesteps), _as_float32(np.append(sigmas, _final(o, trained[0]))))
+    return _whole(request, timesteps, np.append(sigmas, _final(o, trained[0])))
 
 
 def unipc_grid(request: Request) -> Grid:
     """As `solver_grid`, but final_sigmas_type "sigma_min" repeats the last sigma of a sigma schedule."""
     o = request.options
     trained = schedules.sigmas_of(schedules.alpha_bar(o, finite_sigma=True))
-    if o["use_flow_sigmas"]:
+    if o["use_flow_sigmas"] and schedule_of(o) in ("", "karras"):
         timesteps, sigmas = _unipc_flow(request, trained)
-        return Grid(np.trunc(timesteps), _as_float32(np.append(sigmas, _final(o, sigmas[-1]))))
-    timesteps, sigmas = _plain_orscheduled(request, trained)
+        return _whole(request, timesteps, np.append(sigmas, _final(o, sigmas[-1])))
+    timesteps, sigmas = _plain_or_scheduled(request, trained)
     smallest = sigmas[-1] if schedule_of(o) else trained[0]
-    return Grid(np.trunc(timesteps), _as_float32(np.append(sigmas, _final(o, smallest))))
+    return _whole(request, timesteps, np.append(sigmas, _final(o, smallest)))
 
 
 def deis_grid(request: Request) -> Grid:
@@ -159,12 +159,19 @@ def deis_grid(request: Request) -> Grid:
     o = request.options
     trained = schedules.sigmas_of(schedules.alpha_bar(o))
     flow = o["use_flow_sigmas"] and not schedule_of(o)
-    timesteps, sigmas = _flow_sigmas(request) if flow else _plain_orscheduled(request, trained)
+    timesteps, sigmas = _flow_sigmas(request) if flow else _plain_or_scheduled(request, trained)
     last = sigmas[-1] if flow or schedule_of(o) else trained[0]
-    return Grid(np.trunc(timesteps), _as_float32(np.append(sigmas, last)))
+    return _whole(request, timesteps, np.append(sigmas, last))
 
 
-def _plain_orscheduled(request: Request, trained: Float32) -> tuple[Float64, Float64]:
+def _whole(request: Request, timesteps: Float64, sigmas: Float64) -> Grid:
+    """The grid with its timesteps truncated, once it is known that image to image leaves some (clipping takes many)."""
+    if request.begin >= len(timesteps):
+        raise UsageError(f"{request.name}: no step is left to do; use more steps or a higher strength.")
+    return Grid(np.trunc(timesteps), _as_float32(sigmas))
+
+
+def _plain_or_scheduled(request: Request, trained: Float32) -> tuple[Float64, Float64]:
     if schedule_of(request.options):
         return _solver_schedule(request, trained, round_cosine=True)
     timesteps = _fence(request, request.options["timestep_spacing"], request.train)

@@ -33,7 +33,7 @@ class Sampler:
     function: Callable[[Request], SamplerTable]
     diffusers: str  # the class whose scheduler_config.json it reads
     defaults: Options  # of that class
-    order: int  # of convergence, for the most that its options allow here
+    order: int  # of its solver; the first steps have less history, and less order
     paper: str
     forced: Mapping[str, Any] = field(default_factory=dict[str, Any])  # options that the name itself implies
     stochastic: bool = False
@@ -83,7 +83,7 @@ _ALL = (
             {**_PLUS, "solver_order": 3}, custom=("timesteps",)),
     Sampler("dpmpp_2m_sde", "DPM++ 2M SDE", dpm_multistep, _DPM, defaults_of.DPM, 2, "arXiv:2211.01095",
             {**_SDE, "solver_order": 2}, stochastic=True, custom=("timesteps",)),
-    Sampler("dpmpp_3m_sde", "DPM++ 3M SDE", dpm_multistep, _DPM, defaults_of.DPM, 1, "arXiv:2211.01095",
+    Sampler("dpmpp_3m_sde", "DPM++ 3M SDE", dpm_multistep, _DPM, defaults_of.DPM, 3, "arXiv:2211.01095",
             {**_SDE, "solver_order": 3}, stochastic=True, custom=("timesteps",)),
     Sampler("dpmpp_2s", "DPM++ 2S", dpm_singlestep, _DPM_SINGLE, defaults_of.DPM_SINGLE, 2, "arXiv:2211.01095",
             {**_PLUS, "solver_order": 2}, custom=("timesteps",), aliases=("DPM++ SDE",)),

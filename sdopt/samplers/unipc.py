@@ -137,6 +137,8 @@ def _solver(r: Request) -> str:
         raise UsageError(f"solver_type {solver!r} is unknown; use one of {choices(solver, ('bh1', 'bh2'))}.")
     if int(r.options["solver_order"]) < 1:
         raise UsageError(f"solver_order {r.options['solver_order']!r}: unipc has orders 1 and up.")
+    if not r.options["predict_x0"] and r.options["final_sigmas_type"] == "zero":
+        raise UsageError('unipc with predict_x0 false cannot end at sigma 0; set final_sigmas_type "sigma_min".')
     if r.sigmas is not None and not r.options["use_flow_sigmas"]:
         raise UsageError("unipc takes sigmas only with use_flow_sigmas true; --sampler euler takes them always.")
     return solver

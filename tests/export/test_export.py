@@ -159,7 +159,7 @@ def test_a_scheduler_that_cannot_be_a_table_is_refused_before_the_work(tiny_chec
     copy = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
     path = copy / "scheduler/scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": "DDIMScheduler", "thresholding": True}))
-    with pytest.raises((UsageError, CheckpointError), match="thresholding"):
+    with pytest.raises(CheckpointError, match="thresholding"):
         export(copy, tmp_path / "b", report=lambda line: None)
     assert not (tmp_path / "b").exists()
 
@@ -204,4 +204,57 @@ def test_the_command_fails_with_its_exit_code_and_a_sentence(
     assert done.returncode == code
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_scheduler_that_is_not_known_by_name_brings_its_tables_along(
+    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """DPM-Solver's inverse is linear, in diffusers, and no sampler of sdopt's."""
+    import torch
+    from diffusers import DPMSolverMultistepInverseScheduler, StableDiffusionPipeline
+
+    from sdopt.bundle import write_manifest
+    from sdopt.export import sampler_tables
+
+    copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    theirs = StableDiffusionPipeline.from_pretrained(copy, torch_dtype=torch.float32, safety_checker=None)
+    theirs.scheduler = DPMSolverMultistepInverseScheduler.from_config(theirs.scheduler.config)
+    theirs.scheduler.save_pretrained(copy / "scheduler")
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").unlink()
+    lines: list[str] = []
+    with open_checkpoint(str(copy)) as checkpoint:
+        manifest |= sampler_tables(checkpoint, bundle, 50, lines.append)
+        manifest["scheduler"] = checkpoint.config("scheduler")
+    write_manifest(bundle, manifest)
+    assert "DPMSolverMultistepInverseScheduler is not a sampler that sdopt knows" in lines[0]
+    pipe = sdopt.load(bundle)
+    options = {"num_inference_steps": 6, "guidance_scale": 1.0, "output_type": "latent"}
+    expected = theirs("a", generator=torch.Generator("cpu").manual_seed(1), **options).images.numpy()
+    assert parity.psnr(expected, pipe("a", seed=1, **options).images) >= 80
+    with pytest.raises(UsageError, match="num_inference_steps = 51; for DPMSolver.* this bundle has tables for 1, 2,"):
+        pipe("a", num_inference_steps=51)
+    with pytest.raises(UsageError, match="schedule: DPMSolver.* takes no options here"):
+        pipe("a", schedule="karras")
+    assert pipe("a", sampler="euler", num_inference_steps=51, output_type="np").images.shape == (1, 24, 24, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("DDIMInverseScheduler", "is not linear"),
+        ("EvilScheduler", "is no scheduler of diffusers"),
+        ("os", "no scheduler"),
+    ],
+)
+def test_a_scheduler_that_cannot_be_probed_is_refused_by_name(
+    tiny_checkpoint: Path, tmp_path: Path, name: str, message: str
+) -> None:
+    copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    path = copy / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": name}))
+    with pytest.raises(CheckpointError, match=message):
+        export(copy, tmp_path / "b", report=lambda line: None)
     assert not (tmp_path / "b").exists()
