@@ -1,10 +1,10 @@
-"""Full-size pipelines with random weights, built from their public configurations, so that every figure can be made offline.
+"""Full-size pipelines with random weights, from their public configurations: every figure can be made offline.
 
     python benchmarks/models.py sd15 -o CHECKPOINT [--dtype float16]
 
-Speed does not depend on the values of the weights, and parity is measured on what is run. The tokenizer has the size
-of CLIP's (49,408) and its byte-level scheme, but merges of its own: CLIP's vocabulary cannot be had offline.
-Configurations: stable-diffusion-v1-5/stable-diffusion-v1-5 on the Hugging Face hub; Rombach et al. 2022, arXiv:2112.10752.
+Speed does not depend on the values of the weights; parity is measured on what is run. The tokenizer has the size
+of CLIP's (49,408) and its byte-level scheme, but made-up merges: CLIP's vocabulary cannot be had offline.
+Configurations: stable-diffusion-v1-5/stable-diffusion-v1-5 on the hub; Rombach et al. 2022, arXiv:2112.10752.
 """
 
 from __future__ import annotations

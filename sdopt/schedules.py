@@ -177,11 +177,15 @@ def sigma_to_t(sigma: ArrayLike, log_sigmas: Float32) -> Float64:
 # ----------------------------------------------------------------------------------------- sigma schedules
 
 
-def karras(high: float, low: float, n: int, rho: float = 7.0) -> Float64:
-    """Sigmas from `high` to `low`, dense where images take shape. Ref: Karras et al. 2022, arXiv:2206.00364, eq. 5."""
-    ramp = np.linspace(0, 1, n)
+def karras(high: float, low: float, n: int, rho: float = 7.0, *, ramp: Float32 | None = None) -> Float64:
+    """Sigmas from `high` to `low`, dense where images take shape; `ramp` is for who computes them in float32.
+
+    Ref: Karras et al. 2022, arXiv:2206.00364, equation 5.
+    """
     top, bottom = high ** (1 / rho), low ** (1 / rho)
-    return (top + ramp * (bottom - top)) ** rho
+    return np.asarray(
+        (top + (np.linspace(0, 1, n) if ramp is None else ramp) * (bottom - top)) ** rho, dtype=np.float64
+    )
 
 
 def exponential(high: float, low: float, n: int) -> Float64:

@@ -60,7 +60,7 @@ _MADE: dict[str, Any] = {}  # some constructors take a quarter of a second
 def rounded_roots() -> Iterator[None]:
     """Inside, torch's square roots are correctly rounded, as IEEE 754 says and NumPy's are.
 
-    On some processors torch takes them from a library that is one unit in the last place off, for a fifth of all numbers.
+    On some processors torch takes them from a library that is one unit in the last place off for a fifth of them.
     """
     import torch
     from torch.overrides import TorchFunctionMode
@@ -296,7 +296,7 @@ LIMITS = {
     "dpm2_a": (3e-4, 2e-2, "diffusers computes the middle and lower levels in float32, where they nearly cancel"),
     "ipndm": (5e-6, 1e-6, "diffusers computes its schedule in float32, with sin and atan2"),
     "edm_euler": (1e-6, 1e-6, "diffusers computes exponential sigmas in float32"),
-    "edm_dpmpp_2m": (1e-5, 1e-6, "diffusers computes its sigmas in float32"),
+    "edm_dpmpp_2m": (5e-6, 1e-6, "diffusers computes its sigmas in float32, as seventh powers"),
     "euler": (1e-6, 1e-6, "diffusers computes log_linear sigmas and continuous timesteps in float32"),
 }
 EXACT = (1e-9, 1e-9, "rounding of float64")

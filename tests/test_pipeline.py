@@ -14,6 +14,7 @@ import pytest
 import sdopt
 from sdopt.errors import NumericsError, UsageError
 from sdopt.pipeline import Denoiser
+from sdopt.samplers import SAMPLERS
 from sdopt.specs import Array
 from tests.conftest import EMOJI_BUNDLE, EMOJI_CHECKPOINT
 
@@ -83,27 +84,20 @@ def test_without_guidance_only_the_conditional_half_runs(pair: Any) -> None:
     assert picture_psnr(expected, ours("a cat", seed=3, **options).images) >= FLOOR_DB
 
 
-@pytest.mark.parametrize("sampler", ["pndm", "ddim", "euler", "dpmpp_2m"])
-def test_a_named_sampler_is_the_diffusers_scheduler_of_that_name(pair: Any, sampler: str) -> None:
+@pytest.mark.parametrize("name", [name for name, s in SAMPLERS.items() if s.family == "diffusion"])
+def test_every_sampler_makes_the_picture_of_its_diffusers_scheduler(name: str, emoji: sdopt.Pipeline) -> None:
     import diffusers
     import torch
 
-    names = {"pndm": "PNDM", "ddim": "DDIM", "euler": "EulerDiscrete", "dpmpp_2m": "DPMSolverMultistep"}
-    theirs, ours = pair
-    own = theirs.scheduler
-    theirs.scheduler = getattr(diffusers, f"{names[sampler]}Scheduler").from_config(own.config, clip_sample=False)
+    theirs, entry = diffusers_pipeline(EMOJI_CHECKPOINT), SAMPLERS[name]
+    own, options = theirs.scheduler, {"num_inference_steps": 9, "guidance_scale": 2.0, "output_type": "np"}
+    scheduler = getattr(diffusers, entry.diffusers)
+    theirs.scheduler = scheduler.from_config(own.config, clip_sample=False, **entry.forced)
     try:
-        expected = theirs(
-            "a cat",
-            generator=torch.Generator("cpu").manual_seed(3),
-            num_inference_steps=9,
-            output_type="np",
-            guidance_scale=2.0,
-        ).images
+        expected = theirs("a cat", generator=torch.Generator("cpu").manual_seed(3), **options).images
     finally:
         theirs.scheduler = own
-    options = {"num_inference_steps": 9, "guidance_scale": 2.0, "output_type": "np"}
-    assert picture_psnr(expected, ours("a cat", seed=3, sampler=sampler, **options).images) >= FLOOR_DB
+    assert picture_psnr(expected, emoji("a cat", seed=3, sampler=name, **options).images) >= FLOOR_DB
 
 
 def test_an_image_of_a_batch_is_the_image_made_alone(emoji: sdopt.Pipeline) -> None:

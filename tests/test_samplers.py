@@ -6,13 +6,17 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from sdopt.cli import main
 from sdopt.errors import UsageError
 from sdopt.noise import generator
 from sdopt.samplers import SAMPLERS, SCHEDULES, SamplerTable, find_sampler, sampler_table
@@ -76,9 +80,9 @@ def test_eta_is_diffusers(name: str, eta: float) -> None:
 
 CUSTOM = {
     "timesteps": {
-        **dict.fromkeys(("ddpm", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "dpmpp_2s"), [999, 850, 600, 300, 100]),
-        **dict.fromkeys(("lcm", "tcd"), [999, 759, 499, 259]),
-        **dict.fromkeys(("euler", "heun"), [999.0, 700.5, 300.25, 20.0]),
+        **{name: [999, 850, 600, 300, 100] for name in ("ddpm", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "dpmpp_2s")},
+        **{name: [999, 759, 499, 259] for name in ("lcm", "tcd")},
+        **{name: [999.0, 700.5, 300.25, 20.0] for name in ("euler", "heun")},
     },
     "sigmas": {"euler": [14.0, 5.0, 1.0, 0.3, 0.0], "flow_euler": [1.0, 0.7, 0.5, 0.1]},
 }
@@ -127,7 +131,8 @@ def test_the_same_seed_ends_at_the_same_latents(name: str) -> None:
     x = ours.randn(shape) * np.float32(table.init_noise_sigma)
     y = torch.randn(shape, generator=theirs) * getattr(scheduler, "init_noise_sigma", 1.0)
     scale = getattr(scheduler, "scale_model_input", lambda sample, t: sample)
-    noisy = {"generator": theirs} if SAMPLERS[name].stochastic else {}
+    noisy: dict[str, Any] = {"generator": theirs} if SAMPLERS[name].stochastic else {}
+    noisy |= {"eta": 0.0} if SAMPLERS[name].takes_eta else {}
     history: tuple[Any, ...] = ()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -259,9 +264,9 @@ def test_constant_noise_is_transported_exactly_to_the_clean_sample(name: str, st
         output = (basis[0] - table.denoised[k, 0] * x) / table.denoised[k, 1]  # what an exact denoiser says
         history = [table.c_skip[k] * x + table.c_out[k] * output, *history][: table.order]
         x = table.update[k, 0] * x + sum(c * m for c, m in zip(table.update[k, 1:], history, strict=False))
-    ends = {"deis": level(name, table_of(name, 400), -1)[1], "tcd": 0.03}.get(name, 1e-6)
-    assert x[0] == pytest.approx(1, abs=max(ends, 1e-6))
-    assert abs(x[1]) <= ends
+    cleanest = 0.99915  # alpha_bar at timestep 0, where these two end
+    end = [cleanest**0.5, (1 - cleanest) ** 0.5] if name in ("deis", "tcd") else [1.0, 0.0]
+    assert x == pytest.approx(np.array(end), abs=1e-5)
 
 
 # The order at which a warm-up of lower order lets a sampler converge, where that is not the order of its solver.
@@ -302,9 +307,8 @@ def test_epsilon_v_and_sample_predictions_of_one_model_make_one_picture(name: st
         for k in range(len(table)):
             clean = np.tanh(table.c_in[k] * x + 0.3)
             output = (clean - table.denoised[k, 0] * x) / table.denoised[k, 1]
-            if name == "lcm":  # its denoised sample is not the model's clean one
-                plain = table_of("ddim", 1, prediction_type=prediction, timesteps=None)
-                output = _lcm_output(prediction, table, k, x, clean, plain)
+            if name == "lcm":  # what it takes for denoised is not what the model predicts
+                output = predicted(prediction, float(table.sigma[k]), x, clean)
             history = [table.c_skip[k] * x + table.c_out[k] * output, *history][: table.order]
             row = table.update[k]
             x = row[0] * x + sum(c * m for c, m in zip(row[1:-1], history, strict=False)) + row[-1] * noises[k]
@@ -313,9 +317,8 @@ def test_epsilon_v_and_sample_predictions_of_one_model_make_one_picture(name: st
     assert ends[2] == pytest.approx(ends[0], rel=1e-8, abs=1e-8)
 
 
-def _lcm_output(prediction: str, table: SamplerTable, k: int, x: Any, clean: Any, plain: SamplerTable) -> Any:
-    """What a model of this prediction says when its clean sample is `clean`."""
-    sigma = float(table.sigma[k])
+def predicted(prediction: str, sigma: float, x: Any, clean: Any) -> Any:
+    """What a model of this prediction says, in the variance-preserving frame, when it means `clean`."""
     alpha, s = 1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma)
     noise = (x - alpha * clean) / s
     return {"epsilon": noise, "v_prediction": alpha * noise - s * clean, "sample": clean}[prediction]
@@ -432,7 +435,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"steps": 5, "timesteps": [900, 2], "sampler": "Euler Karras"}, "--schedule normal"),
     ({}, {"steps": 5, "sigmas": [1.0, 5.0, 0.0], "sampler": "euler"}, "lower than the one before"),
     ({}, {"steps": 5, "sigmas": [1.0, -5.0], "sampler": "euler"}, "none below 0"),
-    ({}, {"steps": 5, "sigmas": [3.0], "sampler": "euler"}, "at least two"),
+    ({}, {"steps": 5, "sigmas": [3.0], "sampler": "euler"}, "needs at least 2"),
     ({}, {"steps": 5, "sigmas": [3.0, 1.0], "sampler": "unipc"}, "use_flow_sigmas"),
     ({}, {"steps": 5, "sigmas": [3.0, 1.0], "timesteps": [9], "sampler": "euler"}, "not both"),
     ({"beta_schedule": "cosine"}, {"steps": 5}, "beta_schedule 'cosine' is unknown"),
@@ -480,12 +483,11 @@ WILD = {
     "shift_terminal": [None, 0.1],
     "sigma_schedule": ["karras", "exponential"],
     "original_inference_steps": [10, 50],
-    **dict.fromkeys(
-        ("rescale_betas_zero_snr", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas",
-         "use_flow_sigmas", "skip_prk_steps", "set_alpha_to_one", "lower_order_final", "euler_at_final", "predict_x0",
-         "invert_sigmas", "stochastic_sampling", "use_dynamic_shifting"),
-        [True, False],
-    ),
+    **{flag: [True, False] for flag in (
+        "rescale_betas_zero_snr", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas",
+        "use_flow_sigmas", "skip_prk_steps", "set_alpha_to_one", "lower_order_final", "euler_at_final", "predict_x0",
+        "invert_sigmas", "stochastic_sampling", "use_dynamic_shifting",
+    )},
 }  # fmt: skip
 
 
@@ -510,3 +512,53 @@ def test_any_configuration_is_a_proven_table_or_a_clear_error(asked: Any, steps:
         else:
             assert np.isfinite(table.update).all()
             assert SamplerTable.from_json(table.to_json()) == table
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+def command(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    assert main(["samplers", *args]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_command_lists_every_sampler(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = command(capsys, "--steps", "8").splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ALL
+    assert "15" in next(line for line in lines if line.startswith("heun"))
+    entries = json.loads(command(capsys, "--json"))
+    assert {entry["name"]: entry["calls"] for entry in entries}["pndm"] == 21
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_command_prints_a_table(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = command(capsys, "--print", name, "--steps", "4")
+    assert len(text.splitlines()) >= 4 + SAMPLERS[name].calls(4)
+    printed = json.loads(command(capsys, "--print", name, "--steps", "4", "--json"))
+    assert SamplerTable.from_json(printed).name == name
+
+
+def test_the_command_reads_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "scheduler_config.json"
+    path.write_text(json.dumps({**SD15, "prediction_type": "v_prediction"}))
+    printed = json.loads(command(capsys, "--print", "ddim", "--steps", "4", "--config", str(path), "--json"))
+    assert SamplerTable.from_json(printed) == table_of("ddim", 4, prediction_type="v_prediction")
+    path.write_text("[1]")
+    assert main(["samplers", "--print", "ddim", "--config", str(path)]) == 2
+    assert "not a scheduler_config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_the_command_draws(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / f"plot.{suffix}"
+    assert command(capsys, "--plot", str(path), "euler", "DPM++ 2M Karras", "tcd").strip() == str(path)
+    if suffix == "svg":
+        root = ElementTree.parse(path).getroot()
+        assert [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")][-3:] == [
+            "euler",
+            "DPM++ 2M Karras",
+            "tcd",
+        ]
+    else:
+        assert Image.open(path).size == (800, 480)
+    assert main(["samplers", "--plot", str(tmp_path / "plot.gif")]) == 2

@@ -76,7 +76,9 @@ def _default_like(sample: torch.Tensor) -> Generator[None]:
 def probe(scheduler: Any, steps: int, *, begin: int = 0) -> SamplerTable:
     """The table of a diffusers scheduler for `steps` steps, without the first `begin` timesteps as in image to image.
 
-    What it keeps is whichever of the model output, the clean sample and the noise needs the shortest history.
+    What it keeps is whichever of the model output, the clean sample and the noise needs the shortest history; eta is 0,
+    as in diffusers' pipelines. What previews show (`denoised`) is a guess from the prediction type where the scheduler
+    does not tell.
 
     Raises: CheckpointError when the scheduler cannot be run, is not linear, or needs more than its history.
     """
@@ -96,7 +98,12 @@ def _probe(scheduler: Any, name: str, steps: int, begin: int) -> SamplerTable:
     levels = [_level(scheduler, begin + k) for k in range(calls)]
     fresh = copy.deepcopy(scheduler)
     seen = observe(
-        scheduler, begin, one_hot(size, 0), lambda i: one_hot(size, 1 + i), lambda j: one_hot(size, 1 + calls + j)
+        scheduler,
+        begin,
+        one_hot(size, 0),
+        lambda i: one_hot(size, 1 + i),
+        lambda j: one_hot(size, 1 + calls + j),
+        eta=0.0,
     )
     if seen.draws.max() > 1:
         raise CheckpointError(f"{name} draws noise more than once in a step; no table can say that.")
@@ -133,7 +140,7 @@ def _refuse_nonlinear(scheduler: Any, name: str, begin: int, seen: Observation, 
     def vector(i: int) -> torch.Tensor:
         return parts[i].reshape(1, 64, 1, 1)
 
-    again = observe(scheduler, begin, vector(0), lambda i: vector(1 + i), lambda j: vector(1 + calls + j))
+    again = observe(scheduler, begin, vector(0), lambda i: vector(1 + i), lambda j: vector(1 + calls + j), eta=0.0)
     expected = seen.samples @ parts.numpy()
     error = np.abs(again.samples - expected).max(axis=1) / np.abs(expected).max(axis=1)
     if not (error < 1e-6).all():

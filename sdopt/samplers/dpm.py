@@ -34,8 +34,8 @@ def level(sigma: float, flow: bool) -> Level:
     """
     if flow and sigma >= 1:
         raise UsageError(
-            f"use_flow_sigmas is true, and sigma {sigma:g} is not below 1; flow sigmas do not go with karras, exponential, "
-            'beta, custom timesteps or final_sigmas_type "sigma_min".'
+            f"use_flow_sigmas is true, and sigma {sigma:g} is not below 1; flow sigmas do not go with karras, "
+            'exponential, beta, custom timesteps or final_sigmas_type "sigma_min".'
         )
     if flow:
         return 1 - sigma, sigma

@@ -24,7 +24,7 @@ Float64 = NDArray[np.float64]
 
 def edm_euler(r: Request) -> SamplerTable:
     """Euler's table on EDM's preconditioning."""
-    grid, rows = edm_grid(r, repeat_last=True), Rows(r)
+    grid, rows = edm_grid(r, euler=True), Rows(r)
     for k in range(r.begin, len(grid)):
         sigma, after = grid.sigmas[k], grid.sigmas[k + 1]
         clean, c_in = precondition(r, sigma)
@@ -41,7 +41,7 @@ def edm_dpm(r: Request) -> SamplerTable:
             f"{r.name} has algorithm_type dpmsolver++, and sde-dpmsolver++ up to solver_order 2, not {algorithm!r} "
             f"of order {r.options['solver_order']}."
         )
-    grid = edm_grid(r)
+    grid = edm_grid(r, euler=False)
 
     def frame(k: int) -> tuple[Pair, Pair, float]:
         clean, c_in = precondition(r, grid.sigmas[k])
@@ -66,18 +66,22 @@ def widest(r: Request) -> float:
     return math.sqrt(float(r.options["sigma_max"]) ** 2 + 1)
 
 
-def edm_grid(r: Request, *, repeat_last: bool = False) -> Grid:
-    """Sigmas between sigma_max and sigma_min; their timesteps are log(sigma) / 4."""
+def edm_grid(r: Request, *, euler: bool) -> Grid:
+    """Sigmas between sigma_max and sigma_min; their timesteps are log(sigma) / 4.
+
+    diffusers' two EDM schedulers differ: Euler's computes in float64, and its "sigma_min" repeats the last sigma.
+    """
     o = r.options
     high, low = float(o["sigma_max"]), float(o["sigma_min"])
     if o["sigma_schedule"] == "karras":
-        sigmas = schedules.karras(high, low, r.steps, float(o["rho"]))
+        ramp = None if euler else schedules.linspace32(0, 1, r.steps)
+        sigmas = schedules.karras(high, low, r.steps, float(o["rho"]), ramp=ramp)
     elif o["sigma_schedule"] == "exponential":
         ramp = schedules.linspace32(math.log(low), math.log(high), r.steps)
         sigmas = np.exp(ramp)[::-1].astype(np.float64)
     else:
         raise UsageError(f"sigma_schedule {o['sigma_schedule']!r} is unknown; use one of karras, exponential.")
     sigmas = sigmas.astype(np.float32).astype(np.float64)
-    smallest = sigmas[-1] if repeat_last else low
+    smallest = sigmas[-1] if euler else low
     last = smallest if o["final_sigmas_type"] == "sigma_min" else 0.0
     return Grid(0.25 * np.log(sigmas), np.append(sigmas, np.float32(last)))

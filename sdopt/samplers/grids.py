@@ -96,8 +96,6 @@ def sigma_grid(request: Request, *, finite_sigma: bool = True) -> Grid:
 
 def _given_sigmas(request: Request, trained: Float32) -> Grid:
     sigmas = custom_sigmas(request)
-    if len(sigmas) < 2:
-        raise UsageError(f"sigmas={sigmas.tolist()}: {request.name} needs at least two, the last is where it ends (0).")
     steps = schedules.sigma_to_t(sigmas[:-1].astype(np.float32), np.log(trained))
     return Grid(_as_float32(steps), sigmas)
 

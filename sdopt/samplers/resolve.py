@@ -128,7 +128,10 @@ def _count(
         asked = [flag for flag in SCHEDULE_FLAGS.values() if options.get(flag)]
         if asked and kind == "timesteps":
             raise UsageError(f"timesteps cannot be combined with {asked[0]}; use --schedule normal.")
-        return len(given) - (kind == "sigmas" and entry.name == "euler")
+        count = len(given) - (kind == "sigmas" and entry.name == "euler")  # its last sigma is where it ends
+        if count < 1:
+            raise UsageError(f"{kind}={list(given)}: {entry.name} needs at least {2 if len(given) else 1}.")
+        return count
     if isinstance(steps, (bool, float)) or steps < 1:
         raise UsageError(f"steps {steps!r}: the number of steps is a whole number, 1 or more.")
     if steps > options["num_train_timesteps"]:
