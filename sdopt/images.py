@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from sdopt.errors import UsageError
-from sdopt.specs import Array
+from sdopt.specs import Array, Float32
 
 MAX_CHUNK_BYTES = 1 << 20
+MAX_PIXELS = 64_000_000
 
 
 def to_unit(decoded: Array) -> Array:
@@ -29,6 +30,74 @@ def to_pil(decoded: Array) -> list[Image.Image]:
     """The pictures as PIL images, rounded as diffusers rounds."""
     pixels: Array = np.round(to_unit(decoded) * 255).astype(np.uint8)
     return [Image.fromarray(picture) for picture in pixels]
+
+
+def size_of(image: Any) -> tuple[int, int]:
+    """(height, width) of a picture, or of the first of several."""
+    first: Any = cast(Sequence[Any], image)[0] if isinstance(image, (list, tuple)) else image
+    if isinstance(first, Image.Image):
+        return first.height, first.width
+    if hasattr(first, "shape") and first.ndim in (2, 3):
+        return int(first.shape[0]), int(first.shape[1])
+    raise UsageError(f"image: got {type(first)}; allowed are PIL images and arrays [height, width, 3] in 0..1")
+
+
+def to_array(image: Any, height: int, width: int, count: int) -> Float32:
+    """Pictures as float32 [count, 3, height, width] in -1..1, resized as diffusers resizes (Lanczos)."""
+    unit = np.stack([_unit(one, height, width, "RGB") for one in _each("image", image, count)])
+    return np.ascontiguousarray(np.transpose(unit, (0, 3, 1, 2))) * 2 - 1
+
+
+def to_mask(mask: Any, height: int, width: int, count: int) -> Float32:
+    """Masks as float32 [count, 1, height, width]: 1 where the picture is painted anew, 0 where it stays."""
+    unit = np.stack([_unit(one, height, width, "L") for one in _each("mask_image", mask, count)])
+    return (unit[:, None] >= 0.5).astype(np.float32)
+
+
+def _each(name: str, given: Any, count: int) -> Sequence[Any]:
+    """One picture for each of `count` images: all the same, or as many as there are."""
+    several = list(cast(Sequence[Any], given)) if isinstance(given, (list, tuple)) else [given]
+    if len(several) not in (1, count):
+        raise UsageError(f"{name}: {len(several)} pictures for {count} images; give one, or one per image")
+    return several * (count if len(several) == 1 else 1)
+
+
+def _unit(image: Any, height: int, width: int, mode: str) -> Float32:
+    """One picture in 0..1, [height, width, 3] or, in mode L, [height, width]."""
+    size_of(image)
+    if isinstance(image, Image.Image):
+        return _resized(image, height, width, mode)
+    shades = np.asarray(image, np.float32) / (255 if image.dtype == np.uint8 else 1)
+    if not np.isfinite(shades).all() or shades.min() < 0 or shades.max() > 1:
+        raise UsageError(f"image: an array from {shades.min()} to {shades.max()}; allowed is 0..1, or uint8")
+    if mode == "L" and shades.ndim == 3:
+        shades = np.mean(shades, 2)
+    if shades.shape != ((height, width, 3) if mode == "RGB" else (height, width)):
+        return _resized(Image.fromarray(np.round(shades * 255).astype(np.uint8)), height, width, mode)
+    return np.asarray(shades, np.float32)
+
+
+def _resized(image: Image.Image, height: int, width: int, mode: str) -> Float32:
+    picture = image.convert(mode)
+    if picture.size != (width, height):
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    pixels = np.asarray(picture, np.float32)
+    pixels /= 255
+    return pixels
+
+
+def open_image(path: str | os.PathLike[str]) -> Image.Image:
+    """A PNG, JPEG or WebP picture from a file, turned as its camera held it.
+
+    Raises: UsageError if it is none of these, damaged, or larger than 64 megapixels (told by its header).
+    """
+    try:
+        with cast(Any, Image).open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise UsageError(f"{path}: {image.width}x{image.height} pixels; allowed are {MAX_PIXELS:,}")
+            return ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UsageError(f"{path}: not a PNG, JPEG or WebP picture that can be read ({error})") from error
 
 
 def save_png(image: Image.Image, path: str | os.PathLike[str], parameters: Mapping[str, Any] | None = None) -> None:

@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,9 +24,10 @@ from sdopt import images as pictures
 from sdopt.bundle import Bundle, embedded
 from sdopt.engine import Engine, choose_backend, open_engine
 from sdopt.errors import NumericsError, UsageError, choices
-from sdopt.noise import Generator, generator
+from sdopt.noise import generator
 from sdopt.request import Options, Plan, make_plan
-from sdopt.specs import Array
+from sdopt.specs import Float32, Scalar
+from sdopt.tasks import begin
 from sdopt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ class Step:
     of: int
     timestep: float
     sigma: float
-    sample: Array
-    denoised: Array
+    sample: Float32
+    denoised: Float32
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Result:
     parameters: tuple[dict[str, Any], ...]
 
 
-Callback = Callable[["Pipeline", int, float, dict[str, Array]], "dict[str, Array] | None"]
+Callback = Callable[["Pipeline", int, float, dict[str, Float32]], "dict[str, Float32] | None"]
 
 
 def load(
@@ -118,24 +119,22 @@ class Pipeline:
 
     def steps(self, plan: Plan) -> Iterator[Step]:
         """The loop: predict the noise, take the sampler's row, move the sample."""
-        table, unet = plan.table, self.engine("unet")
+        table, draw = plan.table, self._drawing(plan)
         embeds, negative_embeds = self._embeds(plan)
-        generators = [generator(seed, plan.rng) for seed in plan.seeds]
-        noise = self._noise(plan, generators) if plan.latents is None else plan.latents
-        sample = noise * np.float32(table.init_noise_sigma)
-        denoiser = Denoiser(
-            unet, embeds, negative_embeds, plan.guidance_scale, plan.guidance_batch, plan.guidance_rescale
-        )
-        history: tuple[Array, ...] = ()
+        unet = self.engine("unet")
+        canvas = begin(plan, _channels(unet, self.bundle), draw, self._posterior)
+        denoiser = Denoiser(unet, embeds, negative_embeds, canvas.extra, plan.guidance_batch, plan.guidance_rescale)
+        sample, history = canvas.sample, tuple[Float32, ...]()
+        c_in: list[Scalar] = table.c_in.tolist()
         for k, timestep in enumerate(table.timestep):
-            output = denoiser(sample * np.float32(table.c_in[k]), timestep)
-            _refuse_nan(output, f"unet, step {k + 1} of {len(table.timestep)}")
+            output = denoiser(sample * c_in[k], timestep, plan.guidance[k])
+            _refuse_nan(output, f"unet, step {k + 1} of {len(table)}")
             denoised = table.clean(k, sample, output)
-            drawn = self._noise(plan, generators) if table.draws[k] else None
-            sample, history = table.advance(k, sample, output, history, drawn)
-            yield Step(k, len(table.timestep), float(timestep), float(table.sigma[k]), sample, denoised)
+            sample, history = table.advance(k, sample, output, history, draw() if table.draws[k] else None)
+            sample = canvas.hold(table, k, sample)
+            yield Step(k, len(table), float(timestep), float(table.sigma[k]), sample, denoised)
 
-    def encode(self, prompts: Sequence[str]) -> Array:
+    def encode(self, prompts: Sequence[str]) -> Float32:
         """The text encoder's last hidden state, [prompts, tokens, features]; equal prompts are encoded once."""
         if self._tokenizer is None:
             entry = self.bundle.manifest["tokenizer"]
@@ -145,10 +144,10 @@ class Pipeline:
         _refuse_nan(hidden, "text_encoder")
         return hidden[[unique.index(prompt) for prompt in prompts]]
 
-    def decode(self, sample: Array, output_type: str = "pil") -> Any:
+    def decode(self, sample: Float32, output_type: str = "pil") -> Any:
         """The pictures of latents [images, channels, latent_height, latent_width]."""
         entry = self.bundle.manifest["latents"]
-        scaled = sample / np.float32(entry["scaling_factor"]) + np.float32(entry["shift_factor"])
+        scaled = sample / entry["scaling_factor"] + entry["shift_factor"]
         decoded = self.engine("vae_decoder")(latent_sample=scaled)["sample"]
         _refuse_nan(decoded, "vae_decoder")
         return pictures.to_pil(decoded) if output_type == "pil" else pictures.to_unit(decoded)
@@ -177,7 +176,7 @@ class Pipeline:
     ) -> None:
         self.close()
 
-    def _embeds(self, plan: Plan) -> tuple[Array, Array | None]:
+    def _embeds(self, plan: Plan) -> tuple[Float32, Float32 | None]:
         """The conditional and, with guidance, the unconditional embeddings of each image."""
         if plan.prompt_embeds is not None:
             return plan.prompt_embeds, plan.negative_prompt_embeds if plan.guided else None
@@ -186,53 +185,77 @@ class Pipeline:
         both = self.encode([*plan.prompts, *plan.negative_prompts])
         return both[: len(plan.prompts)], both[len(plan.prompts) :]
 
-    def _noise(self, plan: Plan, generators: Sequence[Generator]) -> Array:
-        """Standard normal noise, each image's from its own seed, so that a batch equals its images made alone."""
+    def _drawing(self, plan: Plan) -> Callable[[], Float32]:
+        """Draws standard normal noise, each image's from its own seed, so that a batch equals its images made alone."""
         entry = self.bundle.manifest["latents"]
         shape = (1, entry["channels"], plan.height // entry["factor"], plan.width // entry["factor"])
-        return np.concatenate([g.randn(shape) for g in generators])
+        generators = [generator(seed, plan.rng) for seed in plan.seeds]
+        return lambda: np.concatenate([g.randn(shape) for g in generators])
+
+    def _posterior(self, images: Float32) -> tuple[Float32, Float32]:
+        """Mean and standard deviation of the scaled latents of pictures in -1..1."""
+        entry = self.bundle.manifest["latents"]
+        posterior = self.engine("vae_encoder")(sample=images)
+        _refuse_nan(posterior["mean"], "vae_encoder")
+        scale: Scalar = entry["scaling_factor"]
+        mean, half = posterior["mean"] - entry["shift_factor"], posterior["logvar"] / 2
+        return mean * scale, np.exp(half) * scale
+
+
+def _channels(unet: Engine, bundle: Bundle) -> int:
+    """How many channels the UNet takes: those of the latents, or with a mask and a masked picture beside them."""
+    shape = unet.inputs[0].shape if unet.inputs else (0, bundle.manifest["latents"]["channels"])
+    return int(shape[1])
 
 
 class Denoiser:
-    """The UNet with classifier-free guidance: output = uncond + guidance_scale * (cond - uncond).
+    """The UNet with classifier-free guidance: output = uncond + scale * (cond - uncond); at 1 or less, cond alone.
 
+    `extra` is joined to the sample as further channels. `batch` 2 runs both halves of guidance in one call, 1 in two.
     Ref: Ho & Salimans 2022, arXiv:2207.12598, eq. 6, in the form of Saharia et al. 2022, arXiv:2205.11487, section 2.2.
     """
 
     def __init__(
-        self, unet: Engine, embeds: Array, negative: Array | None, scale: float, batch: int = 2, rescale: float = 0.0
+        self,
+        unet: Engine,
+        embeds: Float32,
+        negative: Float32 | None,
+        extra: Float32 | None = None,
+        batch: int = 2,
+        rescale: float = 0.0,
     ) -> None:
-        halves = [embeds] if negative is None else [negative, embeds]
-        self._unet, self._scale, self._rescale = unet, np.float32(scale), np.float32(rescale)
-        self._calls = halves if batch == 1 else [np.concatenate(halves)]
-        self._halves, self._images = len(halves), len(embeds)
+        self._unet, self._extra, self._rescale = unet, extra, rescale
+        self._cond, self._negative = embeds, negative
+        self._both = None if negative is None or batch == 1 else np.concatenate([negative, embeds])
 
-    def __call__(self, sample: Array, timestep: float) -> Array:
-        copies = self._halves // len(self._calls)
-        stacked = np.concatenate([sample] * copies) if copies > 1 else sample
-        times = np.full(len(stacked), timestep, np.float32)
-        outputs = [
-            self._unet(sample=stacked, timestep=times, encoder_hidden_states=e)["noise_pred"] for e in self._calls
-        ]
-        if self._halves == 1:
-            return outputs[0]
-        uncond, cond = outputs if copies == 1 else (outputs[0][: self._images], outputs[0][self._images :])
+    def __call__(self, sample: Float32, timestep: float, scale: Scalar) -> Float32:
+        sample = sample if self._extra is None else np.concatenate([sample, self._extra], 1)
+        if self._negative is None or scale <= 1:
+            return self._run(sample, timestep, self._cond)
+        if self._both is None:
+            uncond, cond = self._run(sample, timestep, self._negative), self._run(sample, timestep, self._cond)
+        else:
+            uncond, cond = np.split(self._run(np.concatenate([sample, sample]), timestep, self._both), 2)
         with np.errstate(invalid="ignore", over="ignore"):  # the loop names component and step of what is not finite
-            guided = cast(Array, uncond + self._scale * (cond - uncond))
+            guided = uncond + scale * (cond - uncond)
             return rescaled(guided, cond, self._rescale) if self._rescale else guided
 
+    def _run(self, sample: Float32, timestep: float, embeds: Float32) -> Float32:
+        times = np.full(len(sample), timestep, np.float32)
+        return self._unet(sample=sample, timestep=times, encoder_hidden_states=embeds)["noise_pred"]
 
-def rescaled(guided: Array, cond: Array, share: np.float32) -> Array:
+
+def rescaled(guided: Float32, cond: Float32, share: Scalar) -> Float32:
     """`guided`, of which `share` is scaled to the standard deviation that the conditional output has.
 
     Ref: Lin et al. 2024, arXiv:2305.08891, section 3.4.
     """
     axes = tuple(range(1, cond.ndim))
     scale = cond.std(axes, keepdims=True, ddof=1) / guided.std(axes, keepdims=True, ddof=1)
-    return cast(Array, guided * (share * scale + (1 - share)))
+    return guided * (share * scale + (1 - share))
 
 
-def _refuse_nan(array: Array, where: str) -> None:
+def _refuse_nan(array: Float32, where: str) -> None:
     if not np.isfinite(array).all():
         raise NumericsError(
             f"{where}: the output has NaN or infinity. On a half-precision engine try float32 for this component; "

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, cast
 
+from sdopt import images
 from sdopt.bundle import Bundle
 from sdopt.errors import UsageError
 from sdopt.samplers import SAMPLERS, SamplerTable, sampler_table
@@ -21,9 +22,13 @@ class Options(TypedDict, total=False):
     """The keywords of `Pipeline.__call__` and `Pipeline.denoise`: diffusers' names, and what leaving one out means."""
 
     negative_prompt: str | Sequence[str] | None  # "": nothing to steer away from
+    image: Any  # PIL, or an array [height, width, 3] in 0..1; or one per image: what the picture begins from
+    mask_image: Any  # of the same size, white where the picture is to be painted anew
+    strength: float | None  # how much of `image` is replaced: 0.8, with a mask 1
     num_inference_steps: int | None  # the bundle's own
-    guidance_scale: float | None  # the bundle's own; 1 or less runs without guidance
-    height: int | None  # pixels; the bundle's own
+    guidance_scale: float | Sequence[float] | None  # the bundle's own; 1 or less runs without; or one per call
+    guidance_interval: tuple[float, float] | None  # (0, 1); the part of the calls that is guided
+    height: int | None  # pixels; the image's, or the bundle's own
     width: int | None
     num_images_per_prompt: int  # 1
     seed: int | Sequence[int] | None  # drawn and reported; one number s gives image i the seed s + i
@@ -49,7 +54,7 @@ class Plan:
     seeds: tuple[int, ...]
     height: int
     width: int
-    guidance_scale: float
+    guidance: tuple[float, ...]
     guidance_rescale: float
     guidance_batch: int
     rng: str
@@ -58,18 +63,21 @@ class Plan:
     latents: Array | None
     prompt_embeds: Array | None
     negative_prompt_embeds: Array | None
+    image: Array | None
+    mask: Array | None
+    strength: float
+    wishes: Mapping[str, Any]
 
     @property
     def guided(self) -> bool:
-        """Whether the unconditional half runs. Ref: Ho & Salimans 2022, arXiv:2207.12598, section 3.2."""
-        return self.guidance_scale > 1
+        """Whether the unconditional half ever runs. Ref: Ho & Salimans 2022, arXiv:2207.12598, section 3.2."""
+        return max(self.guidance) > 1
 
     def parameters(self, image: int) -> dict[str, Any]:
         """What makes image `image` again, alone."""
         return {
             "prompt": self.prompts[image],
             "negative_prompt": self.negative_prompts[image],
-            "guidance_scale": self.guidance_scale,
             "guidance_rescale": self.guidance_rescale,
             "seed": self.seeds[image],
             "rng": self.rng,
@@ -77,6 +85,7 @@ class Plan:
             "height": self.height,
             "sampled_by": SAMPLERS[self.table.name].title if self.table.name in SAMPLERS else self.table.name,
             **self.sampling,
+            **self.wishes,
         }
 
 
@@ -94,13 +103,14 @@ def make_plan(bundle: Bundle, prompt: str | Sequence[str] | None, options: Optio
     embeds, negative_embeds = options.get("prompt_embeds"), options.get("negative_prompt_embeds")
     each = _whole("num_images_per_prompt", options.get("num_images_per_prompt", 1), 1, MAX_IMAGES)
     prompts = _prompts("prompt", prompt if embeds is None else [""] * len(embeds), each)
-    guidance_scale = _finite("guidance_scale", _or(options.get("guidance_scale"), defaults["guidance_scale"]))
-    if embeds is not None and negative_embeds is None and guidance_scale > 1:
-        raise UsageError("prompt_embeds without negative_prompt_embeds: give both, or guidance_scale=1")
     sampling = _sampling(options, defaults["num_inference_steps"])
     factor: int = bundle.manifest["latents"]["factor"]
-    height = _size("height", _or(options.get("height"), defaults["height"]), factor)
-    width = _size("width", _or(options.get("width"), defaults["width"]), factor)
+    image, mask, strength = _picture(options)
+    height, width = _pixels(options, defaults, factor)
+    table = make_table(bundle, sampling, strength)
+    guidance, wishes = _guidance(options, defaults["guidance_scale"], len(table))
+    if embeds is not None and negative_embeds is None and max(guidance) > 1:
+        raise UsageError("prompt_embeds without negative_prompt_embeds: give both, or guidance_scale=1")
     shape = (len(prompts), bundle.manifest["latents"]["channels"], height // factor, width // factor)
     latents = options.get("latents")
     if latents is not None and (latents.shape != shape or latents.dtype != "float32"):
@@ -111,19 +121,23 @@ def make_plan(bundle: Bundle, prompt: str | Sequence[str] | None, options: Optio
         seeds=_seeds(options.get("seed"), len(prompts)),
         height=height,
         width=width,
-        guidance_scale=guidance_scale,
+        guidance=guidance,
         guidance_rescale=_share("guidance_rescale", options.get("guidance_rescale", 0.0)),
         guidance_batch=_whole("guidance_batch", options.get("guidance_batch", 2), 1, 2),
         rng=options.get("rng", "cpu"),
         sampling=sampling,
-        table=make_table(bundle, sampling),
+        table=table,
         latents=latents,
         prompt_embeds=embeds,
         negative_prompt_embeds=negative_embeds,
+        image=None if image is None else images.to_array(image, height, width, len(prompts)),
+        mask=None if mask is None else images.to_mask(mask, height, width, len(prompts)),
+        strength=strength,
+        wishes=wishes if image is None else {**wishes, "strength": strength},
     )
 
 
-def make_table(bundle: Bundle, sampling: Mapping[str, Any]) -> SamplerTable:
+def make_table(bundle: Bundle, sampling: Mapping[str, Any], strength: float = 1.0) -> SamplerTable:
     """The table that a bundle's scheduler and the caller's wishes come to.
 
     A checkpoint whose scheduler sdopt does not know by name brings its tables along, one for each number of steps.
@@ -133,12 +147,12 @@ def make_table(bundle: Bundle, sampling: Mapping[str, Any]) -> SamplerTable:
     steps = options.pop("num_inference_steps")
     probed = bundle.manifest.get("sampler_tables")
     if probed is None or options.get("sampler") is not None:
-        return sampler_table(bundle.manifest["scheduler"], steps, **options)
+        return sampler_table(bundle.manifest["scheduler"], steps, strength=strength, **options)
     tables = json.loads(bundle.file(probed).read_bytes())
     name = bundle.manifest["scheduler"].get("_class_name")
     if str(steps) not in tables:
         raise UsageError(f"num_inference_steps = {steps}; for {name} this bundle has tables for {', '.join(tables)}")
-    given = [key for key, value in options.items() if value is not None]
+    given = [key for key, value in options.items() if value is not None] + ["strength"] * (strength < 1)
     if given:
         raise UsageError(f"{', '.join(given)}: {name} takes no options here; name another sampler to use them")
     return SamplerTable.from_json(tables[str(steps)])
@@ -148,19 +162,66 @@ def _sampling(options: Options, default_steps: int) -> dict[str, Any]:
     """What decides the table: the number of steps, and those of the caller's wishes that are set."""
     steps = _or(options.get("num_inference_steps"), default_steps)
     wishes = {key: options.get(key) for key in ("sampler", "schedule", "eta")}
-    lists = {key: _numbers(key, options.get(key)) for key in ("timesteps", "sigmas")}
+    lists = {key: _numbers(key, value) for key in ("timesteps", "sigmas") if (value := options.get(key)) is not None}
     set_ones = {key: value for key, value in {**wishes, **lists}.items() if value is not None}
     return {"num_inference_steps": _whole("num_inference_steps", steps, 1), **set_ones}
 
 
-def _numbers(name: str, value: Any) -> list[float] | None:
-    return None if value is None else [_finite(name, number) for number in value]
+def _numbers(name: str, value: Any) -> list[float]:
+    return [_finite(name, number) for number in value]
 
 
 def _share(name: str, value: Any) -> float:
     if not 0 <= _finite(name, value) <= 1:
         raise UsageError(f"{name} = {value!r}; allowed are numbers from 0 to 1")
     return float(value)
+
+
+def _picture(options: Options) -> tuple[Any, Any, float]:
+    """The image to begin from, the mask, and the strength, as they fit together."""
+    image, mask, strength = options.get("image"), options.get("mask_image"), options.get("strength")
+    if image is None and (mask is not None or strength is not None):
+        raise UsageError(f"{'mask_image' if mask is not None else 'strength'} needs an image: give image=...")
+    if image is not None and options.get("latents") is not None:
+        raise UsageError("image and latents: give one, a picture to begin from or the noise itself")
+    if image is None:
+        return None, None, 1.0
+    return image, mask, _share("strength", _or(strength, 0.8 if mask is None else 1.0))
+
+
+def _pixels(options: Options, defaults: Mapping[str, Any], factor: int) -> tuple[int, int]:
+    """Height and width: as given; else, without a mask, the image's rounded down; else the bundle's."""
+    own = (defaults["height"], defaults["width"])
+    if options.get("image") is not None and options.get("mask_image") is None:
+        height, width = images.size_of(options.get("image"))
+        own = (height // factor * factor, width // factor * factor)
+    given = (options.get("height"), options.get("width"))
+    height, width = (_or(value, default) for value, default in zip(given, own, strict=True))
+    return _size("height", height, factor), _size("width", width, factor)
+
+
+def _guidance(options: Options, default: float, calls: int) -> tuple[tuple[float, ...], dict[str, Any]]:
+    """The scale of every call, 1 outside the interval, and the caller's wishes as they were given.
+
+    Ref: Kynkaanniemi et al. 2024, arXiv:2404.07724: guidance in a limited interval.
+    """
+    given = _or(options.get("guidance_scale"), default)
+    scales = (
+        _numbers("guidance_scale", given) if isinstance(given, (list, tuple)) else [_finite("guidance_scale", given)]
+    )
+    if len(scales) not in (1, calls):
+        raise UsageError(f"guidance_scale: {len(scales)} scales; give one, or one for each of the {calls} calls")
+    scales = scales * (calls if len(scales) == 1 else 1)
+    wishes = {"guidance_scale": scales[0] if len(set(scales)) == 1 else scales}
+    interval = options.get("guidance_interval")
+    if interval is None:
+        return tuple(scales), wishes
+    low, high = (_share("guidance_interval", edge) for edge in interval)
+    inside = [low <= k / calls < high for k in range(calls)]
+    return tuple(s if i else 1.0 for s, i in zip(scales, inside, strict=True)), {
+        **wishes,
+        "guidance_interval": [low, high],
+    }
 
 
 def _or(value: Any, default: Any) -> Any:

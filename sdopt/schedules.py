@@ -199,10 +199,7 @@ def beta(high: float, low: float, n: int) -> Float64:
 
 
 def uniform_lambda(log_high: float, log_low: float, n: int) -> Float64:
-    """Sigmas with equal strides of the log signal-to-noise ratio.
-
-    Ref: Lu et al. 2022, arXiv:2206.00927, section 3.4.
-    """
+    """Sigmas with equal strides of the log signal-to-noise ratio. Ref: Lu et al. 2022, arXiv:2206.00927."""
     return np.exp(log_high + np.linspace(0, 1, n) * (log_low - log_high))
 
 

@@ -11,6 +11,8 @@ import numpy as np
 from sdopt.errors import UsageError
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Float32 = np.ndarray[Any, np.dtype[np.float32]]
+Scalar = Any  # a Python float: NumPy keeps float32 * float in float32, its type stubs do not
 
 DTYPES = ("float32", "float16", "int32", "int64", "bool")
 

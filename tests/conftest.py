@@ -17,19 +17,15 @@ EMOJI_CHECKPOINT = ROOT / "engines/emoji/checkpoint"
 EMOJI_BUNDLE = ROOT / "engines/emoji/bundle"
 
 
-def make_tiny_checkpoint(folder: Path, **scheduler: object) -> Path:
+def make_tiny_checkpoint(folder: Path, in_channels: int = 4) -> Path:
     """A random Stable Diffusion pipeline whose sizes are nobody's defaults: 7 tokens, factor 2."""
     import torch
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     torch.manual_seed(0)
-    words = [
-        "<|startoftext|>",
-        "<|endoftext|>",
-        *"abcdefghijklmnopqrstuvwxyz",
-        *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz"),
-    ]
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{c}</w>" for c in letters)]
     words += ["ap", "app", "appl", "apple</w>"]
     vocab = {word: i for i, word in enumerate(words)}
     merges = [("a", "p"), ("ap", "p"), ("app", "l"), ("appl", "e</w>")]
@@ -39,7 +35,7 @@ def make_tiny_checkpoint(folder: Path, **scheduler: object) -> Path:
         max_position_embeddings=7, bos_token_id=0, eos_token_id=1, pad_token_id=1, projection_dim=20,
     )  # fmt: skip
     unet = UNet2DConditionModel(
-        sample_size=12, block_out_channels=(12, 28), layers_per_block=1, norm_num_groups=4, cross_attention_dim=20,
+        sample_size=12, in_channels=in_channels, block_out_channels=(12, 28), layers_per_block=1, norm_num_groups=4, cross_attention_dim=20,
         attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
@@ -50,7 +46,7 @@ def make_tiny_checkpoint(folder: Path, **scheduler: object) -> Path:
     config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
     pipeline = StableDiffusionPipeline(
         vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet,
-        scheduler=PNDMScheduler(skip_prk_steps=True, **config, **scheduler),
+        scheduler=PNDMScheduler(skip_prk_steps=True, **config),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipeline.save_pretrained(folder)

@@ -227,10 +227,14 @@ def test_guidance_is_uncond_plus_scale_times_the_difference() -> None:
     cond, uncond = np.full((2, 3, 4), 5, np.float32), np.full((2, 3, 4), 1, np.float32)
     for batch, calls in ((2, 1), (1, 2)):
         engine = Echo(0, "noise_pred")
-        out = Denoiser(engine, cond, uncond, 7.5, batch)(np.zeros((2, 4, 8, 8), np.float32), 10.5)
+        denoiser = Denoiser(engine, cond, uncond, batch=batch)
+        out = denoiser(np.zeros((2, 4, 8, 8), np.float32), 10.5, 7.5)
         assert len(engine.calls) == calls
         np.testing.assert_array_equal(out, np.full((2, 4, 8, 8), 1 + 7.5 * 4, np.float32))
         assert all((call["timestep"] == 10.5).all() for call in engine.calls)
+        denoiser(np.zeros((2, 4, 8, 8), np.float32), 10.5, 1.0)
+        assert len(engine.calls) == calls + 1
+        assert len(engine.calls[-1]["sample"]) == 2
 
 
 def test_a_component_can_be_released_and_comes_back(emoji: sdopt.Pipeline) -> None:

@@ -20,6 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("prompt", nargs="?", metavar="PROMPT", help="what to draw")
     add("-o", "--output", type=Path, required=True, metavar="PATH", help="the PNG to write; -n 3 writes PATH-0, -1, -2")
     add("-m", "--model", type=Path, metavar="BUNDLE", help="the bundle; without it the embedded text-to-emoji model")
+    add("--image", type=Path, metavar="FILE", help="a PNG, JPEG or WebP picture to begin from")
+    add("--mask", type=Path, metavar="FILE", help="with --image: white where the picture is painted anew")
+    add("--strength", type=float, help="how much of --image is replaced, 0 to 1 (default: 0.8, with --mask 1)")
+    add("--guidance-interval", type=float, nargs=2, metavar=("FROM", "TO"), help="guide only this part, e.g. 0.1 0.8")
     add("--negative", default=None, metavar="PROMPT", help="what to steer away from")
     add("--steps", type=int, help="calls that the sampler is asked for (default: the bundle's)")
     add("--guidance", type=float, help="guidance scale; 1 turns it off (default: the bundle's)")
@@ -80,6 +84,8 @@ def _request(args: argparse.Namespace) -> tuple[str, Options]:
     if args.replay is None:
         if args.prompt is None:
             raise UsageError('no PROMPT given: `sdopt generate "a red apple" -o apple.png`')
+        from sdopt.images import open_image
+
         width, height = args.size or (None, None)
         return args.prompt, {
             "negative_prompt": args.negative,
@@ -95,6 +101,10 @@ def _request(args: argparse.Namespace) -> tuple[str, Options]:
             "schedule": args.schedule,
             "eta": args.eta,
             "guidance_rescale": args.guidance_rescale,
+            "guidance_interval": args.guidance_interval,
+            "image": None if args.image is None else open_image(args.image),
+            "mask_image": None if args.mask is None else open_image(args.mask),
+            "strength": args.strength,
         }
     from sdopt.images import read_parameters
 
@@ -105,6 +115,10 @@ def _request(args: argparse.Namespace) -> tuple[str, Options]:
     from sdopt.request import Options
 
     found = read_parameters(args.replay)
+    if "strength" in found:
+        raise UsageError(
+            f"{args.replay} was made from another picture, which it does not carry; use --image and its parameters"
+        )
     options: Any = {key: found[key] for key in found if key in Options.__annotations__}
     return found.get("prompt", ""), options
 

@@ -19,7 +19,7 @@ from sdopt.samplers.table import SamplerTable
 def lcm(r: Request) -> SamplerTable:
     """The latent consistency table: the consistency function of the clean sample, then fresh noise, but not at the end.
 
-    Ref: Luo et al. 2023, arXiv:2310.04378, algorithm 3; boundary conditions of arXiv:2303.01469, equation 5.
+    Ref: Luo et al. 2023, arXiv:2310.04378; boundary conditions of Song et al. 2023, arXiv:2303.01469, equation 5.
     """
     alpha_bar, timesteps = schedules.alpha_bar(r.options).astype(np.float64), distilled_timesteps(r)
     rows, n = Rows(r), len(timesteps)
@@ -43,7 +43,7 @@ def _boundary(t: float, sigma_data: float = 0.5) -> tuple[float, float]:
 def tcd(r: Request) -> SamplerTable:
     """The trajectory consistency table: jump to timestep (1 - eta) t' and add noise up to t'. eta = 0 is deterministic.
 
-    Ref: Zheng et al. 2024, arXiv:2402.19159, algorithm 4 (strategic stochastic sampling; eta is its gamma).
+    Ref: Zheng et al. 2024, arXiv:2402.19159 (strategic stochastic sampling; eta is its gamma).
     """
     eta = r.eta or 0.0
     alpha_bar, timesteps = schedules.alpha_bar(r.options).astype(np.float64), distilled_timesteps(r)

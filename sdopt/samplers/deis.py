@@ -1,6 +1,6 @@
 """DEIS: the noise extrapolated by a polynomial in log rho and integrated exactly, rho = sigma / alpha.
 
-Ref: Zhang & Chen 2023, arXiv:2204.13902, equation 15 and the log-rho variant of appendix H.
+Ref: Zhang & Chen 2023, arXiv:2204.13902; the polynomial is in log rho as in diffusers, not in rho or t.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""DPM-Solver and DPM-Solver++, multistep and singlestep, deterministic and stochastic, orders 1 to 3.
+"""DPM-Solver and DPM-Solver++, multistep, deterministic and stochastic, orders 1 to 3.
 
 lambda = log(alpha / sigma) is half the log signal-to-noise ratio; a step of h = lambda(t) - lambda(s) integrates the
 kept value against an exponential of lambda exactly. At the last step to sigma 0, h is infinite, and exp(-h) is 0.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -53,51 +54,73 @@ def log_ratio(to: Level, start: Level) -> float:
     return math.inf if to[1] == 0 else math.log(to[0] * start[1] / (to[1] * start[0]))
 
 
+@dataclass(frozen=True)
 class Expansion:
     """One exponential-integrator step: x' = scale x + first D0 + second D1 + third D2 + gain noise.
 
     D0 is what was kept (the clean sample for ++, else the noise), D1 and D2 its divided differences in lambda.
-    Ref: Lu et al. 2022, arXiv:2211.01095, appendix B and Table 5 (SDE variants).
+    With phi(u) = e^u - 1, the weights are first = w phi, second = w (phi / u - 1), third = w ((phi - u) / u^2 - 1/2).
+
+    | algorithm       | scale                     | u   | w         | gain                    |
+    |-----------------|---------------------------|-----|-----------|-------------------------|
+    | dpmsolver       | alpha_t / alpha_s         | h   | -sigma_t  | 0                       |
+    | dpmsolver++     | sigma_t / sigma_s         | -h  | -alpha_t  | 0                       |
+    | sde-dpmsolver   | alpha_t / alpha_s         | h   | -2sigma_t | sigma_t sqrt(e^2h - 1)  |
+    | sde-dpmsolver++ | sigma_t / sigma_s * e^-h  | -2h | -alpha_t  | sigma_t sqrt(1 - e^-2h) |
+
+    Ref: Lu et al. 2022, arXiv:2206.00927 (dpmsolver); arXiv:2211.01095 (++, and both SDE variants).
     """
 
-    def __init__(self, algorithm: str, to: Level, start: Level) -> None:
-        self.h = log_ratio(to, start)
-        self.data = algorithm.endswith("++")
-        self.sde = algorithm.startswith("sde")
-        self.scale = to[1] / start[1] if self.data else to[0] / start[0]
-        if self.data and self.sde:
-            self.scale *= math.exp(-self.h)
-        # in units of u = h, or 2h for the SDE of ++, whose sign differs for data and noise prediction
-        self._u = (-1 if self.data else 1) * (2 if self.data and self.sde else 1) * self.h
-        self._weight = -(to[0] if self.data else to[1]) * (2 if self.sde and not self.data else 1)
-        self.first = self._weight * math.expm1(self._u)
-        spread = -math.expm1(-2 * self.h) if self.data else math.expm1(2 * self.h)
-        if self.sde and spread < -1e-6:
-            raise UsageError(f"{algorithm} adds noise on the way down; the noise level must not rise at the last step.")
-        self.gain = to[1] * math.sqrt(max(spread, 0.0)) if self.sde else 0.0
+    h: float
+    scale: float
+    u: float
+    weight: float
+    gain: float = 0.0
+
+    @property
+    def first(self) -> float:
+        """The weight of D0."""
+        return self.weight * math.expm1(self.u)
 
     def second(self, solver: str) -> float:
         """The weight of D1: the midpoint rule, or the exact integral that diffusers calls heun."""
-        if solver == "midpoint":
-            return self.first / 2
-        return self._weight * (math.expm1(self._u) / self._u - 1)
+        return self.first / 2 if solver == "midpoint" else self.weight * (math.expm1(self.u) / self.u - 1)
 
     def third(self) -> float:
         """The weight of D2. For the SDE, diffusers has the half with the wrong sign; so do we, to make its picture."""
-        u = self._u
-        return self._weight * ((math.expm1(u) - u) / (u * u) - (-0.5 if self.sde else 0.5))
+        half = -0.5 if self.gain else 0.5
+        return self.weight * ((math.expm1(self.u) - self.u) / (self.u * self.u) - half)
 
 
-def differences(orders: int, h: float, *before: float) -> list[Pair]:
+def expansion(algorithm: str, to: Level, start: Level) -> Expansion:
+    """The step of `algorithm` from `start` to `to`.
+
+    Raises: UsageError where an SDE would have to add noise while the noise level rises.
+    """
+    h, (alpha, sigma) = log_ratio(to, start), to
+    data = algorithm.endswith("++")
+    scale = sigma / start[1] if data else alpha / start[0]
+    if not algorithm.startswith("sde"):
+        return Expansion(h, scale, -h if data else h, -alpha if data else -sigma)
+    variance = -math.expm1(-2 * h) if data else math.expm1(2 * h)
+    if variance < -1e-6:
+        raise UsageError(f"{algorithm} adds noise on the way down; the noise level must not rise at the last step.")
+    gain = sigma * math.sqrt(max(variance, 0.0))
+    if data:
+        return Expansion(h, scale * math.exp(-h), -2 * h, -alpha, gain)
+    return Expansion(h, scale, h, -2 * sigma, gain)
+
+
+def differences(order: int, h: float, *before: float) -> list[Pair]:
     """D0, D1, D2 as weights of [m0, m1, m2], newest first, for multistep; `before` are the earlier steps h0, h1.
 
-    Ref: Lu et al. 2022, arXiv:2211.01095, algorithm 2 (order 2); arXiv:2206.00927, appendix D (order 3).
+    Ref: Lu et al. 2022, arXiv:2211.01095, algorithm 2 (order 2).
     """
     m0, m1, m2 = np.eye(3)
-    if orders == 1:
+    if order == 1:
         return [m0]
     r0 = before[0] / h
-    if orders == 2:
+    if order == 2:
         return [m0, (m0 - m1) / r0]
     r1 = before[1] / h
     new, old = (m0 - m1) / r0, (m1 - m2) / r1
@@ -117,7 +140,7 @@ def _combine(e: Expansion, d: Sequence[Pair], solver: str) -> Pair:
 def dpm_multistep(r: Request) -> SamplerTable:
     """DPM-Solver's multistep table: orders 1, 2, 3 warm up from 1, and the last steps fall back again.
 
-    Ref: Lu et al. 2022, arXiv:2211.01095, algorithm 2 (2M) and section 6.3 (SDE).
+    Ref: Lu et al. 2022, arXiv:2211.01095, algorithm 2 (2M).
     """
     algorithm, solver = solver_options(r)
     grid = solver_grid(r, round_cosine=False)
@@ -139,7 +162,7 @@ def multistep_table(
     for k in range(r.begin, len(grid)):
         refuse_standstill(r, grid, k)
         order = multistep_order(r.options, k, len(grid), k - r.begin) if h[k + 1] else 1
-        e = Expansion(algorithm, level_at[k + 1], level_at[k])
+        e = expansion(algorithm, level_at[k + 1], level_at[k])
         weights = _combine(e, differences(order, h[k + 1], *h[k:0:-1][: order - 1]), solver)
         clean, keep, c_in = frame(k)
         rows.add(
@@ -149,7 +172,7 @@ def multistep_table(
             keep=keep,
             update=[e.scale, *weights[:order]],
             noise=e.gain,
-            draws=e.sde,
+            draws=algorithm.startswith("sde"),
             denoised=clean,
         )
     return rows.table(init_noise_sigma=init_noise_sigma, start=level_at[r.begin])
@@ -207,71 +230,3 @@ def solver_options(r: Request) -> tuple[str, str]:
     if algorithm == "sde-dpmsolver" and int(r.options["solver_order"]) == 3:
         raise UsageError("algorithm_type 'sde-dpmsolver' has orders 1 and 2; use sde-dpmsolver++ for order 3.")
     return algorithm, solver
-
-
-# ------------------------------------------------------------------------------------------------------- singlestep
-
-
-def dpm_singlestep(r: Request) -> SamplerTable:
-    """DPM-Solver's singlestep table: blocks of orders 1, 2 and 3, all steps of a block starting where it began.
-
-    A step of a block is x' = scale S + weights @ [m0, m1, m2], S the sample where the block began, so the next step
-    knows S = (x - weights @ [m1, m2, m3]) / scale.
-
-    Ref: Lu et al. 2022, arXiv:2206.00927, algorithms 1 and 2; arXiv:2211.01095, algorithm 1 (2S).
-    """
-    algorithm, solver = solver_options(r)
-    if algorithm.startswith("sde"):
-        raise UsageError(
-            f"algorithm_type {algorithm!r} cannot be used with {r.name}: a step would need the noise of the step "
-            "before. Use --sampler dpmpp_2m_sde."
-        )
-    grid, rows = solver_grid(r, spacing="linspace"), Rows(r)
-    level_at, orders = levels(r, grid), block_orders(r)
-    frame, began = vp_frame(r, level_at, algorithm), np.array([1.0, 0.0, 0.0, 0.0])
-    for k in range(r.begin, len(grid)):
-        refuse_standstill(r, grid, k)
-        order = min(orders[k], k - r.begin + 1)
-        e = Expansion(algorithm, level_at[k + 1], level_at[k - order + 1])
-        weights = _single_combine(e, level_at, k, order, solver)
-        began = began if order > 1 else np.array([1.0, 0.0, 0.0, 0.0])
-        update = e.scale * began + np.array([0.0, *weights])
-        clean, keep, c_in = frame(k)
-        rows.add(
-            grid.timesteps[k], grid.sigmas[k], c_in=c_in, keep=keep, update=list(update[: order + 1]), denoised=clean
-        )
-        if k + 1 < len(grid):
-            began = np.array([1.0, 0.0, *-weights[:2]]) / e.scale
-    return rows.table(init_noise_sigma=1.0, start=level_at[r.begin])
-
-
-def _single_combine(e: Expansion, level_at: Sequence[Level], k: int, order: int, solver: str) -> Pair:
-    """The weights of [m0, m1, m2], newest first, in one step that began order - 1 calls ago."""
-    m = np.eye(3)[:order][::-1]  # oldest first: m[0] where the block began
-    weights = e.first * m[0]
-    begun = level_at[k - order + 1]
-    if order == 2:
-        r0 = log_ratio(level_at[k], begun) / e.h
-        return weights + e.second(solver) * (m[1] - m[0]) / r0
-    if order == 3:
-        r1, r0 = log_ratio(level_at[k - 1], begun) / e.h, log_ratio(level_at[k], begun) / e.h
-        early, late = (m[1] - m[0]) / r1, (m[2] - m[0]) / r0
-        if solver == "midpoint":
-            return weights + e.second("heun") * late
-        d1, d2 = (r0 * early - r1 * late) / (r0 - r1), 2 * (late - early) / (r0 - r1)
-        return weights + e.second("heun") * d1 + e.third() * d2
-    return weights
-
-
-def block_orders(r: Request) -> list[int]:
-    """The order of every step: blocks 1, 2, 3 (or 1, 2), the last ones cut short where lower_order_final asks."""
-    n, order = r.steps, int(r.options["solver_order"])
-    zero = r.options["final_sigmas_type"] == "zero"
-    shorten = bool(r.options["lower_order_final"]) or n % order != 0 or zero
-    block = list(range(1, order + 1))
-    orders = (block * (n // order + 1))[:n]
-    if shorten and n % order == 0 and order > 1:  # a whole last block becomes 1, 2 and 1, or 1 and 1
-        orders[-order:] = [*block[:-1], 1]
-    if zero:
-        orders[-1] = 1
-    return orders

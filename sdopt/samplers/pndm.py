@@ -1,6 +1,6 @@
 """PNDM: a linear multistep method on the model outputs, in the variance-preserving frame.
 
-Ref: Liu et al. 2022, arXiv:2202.09778, equation 9 (the transfer) and equations 12-13 (the mixtures).
+Ref: Liu et al. 2022, arXiv:2202.09778, equation 9 (the transfer).
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _prk_mixture(call: int) -> Sequence[float]:
 def ipndm(r: Request) -> SamplerTable:
     """Improved PNDM's table: it has a schedule of its own, and warms up from order 1 instead of Runge-Kutta.
 
-    Ref: Zhang & Chen 2023, arXiv:2204.13902, appendix F; the schedule is k-diffusion's for v prediction.
+    Ref: Zhang & Chen 2023, arXiv:2204.13902. The schedule and the v prediction are k-diffusion's.
     """
     ramp = np.array([*schedules.linspace32(1, 0, r.steps + 1)[:-1], 0], dtype=np.float32)
     trained = r.options["trained_betas"]

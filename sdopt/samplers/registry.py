@@ -11,7 +11,8 @@ from sdopt.samplers import options as defaults_of
 from sdopt.samplers.consistency import lcm, tcd
 from sdopt.samplers.ddim import ddim, ddpm
 from sdopt.samplers.deis import deis
-from sdopt.samplers.dpm import dpm_multistep, dpm_singlestep
+from sdopt.samplers.dpm import dpm_multistep
+from sdopt.samplers.dpm_single import dpm_singlestep
 from sdopt.samplers.edm import edm_dpm, edm_euler
 from sdopt.samplers.euler import euler, euler_a, lms
 from sdopt.samplers.flow import flow_euler

@@ -3,7 +3,7 @@
 Row k first corrects the sample that it was given, then predicts the next one. The correction changes the prediction's
 weights of the kept values only: corrected = x + weights @ [m_k, m_k-1, ...].
 
-Ref: Zhao et al. 2023, arXiv:2302.04867, algorithms 1 and 2, equation 9; B1(h) = h, B2(h) = e^h - 1.
+Ref: Zhao et al. 2023, arXiv:2302.04867, algorithms 1 and 2; bh1 is B(h) = h, bh2 is B(h) = e^h - 1.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class _Step:
         return [log_ratio(self.level_at[self.k - i], now) / self._h for i in range(1, self.order)] + [1.0]
 
     def _rhos(self, n: int) -> Float64:
-        """The weights of the first `n` differences, that integrate polynomials of degree n - 1 exactly: equation 9."""
+        """The weights of the first `n` differences, that integrate polynomials of degree n - 1 exactly."""
         if n == 1:
             return np.array([0.5])
         u, phi, factorial, right = self._u, math.expm1(self._u) / self._u - 1, 1.0, list[float]()

@@ -1,0 +1,113 @@
+"""Where the loop begins, and what it is held to: nothing but noise, a picture, or a picture with a mask.
+
+    text to image     x = init_noise_sigma * noise
+    image to image    x = start @ [latents of the picture, noise]                    Meng et al. 2021, arXiv:2108.01073
+    inpainting        the same, and after each step what the mask keeps is put back   (4-channel UNet)
+                      or the UNet is given the mask and the masked picture             (9-channel UNet)
+
+The draws from each image's generator come in diffusers' order, so that a seed is the same picture.
+Ref: Rombach et al. 2022, arXiv:2112.10752, section 4.5, for the 9-channel UNet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+
+from sdopt.errors import UsageError
+from sdopt.request import Plan
+from sdopt.samplers import SamplerTable
+from sdopt.specs import Float32, Scalar
+
+Draw = Callable[[], Float32]  # standard normal noise in the shape of the latents, each image's from its own generator
+Encode = Callable[
+    [Float32], tuple[Float32, Float32]
+]  # pictures in -1..1 -> mean and standard deviation of their latents
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What the loop starts from.
+
+    Shapes: sample [images, channels, h, w]; extra [images, 5, h, w], joined to the UNet's input; clean and noise like
+    the sample, mask [images, 1, h, w]: with a mask, `hold` puts back what it keeps.
+    """
+
+    sample: Float32
+    extra: Float32 | None = None
+    mask: Float32 | None = None
+    clean: Float32 | None = None
+    noise: Float32 | None = None
+
+    def hold(self, table: SamplerTable, k: int, sample: Float32) -> Float32:
+        """The sample after call `k`, with the kept part of the picture at the noise level of the next call."""
+        if self.mask is None or self.clean is None or self.noise is None:
+            return sample
+        kept = self.clean
+        if k + 1 < len(table):
+            signal, spread = noised(table, k + 1)
+            kept = signal * self.clean + spread * self.noise
+        repainted: Float32 = self.mask * sample
+        return repainted + (1 - self.mask) * kept
+
+
+def noised(table: SamplerTable, k: int) -> tuple[Scalar, Scalar]:
+    """(a, b): a picture at the noise level of call `k` is a * latents + b * noise, in the table's frame."""
+    sigma = float(table.sigma[k])
+    if table.start[0] == 1:  # variance exploding
+        return 1.0, sigma
+    return (1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma)) if math.isfinite(sigma) else (0.0, 1.0)
+
+
+def begin(plan: Plan, unet_channels: int, draw: Draw, encode: Encode) -> Canvas:
+    """The canvas of a plan; `unet_channels` tells the two kinds of inpainting apart."""
+    table = plan.table
+    if unet_channels != 4 and plan.mask is None:
+        raise UsageError("this bundle is an inpainting model: give image and mask_image")
+    if plan.image is None:
+        noise = draw() if plan.latents is None else plan.latents
+        return Canvas(_pure(table, noise))
+    if plan.mask is None:
+        clean = _sampled(encode(plan.image), draw)
+        return Canvas(_start(table, clean, draw()))
+    return _inpaint(plan, plan.image, plan.mask, unet_channels, draw, encode)
+
+
+def _inpaint(plan: Plan, image: Float32, mask: Float32, unet_channels: int, draw: Draw, encode: Encode) -> Canvas:
+    table, blended = plan.table, unet_channels == 4
+    clean = _sampled(encode(image), draw) if blended or plan.strength < 1 else None
+    noise = draw()
+    sample = _pure(table, noise)
+    if clean is not None and plan.strength < 1:
+        sample = _start(table, clean, noise)
+    visible = _sampled(encode(image * (mask < 0.5)), draw)  # drawn also where it is not used, as diffusers does
+    small = _nearest(mask, *sample.shape[2:])
+    if blended:
+        return Canvas(sample, mask=small, clean=clean, noise=noise)
+    return Canvas(sample, extra=np.concatenate([small, visible], 1))
+
+
+def _pure(table: SamplerTable, noise: Float32) -> Float32:
+    scale: Scalar = table.init_noise_sigma
+    return scale * noise
+
+
+def _start(table: SamplerTable, clean: Float32, noise: Float32) -> Float32:
+    signal, spread = cast(tuple[Scalar, Scalar], table.start)
+    return signal * clean + spread * noise
+
+
+def _sampled(posterior: tuple[Float32, Float32], draw: Draw) -> Float32:
+    mean, deviation = posterior
+    return mean + deviation * draw()
+
+
+def _nearest(mask: Float32, height: int, width: int) -> Float32:
+    """The mask at the size of the latents: the first pixel of each cell, as torch's nearest interpolation takes it."""
+    rows = np.arange(height) * mask.shape[2] // height
+    columns = np.arange(width) * mask.shape[3] // width
+    return mask[:, :, rows][:, :, :, columns]
