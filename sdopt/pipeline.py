@@ -25,9 +25,11 @@ from sdopt.bundle import Bundle, embedded
 from sdopt.engine import Engine, choose_backend, open_engine
 from sdopt.errors import NumericsError, UsageError, choices
 from sdopt.noise import generator
+from sdopt.prompts import embed
 from sdopt.request import Options, Plan, make_plan
-from sdopt.specs import Float32, Scalar
+from sdopt.specs import Array, Float32, Scalar
 from sdopt.tasks import begin
+from sdopt.tiling import decode_tiled
 from sdopt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -110,7 +112,7 @@ class Pipeline:
                 changed = callback_on_step_end(self, step.index, step.timestep, {"latents": step.sample}) or {}
                 step.sample[...] = changed.get("latents", step.sample)
             sample = step.sample
-        images = sample if output_type == "latent" else self.decode(sample, output_type)
+        images = sample if output_type == "latent" else self.decode(sample, output_type, vae_tile=plan.vae_tile)
         return Result(images, plan.seeds, tuple(plan.parameters(i) for i in range(len(plan.seeds))))
 
     def denoise(self, prompt: str | Sequence[str] | None = None, **options: Unpack[Options]) -> Iterator[Step]:
@@ -134,23 +136,44 @@ class Pipeline:
             sample = canvas.hold(table, k, sample)
             yield Step(k, len(table), float(timestep), float(table.sigma[k]), sample, denoised)
 
-    def encode(self, prompts: Sequence[str]) -> Float32:
-        """The text encoder's last hidden state, [prompts, tokens, features]; equal prompts are encoded once."""
+    def encode(self, prompts: Sequence[str], prompt_style: str = "plain", clip_skip: int = 0) -> Float32:
+        """The prompts' embeddings, [prompts, tokens, features]; equal prompts are encoded once."""
         if self._tokenizer is None:
             entry = self.bundle.manifest["tokenizer"]
             self._tokenizer = Tokenizer(self.bundle.file(entry["file"]), entry)
         unique = list(dict.fromkeys(prompts))
-        hidden = self.engine("text_encoder")(input_ids=self._tokenizer(unique))["last_hidden_state"]
-        _refuse_nan(hidden, "text_encoder")
+        if prompt_style == "a1111":
+            hidden = embed(self._tokenizer, lambda ids: self._hidden(ids, clip_skip), unique)
+        else:
+            hidden = self._hidden(self._tokenizer(unique), clip_skip)
         return hidden[[unique.index(prompt) for prompt in prompts]]
 
-    def decode(self, sample: Float32, output_type: str = "pil") -> Any:
-        """The pictures of latents [images, channels, latent_height, latent_width]."""
+    def _hidden(self, input_ids: Array, clip_skip: int) -> Float32:
+        """The text encoder's state after all layers but the last `clip_skip`, normalised."""
+        outputs = self.engine("text_encoder")(input_ids=input_ids)
+        hidden = outputs["last_hidden_state"]
+        if clip_skip:
+            states = outputs["hidden_states"]
+            if clip_skip >= states.shape[1]:
+                raise UsageError(f"clip_skip = {clip_skip}; this text encoder has {states.shape[1] - 1} layers")
+            hidden = np.ascontiguousarray(states[:, -1 - clip_skip])
+        _refuse_nan(hidden, "text_encoder")
+        return hidden
+
+    def decode(self, sample: Float32, output_type: str = "pil", *, vae_tile: int | None = None) -> Any:
+        """The pictures of latents [images, channels, latent_height, latent_width]; see `vae_tile` in Options."""
         entry = self.bundle.manifest["latents"]
         scaled = sample / entry["scaling_factor"] + entry["shift_factor"]
-        decoded = self.engine("vae_decoder")(latent_sample=scaled)["sample"]
-        _refuse_nan(decoded, "vae_decoder")
+        if vae_tile is None:
+            decoded = self._decoded(scaled)
+        else:
+            decoded = decode_tiled(self._decoded, scaled, vae_tile, entry["factor"])
         return pictures.to_pil(decoded) if output_type == "pil" else pictures.to_unit(decoded)
+
+    def _decoded(self, latents: Float32) -> Float32:
+        decoded = self.engine("vae_decoder")(latent_sample=latents)["sample"]
+        _refuse_nan(decoded, "vae_decoder")
+        return decoded
 
     def engine(self, component: str) -> Engine:
         """The engine of a component, loaded if it is not."""
@@ -181,8 +204,8 @@ class Pipeline:
         if plan.prompt_embeds is not None:
             return plan.prompt_embeds, plan.negative_prompt_embeds if plan.guided else None
         if not plan.guided:
-            return self.encode(plan.prompts), None
-        both = self.encode([*plan.prompts, *plan.negative_prompts])
+            return self.encode(plan.prompts, plan.prompt_style, plan.clip_skip), None
+        both = self.encode([*plan.prompts, *plan.negative_prompts], plan.prompt_style, plan.clip_skip)
         return both[: len(plan.prompts)], both[len(plan.prompts) :]
 
     def _drawing(self, plan: Plan) -> Callable[[], Float32]:

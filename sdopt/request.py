@@ -11,17 +11,21 @@ from typing import Any, TypedDict, cast
 
 from sdopt import images
 from sdopt.bundle import Bundle
-from sdopt.errors import UsageError
+from sdopt.errors import UsageError, choices
 from sdopt.samplers import SAMPLERS, SamplerTable, sampler_table
 from sdopt.specs import Array
 
 MAX_IMAGES = 64
+PROMPT_STYLES = ("plain", "a1111")
 
 
 class Options(TypedDict, total=False):
     """The keywords of `Pipeline.__call__` and `Pipeline.denoise`: diffusers' names, and what leaving one out means."""
 
     negative_prompt: str | Sequence[str] | None  # "": nothing to steer away from
+    prompt_style: str  # "plain": as diffusers reads it; "a1111": (word:1.3), [word], and prompts of any length
+    clip_skip: int | None  # 0; how many of the text encoder's last layers are left out
+    vae_tile: int | None  # decode in tiles of so many latents a side, in the memory of one; None: all at once
     image: Any  # PIL, or an array [height, width, 3] in 0..1; or one per image: what the picture begins from
     mask_image: Any  # of the same size, white where the picture is to be painted anew
     strength: float | None  # how much of `image` is replaced: 0.8, with a mask 1
@@ -63,6 +67,9 @@ class Plan:
     latents: Array | None
     prompt_embeds: Array | None
     negative_prompt_embeds: Array | None
+    prompt_style: str
+    clip_skip: int
+    vae_tile: int | None
     image: Array | None
     mask: Array | None
     strength: float
@@ -78,6 +85,9 @@ class Plan:
         return {
             "prompt": self.prompts[image],
             "negative_prompt": self.negative_prompts[image],
+            "prompt_style": self.prompt_style,
+            "clip_skip": self.clip_skip,
+            "vae_tile": self.vae_tile,
             "guidance_rescale": self.guidance_rescale,
             "seed": self.seeds[image],
             "rng": self.rng,
@@ -130,6 +140,9 @@ def make_plan(bundle: Bundle, prompt: str | Sequence[str] | None, options: Optio
         latents=latents,
         prompt_embeds=embeds,
         negative_prompt_embeds=negative_embeds,
+        prompt_style=_one_of("prompt_style", options.get("prompt_style", "plain"), PROMPT_STYLES),
+        clip_skip=_whole("clip_skip", _or(options.get("clip_skip"), 0), 0, 100),
+        vae_tile=options.get("vae_tile"),
         image=None if image is None else images.to_array(image, height, width, len(prompts)),
         mask=None if mask is None else images.to_mask(mask, height, width, len(prompts)),
         strength=strength,
@@ -169,6 +182,12 @@ def _sampling(options: Options, default_steps: int) -> dict[str, Any]:
 
 def _numbers(name: str, value: Any) -> list[float]:
     return [_finite(name, number) for number in value]
+
+
+def _one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
+    if value not in allowed:
+        raise UsageError(f"{name} = {value!r}; allowed are {choices(str(value), allowed)}")
+    return value
 
 
 def _share(name: str, value: Any) -> float:

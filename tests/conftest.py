@@ -35,8 +35,8 @@ def make_tiny_checkpoint(folder: Path, in_channels: int = 4) -> Path:
         max_position_embeddings=7, bos_token_id=0, eos_token_id=1, pad_token_id=1, projection_dim=20,
     )  # fmt: skip
     unet = UNet2DConditionModel(
-        sample_size=12, in_channels=in_channels, block_out_channels=(12, 28), layers_per_block=1, norm_num_groups=4, cross_attention_dim=20,
-        attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        sample_size=12, in_channels=in_channels, block_out_channels=(12, 28), layers_per_block=1, norm_num_groups=4,
+        cross_attention_dim=20, attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
     vae = AutoencoderKL(

@@ -34,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eta", type=float, help="0 to 1, the noise of ddim and tcd (default: 0)")
     add("--guidance-rescale", type=float, default=0.0, metavar="SHARE", help="0 to 1 (default: 0)")
     add("--rng", default="cpu", help="whose noise: cpu (torch's), cuda:a100 and other GPUs, numpy (default: cpu)")
+    add("--prompt-style", default="plain", help="plain, or a1111: (word:1.3), [word], prompts of any length")
+    add("--clip-skip", type=int, help="how many of the text encoder's last layers to leave out (default: 0)")
+    add("--vae-tile", type=int, metavar="LATENTS", help="decode in tiles, in the memory of one tile")
     add("--size", type=size, metavar="WxH", help="pixels, e.g. 512x768 (default: the bundle's)")
     add("-n", "--number", type=int, default=1, metavar="N", help="how many pictures (default: 1)")
     add("--backend", default="auto", help="the engine library (default: the best one installed)")
@@ -63,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         if args.replay:
             _same_model(args.replay, images.read_parameters(args.replay), pipe.bundle)
         sample, plan = _denoise(pipe, prompt, options)
-        decoded = pipe.decode(sample)
+        decoded = pipe.decode(sample, vae_tile=plan.vae_tile)
         model = {"model": pipe.bundle.manifest.get("name", pipe.bundle.path.name), "bundle": pipe.bundle.digest}
         records: list[dict[str, Any]] = []
         for i, (image, path) in enumerate(zip(decoded, paths, strict=True)):
@@ -101,6 +104,9 @@ def _request(args: argparse.Namespace) -> tuple[str, Options]:
             "schedule": args.schedule,
             "eta": args.eta,
             "guidance_rescale": args.guidance_rescale,
+            "prompt_style": args.prompt_style,
+            "clip_skip": args.clip_skip,
+            "vae_tile": args.vae_tile,
             "guidance_interval": args.guidance_interval,
             "image": None if args.image is None else open_image(args.image),
             "mask_image": None if args.mask is None else open_image(args.mask),

@@ -56,14 +56,16 @@ class Part:
 
 
 class TextEncoder(torch.nn.Module):
-    """Token ids to the last hidden state."""
+    """Token ids to the last hidden state, and to the normalised state after each layer (for `clip_skip`)."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids).last_hidden_state
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        output = self.model(input_ids=input_ids, output_hidden_states=True)
+        norm = getattr(self.model, "text_model", self.model).final_layer_norm  # transformers 5.6 dropped the wrapper
+        return output.last_hidden_state, norm(torch.stack(output.hidden_states, 1))
 
 
 class UNet(torch.nn.Module):
@@ -113,12 +115,15 @@ LATENT_SIZES = (
 
 def text_encoder(checkpoint: Checkpoint) -> Part:
     config, model = checkpoint.config("text_encoder"), checkpoint.load("text_encoder")
-    tokens = config["max_position_embeddings"]
+    tokens, width = config["max_position_embeddings"], config["hidden_size"]
     return Part(
         "text_encoder",
         TextEncoder(model),
         (TensorSpec("input_ids", "int32", ("batch", "tokens")),),
-        (TensorSpec("last_hidden_state", "float32", ("batch", "tokens", config["hidden_size"])),),
+        (
+            TensorSpec("last_hidden_state", "float32", ("batch", "tokens", width)),
+            TensorSpec("hidden_states", "float32", ("batch", config["num_hidden_layers"] + 1, "tokens", width)),
+        ),
         tuple({"batch": b, "tokens": t} for b, t in ((2, tokens - 1), (1, tokens), (3, max(tokens // 2, 3)))),
         {"input_ids": config["vocab_size"]},
     )

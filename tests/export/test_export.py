@@ -46,7 +46,11 @@ def test_inputs_outputs_and_their_dimensions_have_the_fields_names(tiny_bundle: 
         for name in bundle.components
     }
     assert found == {
-        "text_encoder": ["input_ids int32 [batch, tokens]", "last_hidden_state float32 [batch, tokens, 20]"],
+        "text_encoder": [
+            "input_ids int32 [batch, tokens]",
+            "last_hidden_state float32 [batch, tokens, 20]",
+            "hidden_states float32 [batch, 3, tokens, 20]",
+        ],
         "unet": [
             "sample float32 [batch, 4, latent_height, latent_width]",
             "timestep float32 [batch]",

@@ -1,0 +1,60 @@
+"""Decode a large picture tile by tile: memory is that of one tile, and the overlaps are blended so that no seam shows.
+
+The grid and the blending are those of diffusers' AutoencoderKL: a quarter of each tile overlaps its neighbours, and
+there each row and column passes linearly from one to the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from sdopt.errors import UsageError
+from sdopt.specs import Float32
+
+OVERLAP = 0.25
+MIN_TILE = 4
+
+
+def decode_tiled(decode: Callable[[Float32], Float32], latents: Float32, tile: int, factor: int) -> Float32:
+    """The picture of `latents` [images, channels, h, w], decoded in tiles of at most `tile` latents a side;
+    a latent is `factor` pixels.
+
+    Raises: UsageError for a tile that is too small to overlap.
+    """
+    if tile < MIN_TILE:
+        raise UsageError(f"vae_tile = {tile}; allowed are {MIN_TILE} latents a side or more")
+    if max(latents.shape[2:]) <= tile:
+        return decode(latents)
+    step = int(tile * (1 - OVERLAP))
+    blend = int(tile * factor * OVERLAP)
+    keep = tile * factor - blend
+    above: list[Float32] = []
+    rows: list[Float32] = []
+    for y in range(0, latents.shape[2], step):
+        row: list[Float32] = []
+        for j, x in enumerate(range(0, latents.shape[3], step)):
+            part = latents[:, :, y : y + tile, x : x + tile]
+            piece = decode(np.ascontiguousarray(part))
+            if above:
+                _blend(above[j], piece, blend, axis=2)
+            if row:
+                _blend(row[-1], piece, blend, axis=3)
+            row.append(piece)
+        rows.append(np.concatenate([piece[:, :, :keep, :keep] for piece in row], 3))
+        above = row
+    return np.concatenate(rows, 2)
+
+
+def _blend(before: Float32, piece: Float32, extent: int, axis: int) -> None:
+    """Let the first `extent` lines of `piece` pass over from the last lines of `before`, in place."""
+    extent = min(before.shape[axis], piece.shape[axis], extent)
+    if not extent:
+        return
+    shape = [1, 1, 1, 1]
+    shape[axis] = extent
+    weight = (np.arange(extent, dtype=np.float32) / np.float32(extent)).reshape(shape)
+    tail = np.moveaxis(np.moveaxis(before, axis, 0)[-extent:], 0, axis)
+    head = np.moveaxis(np.moveaxis(piece, axis, 0)[:extent], 0, axis)
+    head[...] = tail * (1 - weight) + head * weight
