@@ -17,17 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
-
 from sdopt import __version__
 from sdopt.bundle import new_folder, refuse_existing, write_manifest
-from sdopt.errors import CheckpointError, UsageError
-from sdopt.export import components, parity, probe, trace
+from sdopt.errors import CheckpointError
+from sdopt.export import components, parity, schedule, trace
 from sdopt.export.source import Checkpoint, open_checkpoint, read_json
-from sdopt.samplers import SAMPLERS, sampler_table
 
 HEADER = f"{'component':<14}{'seconds':>9}{'MB':>9}  {'weights':<8}{'parity dB':>10}{'max error':>11}"
-PROBED_STEPS = range(1, 51)
 Report = Callable[[str], None]
 
 
@@ -59,7 +55,7 @@ def export(
         new_folder(target, force=force, needed_bytes=checkpoint.nbytes) as folder,
     ):
         manifest = describe(checkpoint)
-        manifest.update(sampler_tables(checkpoint, folder, manifest["defaults"]["num_inference_steps"], report))
+        manifest.update(schedule.manifest_entries(checkpoint, folder, manifest["defaults"], report))
         report(HEADER)
         for build in components.FAMILIES[checkpoint.family]:
             name, entry = _component(build(checkpoint), folder, opset, floor_db if verify else None, report)
@@ -77,7 +73,6 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     edge = unet["sample_size"] * factor
     own = checkpoint.folder / "generation_config.json"
     generation = read_json(own) if own.is_file() else {}
-    scheduler = checkpoint.config("scheduler")
     defaults = {
         "height": generation.get("height", edge),
         "width": generation.get("width", edge),
@@ -91,8 +86,6 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
             "sdopt": __version__,
             **{p: importlib.metadata.version(p) for p in ("torch", "diffusers", "transformers")},
         },
-        "scheduler": scheduler,
-        "prediction_type": scheduler.get("prediction_type", "epsilon"),
         "latents": {
             "channels": vae["latent_channels"],
             "factor": factor,
@@ -103,39 +96,6 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "tokenizer": {},
         "components": {},
     }
-
-
-def sampler_tables(checkpoint: Checkpoint, folder: Path, steps: int, report: Report) -> dict[str, str]:
-    """The manifest's entry for tables that are stored in the bundle: empty for a scheduler that the runtime knows.
-
-    Any other scheduler of diffusers is run on one-hot vectors, for each number of steps in PROBED_STEPS.
-    Raises: CheckpointError for a scheduler that is not linear, or that diffusers does not have.
-    """
-    config = checkpoint.config("scheduler")
-    name = str(config.get("_class_name"))
-    if any(name == sampler.diffusers or name in sampler.aliases for sampler in SAMPLERS.values()):
-        try:
-            sampler_table(config, steps)
-        except UsageError as error:
-            raise CheckpointError(f"{checkpoint.folder / 'scheduler'}: {error}") from error
-        return {}
-    scheduler_class = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
-    if scheduler_class is None:
-        raise CheckpointError(
-            f"{checkpoint.folder / 'scheduler'}: {name} is no scheduler of diffusers {diffusers.__version__}"
-        )
-    tables = {
-        n: probe.probe(
-            scheduler_class.from_config(read_json(checkpoint.folder / "scheduler/scheduler_config.json")), n
-        ).to_json()
-        for n in PROBED_STEPS
-    }
-    (folder / "sampler_tables.json").write_text(json.dumps(tables, allow_nan=False))
-    report(
-        f"{name} is not a sampler that sdopt knows by name: its tables were found by running it, for "
-        f"{PROBED_STEPS.start} to {PROBED_STEPS.stop - 1} steps, and are stored in the bundle"
-    )
-    return {"sampler_tables": "sampler_tables.json"}
 
 
 def _component(

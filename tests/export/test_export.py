@@ -219,7 +219,7 @@ def test_a_scheduler_that_is_not_known_by_name_brings_its_tables_along(
     from diffusers import DPMSolverMultistepInverseScheduler, StableDiffusionPipeline
 
     from sdopt.bundle import write_manifest
-    from sdopt.export import sampler_tables
+    from sdopt.export.schedule import manifest_entries
 
     copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
     theirs = StableDiffusionPipeline.from_pretrained(copy, torch_dtype=torch.float32, safety_checker=None)
@@ -230,10 +230,9 @@ def test_a_scheduler_that_is_not_known_by_name_brings_its_tables_along(
     (bundle / "manifest.json").unlink()
     lines: list[str] = []
     with open_checkpoint(str(copy)) as checkpoint:
-        manifest |= sampler_tables(checkpoint, bundle, 50, lines.append)
-        manifest["scheduler"] = checkpoint.config("scheduler")
+        manifest |= manifest_entries(checkpoint, bundle, manifest["defaults"], lines.append)
     write_manifest(bundle, manifest)
-    assert "DPMSolverMultistepInverseScheduler is not a sampler that sdopt knows" in lines[0]
+    assert "DPMSolverMultistepInverseScheduler is not a sampler that sdopt knows" in lines[-1]
     pipe = sdopt.load(bundle)
     options = {"num_inference_steps": 6, "guidance_scale": 1.0, "output_type": "latent"}
     expected = theirs("a", generator=torch.Generator("cpu").manual_seed(1), **options).images.numpy()
@@ -248,7 +247,7 @@ def test_a_scheduler_that_is_not_known_by_name_brings_its_tables_along(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("DDIMInverseScheduler", "is not linear"),
+        ("CMStochasticIterativeScheduler", "is not linear"),
         ("EvilScheduler", "is no scheduler of diffusers"),
         ("os", "no scheduler"),
     ],
@@ -262,3 +261,33 @@ def test_a_scheduler_that_cannot_be_probed_is_refused_by_name(
     with pytest.raises(CheckpointError, match=message):
         export(copy, tmp_path / "b", report=lambda line: None)
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("change", [{"steps_offset": 0}, {"_class_name": "DDIMScheduler", "clip_sample": True}])
+def test_outdated_scheduler_options_are_read_as_the_pipeline_of_diffusers_reads_them(
+    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path, change: dict
+) -> None:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from sdopt.bundle import write_manifest
+    from sdopt.export.schedule import manifest_entries
+
+    copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    for file, wanted in (("scheduler/scheduler_config.json", change), ("model_index.json", {})):
+        entry = json.loads((copy / file).read_text())
+        if "scheduler" in entry and "_class_name" in change:
+            entry["scheduler"] = ["diffusers", change["_class_name"]]
+        (copy / file).write_text(json.dumps({**entry, **wanted}))
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").unlink()
+    lines: list[str] = []
+    with open_checkpoint(str(copy)) as checkpoint:
+        manifest |= manifest_entries(checkpoint, bundle, manifest["defaults"], lines.append)
+    write_manifest(bundle, manifest)
+    assert "as StableDiffusionPipeline does" in lines[0]
+    theirs = StableDiffusionPipeline.from_pretrained(copy, torch_dtype=torch.float32, safety_checker=None)
+    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "latent"}
+    expected = theirs("a", generator=torch.Generator("cpu").manual_seed(1), **options).images.numpy()
+    assert parity.psnr(expected, sdopt.load(bundle)("a", seed=1, **options).images) >= 80

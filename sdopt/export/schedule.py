@@ -1,0 +1,56 @@
+"""A checkpoint's scheduler as its pipeline reads it: a configuration for the runtime or, if it must be, its tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+
+from sdopt.errors import CheckpointError, UsageError
+from sdopt.export.probe import probe
+from sdopt.export.source import Checkpoint, read_json
+from sdopt.samplers import SAMPLERS, sampler_table
+
+PROBED_STEPS = range(1, 51)
+TABLES = "sampler_tables.json"
+# what diffusers' StableDiffusionPipeline sets in every scheduler it is given, because old configurations are wrong
+CORRECTED = {"steps_offset": 1, "clip_sample": False}
+
+
+def manifest_entries(
+    checkpoint: Checkpoint, folder: Path, defaults: Mapping[str, Any], report: Callable[[str], None]
+) -> dict[str, Any]:
+    """`scheduler`, `prediction_type` and, for a scheduler that sdopt does not know by name, `sampler_tables`.
+
+    Any linear scheduler of diffusers is run on one-hot vectors for each number of steps in PROBED_STEPS, and the
+    tables are written into `folder`.
+    Raises: CheckpointError for a scheduler that diffusers does not have, or that no table can express.
+    """
+    config = checkpoint.config("scheduler")
+    name = str(config.get("_class_name"))
+    scheduler_class: Any = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    where = checkpoint.folder / "scheduler"
+    if scheduler_class is None:
+        raise CheckpointError(f"{where}: {name} is no scheduler of diffusers {diffusers.__version__}")
+    raw = read_json(where / "scheduler_config.json")
+    known: Mapping[str, Any] = scheduler_class.from_config(raw).config
+    corrected = {key: value for key, value in CORRECTED.items() if key in known and known[key] != value}
+    for key, value in corrected.items():
+        report(f"{name}: {key} {known[key]} is read as {value}, as StableDiffusionPipeline does")
+    entries = {"scheduler": {**config, **corrected}, "prediction_type": known.get("prediction_type", "epsilon")}
+    if any(name in (sampler.diffusers, *sampler.aliases) for sampler in SAMPLERS.values()):
+        try:
+            sampler_table(entries["scheduler"], defaults["num_inference_steps"])
+        except UsageError as error:
+            raise CheckpointError(f"{where}: {error}") from error
+        return entries
+    tables = {n: probe(scheduler_class.from_config({**raw, **corrected}), n).to_json() for n in PROBED_STEPS}
+    (folder / TABLES).write_text(json.dumps(tables, allow_nan=False))
+    report(
+        f"{name} is not a sampler that sdopt knows by name: its tables were found by running it, for "
+        f"{PROBED_STEPS.start} to {PROBED_STEPS.stop - 1} steps, and are stored in the bundle"
+    )
+    return {**entries, "sampler_tables": TABLES}
