@@ -7,7 +7,7 @@
         print(step.index, step.sigma)                     # to cancel, stop iterating
     image = pipe.decode(step.sample)
 
-Ref: Rombach et al. 2022, arXiv:2112.10752; guidance: Ho & Salimans 2022, arXiv:2207.12598.
+Ref: Rombach et al. 2022, arXiv:2112.10752.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from sdopt import images as pictures
 from sdopt.bundle import Bundle, embedded
 from sdopt.engine import Engine, choose_backend, open_engine
 from sdopt.errors import NumericsError, UsageError, choices
+from sdopt.guidance import Denoiser
 from sdopt.noise import generator
 from sdopt.prompts import embed
 from sdopt.request import Options, Plan, make_plan
@@ -229,53 +230,6 @@ def _channels(unet: Engine, bundle: Bundle) -> int:
     """How many channels the UNet takes: those of the latents, or with a mask and a masked picture beside them."""
     shape = unet.inputs[0].shape if unet.inputs else (0, bundle.manifest["latents"]["channels"])
     return int(shape[1])
-
-
-class Denoiser:
-    """The UNet with classifier-free guidance: output = uncond + scale * (cond - uncond); at 1 or less, cond alone.
-
-    `extra` is joined to the sample as further channels. `batch` 2 runs both halves of guidance in one call, 1 in two.
-    Ref: Ho & Salimans 2022, arXiv:2207.12598, eq. 6, in the form of Saharia et al. 2022, arXiv:2205.11487, section 2.2.
-    """
-
-    def __init__(
-        self,
-        unet: Engine,
-        embeds: Float32,
-        negative: Float32 | None,
-        extra: Float32 | None = None,
-        batch: int = 2,
-        rescale: float = 0.0,
-    ) -> None:
-        self._unet, self._extra, self._rescale = unet, extra, rescale
-        self._cond, self._negative = embeds, negative
-        self._both = None if negative is None or batch == 1 else np.concatenate([negative, embeds])
-
-    def __call__(self, sample: Float32, timestep: float, scale: Scalar) -> Float32:
-        sample = sample if self._extra is None else np.concatenate([sample, self._extra], 1)
-        if self._negative is None or scale <= 1:
-            return self._run(sample, timestep, self._cond)
-        if self._both is None:
-            uncond, cond = self._run(sample, timestep, self._negative), self._run(sample, timestep, self._cond)
-        else:
-            uncond, cond = np.split(self._run(np.concatenate([sample, sample]), timestep, self._both), 2)
-        with np.errstate(invalid="ignore", over="ignore"):  # the loop names component and step of what is not finite
-            guided = uncond + scale * (cond - uncond)
-            return rescaled(guided, cond, self._rescale) if self._rescale else guided
-
-    def _run(self, sample: Float32, timestep: float, embeds: Float32) -> Float32:
-        times = np.full(len(sample), timestep, np.float32)
-        return self._unet(sample=sample, timestep=times, encoder_hidden_states=embeds)["noise_pred"]
-
-
-def rescaled(guided: Float32, cond: Float32, share: Scalar) -> Float32:
-    """`guided`, of which `share` is scaled to the standard deviation that the conditional output has.
-
-    Ref: Lin et al. 2024, arXiv:2305.08891, section 3.4.
-    """
-    axes = tuple(range(1, cond.ndim))
-    scale = cond.std(axes, keepdims=True, ddof=1) / guided.std(axes, keepdims=True, ddof=1)
-    return guided * (share * scale + (1 - share))
 
 
 def _refuse_nan(array: Float32, where: str) -> None:

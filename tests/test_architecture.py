@@ -28,7 +28,9 @@ ALLOWED = {
     "prompts": {"tokenizer", "specs"},
     "tiling": {"specs", "errors"},
     "tasks": {"request", "samplers", "specs", "errors"},
+    "guidance": {"engine", "specs"},
     "pipeline": {
+        "guidance",
         "engine",
         "bundle",
         "request",

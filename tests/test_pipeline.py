@@ -13,7 +13,7 @@ import pytest
 
 import sdopt
 from sdopt.errors import NumericsError, UsageError
-from sdopt.pipeline import Denoiser
+from sdopt.guidance import Denoiser
 from sdopt.samplers import SAMPLERS
 from sdopt.specs import Array
 from tests.conftest import EMOJI_BUNDLE, EMOJI_CHECKPOINT

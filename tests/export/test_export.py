@@ -211,32 +211,50 @@ def test_the_command_fails_with_its_exit_code_and_a_sentence(
     assert not (tmp_path / "b").exists()
 
 
+def rescheduled(
+    checkpoint: Path, bundle: Path, folder: Path, name: str, **changes: object
+) -> tuple[Path, Path, list[str]]:
+    """Copies of a checkpoint and its bundle with another scheduler, as an export writes them, and what it reports."""
+    from sdopt.bundle import write_manifest
+    from sdopt.export.schedule import manifest_entries
+
+    copy, target = (Path(shutil.copytree(p, folder / p.name)) for p in (checkpoint, bundle))
+    for file, wanted in (
+        ("scheduler/scheduler_config.json", {"_class_name": name, **changes}),
+        ("model_index.json", {"scheduler": ["diffusers", name]}),
+    ):
+        (copy / file).write_text(json.dumps({**json.loads((copy / file).read_text()), **wanted}))
+    manifest = json.loads((target / "manifest.json").read_text())
+    (target / "manifest.json").unlink()
+    lines: list[str] = []
+    with open_checkpoint(str(copy)) as opened:
+        manifest |= manifest_entries(opened, target, manifest["defaults"], lines.append)
+    write_manifest(target, manifest)
+    return copy, target, lines
+
+
+def same_latents(checkpoint: Path, bundle: Path, steps: int) -> float:
+    """dB between the latents of diffusers and of sdopt."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    theirs = StableDiffusionPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32, safety_checker=None)
+    options = {"num_inference_steps": steps, "guidance_scale": 1.0, "output_type": "latent"}
+    expected = theirs("a", generator=torch.Generator("cpu").manual_seed(1), **options).images.numpy()
+    return parity.psnr(expected, sdopt.load(bundle)("a", seed=1, **options).images)
+
+
 def test_a_scheduler_that_is_not_known_by_name_brings_its_tables_along(
     tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     """DPM-Solver's inverse is linear, in diffusers, and no sampler of sdopt's."""
-    import torch
-    from diffusers import DPMSolverMultistepInverseScheduler, StableDiffusionPipeline
-
-    from sdopt.bundle import write_manifest
-    from sdopt.export.schedule import manifest_entries
-
-    copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
-    theirs = StableDiffusionPipeline.from_pretrained(copy, torch_dtype=torch.float32, safety_checker=None)
-    theirs.scheduler = DPMSolverMultistepInverseScheduler.from_config(theirs.scheduler.config)
-    theirs.scheduler.save_pretrained(copy / "scheduler")
-    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    (bundle / "manifest.json").unlink()
-    lines: list[str] = []
-    with open_checkpoint(str(copy)) as checkpoint:
-        manifest |= manifest_entries(checkpoint, bundle, manifest["defaults"], lines.append)
-    write_manifest(bundle, manifest)
-    assert "DPMSolverMultistepInverseScheduler is not a sampler that sdopt knows" in lines[-1]
+    name = "DPMSolverMultistepInverseScheduler"
+    checkpoint, bundle, lines = rescheduled(
+        tiny_checkpoint, tiny_bundle, tmp_path, name, lambda_min_clipped=-float("inf")
+    )
+    assert f"{name} is not a sampler that sdopt knows" in lines[-1]
+    assert same_latents(checkpoint, bundle, 6) >= 80
     pipe = sdopt.load(bundle)
-    options = {"num_inference_steps": 6, "guidance_scale": 1.0, "output_type": "latent"}
-    expected = theirs("a", generator=torch.Generator("cpu").manual_seed(1), **options).images.numpy()
-    assert parity.psnr(expected, pipe("a", seed=1, **options).images) >= 80
     with pytest.raises(UsageError, match="num_inference_steps = 51; for DPMSolver.* this bundle has tables for 1, 2,"):
         pipe("a", num_inference_steps=51)
     with pytest.raises(UsageError, match="schedule: DPMSolver.* takes no options here"):
@@ -263,31 +281,12 @@ def test_a_scheduler_that_cannot_be_probed_is_refused_by_name(
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize("change", [{"steps_offset": 0}, {"_class_name": "DDIMScheduler", "clip_sample": True}])
+@pytest.mark.parametrize(
+    ("name", "changes"), [("PNDMScheduler", {"steps_offset": 0}), ("DDIMScheduler", {"clip_sample": True})]
+)
 def test_outdated_scheduler_options_are_read_as_the_pipeline_of_diffusers_reads_them(
-    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path, change: dict
+    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path, name: str, changes: dict
 ) -> None:
-    import torch
-    from diffusers import StableDiffusionPipeline
-
-    from sdopt.bundle import write_manifest
-    from sdopt.export.schedule import manifest_entries
-
-    copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
-    for file, wanted in (("scheduler/scheduler_config.json", change), ("model_index.json", {})):
-        entry = json.loads((copy / file).read_text())
-        if "scheduler" in entry and "_class_name" in change:
-            entry["scheduler"] = ["diffusers", change["_class_name"]]
-        (copy / file).write_text(json.dumps({**entry, **wanted}))
-    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    (bundle / "manifest.json").unlink()
-    lines: list[str] = []
-    with open_checkpoint(str(copy)) as checkpoint:
-        manifest |= manifest_entries(checkpoint, bundle, manifest["defaults"], lines.append)
-    write_manifest(bundle, manifest)
+    checkpoint, bundle, lines = rescheduled(tiny_checkpoint, tiny_bundle, tmp_path, name, **changes)
     assert "as StableDiffusionPipeline does" in lines[0]
-    theirs = StableDiffusionPipeline.from_pretrained(copy, torch_dtype=torch.float32, safety_checker=None)
-    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "latent"}
-    expected = theirs("a", generator=torch.Generator("cpu").manual_seed(1), **options).images.numpy()
-    assert parity.psnr(expected, sdopt.load(bundle)("a", seed=1, **options).images) >= 80
+    assert same_latents(checkpoint, bundle, 4) >= 80

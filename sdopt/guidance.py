@@ -1,0 +1,58 @@
+"""Classifier-free guidance: the UNet with and without the prompt, and what is made of the two.
+
+Ref: Ho & Salimans 2022, arXiv:2207.12598.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sdopt.engine import Engine
+from sdopt.specs import Float32, Scalar
+
+
+class Denoiser:
+    """The UNet with classifier-free guidance: output = uncond + scale * (cond - uncond); at 1 or less, cond alone.
+
+    `extra` is joined to the sample as further channels. `batch` 2 runs both halves of guidance in one call, 1 in two.
+    Ref: Ho & Salimans 2022, arXiv:2207.12598, eq. 6, in the form of Saharia et al. 2022, arXiv:2205.11487, section 2.2.
+    """
+
+    def __init__(
+        self,
+        unet: Engine,
+        embeds: Float32,
+        negative: Float32 | None,
+        extra: Float32 | None = None,
+        batch: int = 2,
+        rescale: float = 0.0,
+    ) -> None:
+        self._unet, self._extra, self._rescale = unet, extra, rescale
+        self._cond, self._negative = embeds, negative
+        self._both = None if negative is None or batch == 1 else np.concatenate([negative, embeds])
+
+    def __call__(self, sample: Float32, timestep: float, scale: Scalar) -> Float32:
+        sample = sample if self._extra is None else np.concatenate([sample, self._extra], 1)
+        if self._negative is None or scale <= 1:
+            return self._run(sample, timestep, self._cond)
+        if self._both is None:
+            uncond, cond = self._run(sample, timestep, self._negative), self._run(sample, timestep, self._cond)
+        else:
+            uncond, cond = np.split(self._run(np.concatenate([sample, sample]), timestep, self._both), 2)
+        with np.errstate(invalid="ignore", over="ignore"):  # the loop names component and step of what is not finite
+            guided = uncond + scale * (cond - uncond)
+            return rescaled(guided, cond, self._rescale) if self._rescale else guided
+
+    def _run(self, sample: Float32, timestep: float, embeds: Float32) -> Float32:
+        times = np.full(len(sample), timestep, np.float32)
+        return self._unet(sample=sample, timestep=times, encoder_hidden_states=embeds)["noise_pred"]
+
+
+def rescaled(guided: Float32, cond: Float32, share: Scalar) -> Float32:
+    """`guided`, of which `share` is scaled to the standard deviation that the conditional output has.
+
+    Ref: Lin et al. 2024, arXiv:2305.08891, section 3.4.
+    """
+    axes = tuple(range(1, cond.ndim))
+    scale = cond.std(axes, keepdims=True, ddof=1) / guided.std(axes, keepdims=True, ddof=1)
+    return guided * (share * scale + (1 - share))
