@@ -25,7 +25,7 @@ from sdopt.bundle import Bundle, embedded
 from sdopt.engine import Engine, choose_backend, open_engine
 from sdopt.errors import NumericsError, UsageError, choices
 from sdopt.guidance import Denoiser
-from sdopt.noise import generator
+from sdopt.noise import batch, generator
 from sdopt.prompts import embed
 from sdopt.request import Options, Plan, make_plan
 from sdopt.specs import Array, Float32, Scalar
@@ -212,9 +212,9 @@ class Pipeline:
     def _drawing(self, plan: Plan) -> Callable[[], Float32]:
         """Draws standard normal noise, each image's from its own seed, so that a batch equals its images made alone."""
         entry = self.bundle.manifest["latents"]
-        shape = (1, entry["channels"], plan.height // entry["factor"], plan.width // entry["factor"])
+        shape = (len(plan.seeds), entry["channels"], plan.height // entry["factor"], plan.width // entry["factor"])
         generators = [generator(seed, plan.rng) for seed in plan.seeds]
-        return lambda: np.concatenate([g.randn(shape) for g in generators])
+        return lambda: batch(generators, shape)
 
     def _posterior(self, images: Float32) -> tuple[Float32, Float32]:
         """Mean and standard deviation of the scaled latents of pictures in -1..1."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -252,13 +253,17 @@ def _list(value: Any) -> list[Any]:
 
 
 def _whole(name: str, value: Any, low: int, high: int = 1 << 31) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+    try:
+        number = low - 1 if isinstance(value, bool) else operator.index(value)  # NumPy's integers are welcome
+    except TypeError:
+        number = low - 1
+    if not low <= number <= high:
         raise UsageError(f"{name} = {value!r}; allowed are whole numbers from {low} to {high}")
-    return value
+    return number
 
 
 def _finite(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__") or not math.isfinite(value):
         raise UsageError(f"{name} = {value!r}; allowed are finite numbers")
     return float(value)
 

@@ -113,6 +113,7 @@ def test_images_of_several_prompts_stand_prompt_by_prompt(emoji: sdopt.Pipeline)
     result = emoji(["a cat", "a dog"], num_images_per_prompt=2, seed=5, num_inference_steps=1)
     assert [p["prompt"] for p in result.parameters] == ["a cat", "a cat", "a dog", "a dog"]
     assert result.seeds == (5, 6, 7, 8)
+    assert emoji("a cat", seed=np.int64(5), num_inference_steps=np.int32(1)).seeds == (5,)
 
 
 def test_without_a_seed_one_is_drawn_and_reported(emoji: sdopt.Pipeline) -> None:

@@ -148,6 +148,8 @@ def _denoise(pipe: Any, prompt: str, options: Options) -> tuple[Any, Any]:
     from sdopt.request import make_plan
 
     plan = make_plan(pipe.bundle, prompt, options)
+    for note in plan.table.notes:
+        print(f"sdopt: {note}", file=sys.stderr)
     sample = None
     total = len(plan.table.timestep)
     for step in tqdm(pipe.steps(plan), total=total, unit="it", leave=False, disable=not sys.stderr.isatty()):
