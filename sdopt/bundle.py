@@ -30,7 +30,17 @@ from sdopt.specs import TensorSpec
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 20
-REQUIRED = ("format_version", "family", "components", "files", "tokenizer", "scheduler", "latents", "defaults")
+REQUIRED = (
+    "format_version",
+    "family",
+    "components",
+    "files",
+    "tokenizers",
+    "conditioning",
+    "scheduler",
+    "latents",
+    "defaults",
+)
 STALE_SECONDS = 24 * 3600
 EMBEDDED = (Path(__file__).parent / "emoji", Path(__file__).parent.parent / "engines/emoji/bundle")
 
@@ -69,7 +79,8 @@ class Bundle:
         bundle = cls(folder, manifest)
         for name in bundle.components:
             bundle.component(name)
-        bundle.file(manifest["tokenizer"]["file"])
+        for entry in manifest["tokenizers"].values():
+            bundle.file(entry["file"])
         return bundle
 
     @property

@@ -5,6 +5,8 @@ Ref: Ho & Salimans 2022, arXiv:2207.12598.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from sdopt.engine import Engine
@@ -14,22 +16,24 @@ from sdopt.specs import Float32, Scalar
 class Denoiser:
     """The UNet with classifier-free guidance: output = uncond + scale * (cond - uncond); at 1 or less, cond alone.
 
-    `extra` is joined to the sample as further channels. `batch` 2 runs both halves of guidance in one call, 1 in two.
+    `cond` and `negative` are the UNet's further inputs by name; `extra` is joined to the sample as further channels.
+    `batch` 2 runs both halves of guidance in one call, 1 in two.
     Ref: Ho & Salimans 2022, arXiv:2207.12598, eq. 6, in the form of Saharia et al. 2022, arXiv:2205.11487, section 2.2.
     """
 
     def __init__(
         self,
         unet: Engine,
-        embeds: Float32,
-        negative: Float32 | None,
+        cond: Mapping[str, Float32],
+        negative: Mapping[str, Float32] | None,
         extra: Float32 | None = None,
         batch: int = 2,
         rescale: float = 0.0,
     ) -> None:
         self._unet, self._extra, self._rescale = unet, extra, rescale
-        self._cond, self._negative = embeds, negative
-        self._both = None if negative is None or batch == 1 else np.concatenate([negative, embeds])
+        self._cond, self._negative, self._both = cond, negative, None
+        if negative is not None and batch == 2:
+            self._both = {name: np.concatenate([negative[name], cond[name]]) for name in cond}
 
     def __call__(self, sample: Float32, timestep: float, scale: Scalar) -> Float32:
         sample = sample if self._extra is None else np.concatenate([sample, self._extra], 1)
@@ -43,9 +47,9 @@ class Denoiser:
             guided = uncond + scale * (cond - uncond)
             return rescaled(guided, cond, self._rescale) if self._rescale else guided
 
-    def _run(self, sample: Float32, timestep: float, embeds: Float32) -> Float32:
+    def _run(self, sample: Float32, timestep: float, condition: Mapping[str, Float32]) -> Float32:
         times = np.full(len(sample), timestep, np.float32)
-        return self._unet(sample=sample, timestep=times, encoder_hidden_states=embeds)["noise_pred"]
+        return self._unet(sample=sample, timestep=times, **condition)["noise_pred"]
 
 
 def rescaled(guided: Float32, cond: Float32, share: Scalar) -> Float32:

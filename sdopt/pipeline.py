@@ -22,16 +22,15 @@ import numpy as np
 
 from sdopt import images as pictures
 from sdopt.bundle import Bundle, embedded
+from sdopt.conditioning import TextEncoders
 from sdopt.engine import Engine, choose_backend, open_engine
 from sdopt.errors import NumericsError, UsageError, choices
 from sdopt.guidance import Denoiser
 from sdopt.noise import batch, generator
-from sdopt.prompts import embed
 from sdopt.request import Options, Plan, make_plan
-from sdopt.specs import Array, Float32, Scalar
+from sdopt.specs import Float32, Scalar
 from sdopt.tasks import begin
 from sdopt.tiling import decode_tiled
-from sdopt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -89,7 +88,7 @@ class Pipeline:
         self.backend = choose_backend(backend)
         self.threads = threads
         self._engines: dict[str, Engine] = {}
-        self._tokenizer: Tokenizer | None = None
+        self._text = TextEncoders(bundle, self.engine)
 
     def __call__(
         self,
@@ -123,10 +122,10 @@ class Pipeline:
     def steps(self, plan: Plan) -> Iterator[Step]:
         """The loop: predict the noise, take the sampler's row, move the sample."""
         table, draw = plan.table, self._drawing(plan)
-        embeds, negative_embeds = self._embeds(plan)
+        cond, negative = self._text.conditions(plan)
         unet = self.engine("unet")
         canvas = begin(plan, _channels(unet, self.bundle), draw, self._posterior)
-        denoiser = Denoiser(unet, embeds, negative_embeds, canvas.extra, plan.guidance_batch, plan.guidance_rescale)
+        denoiser = Denoiser(unet, cond, negative, canvas.extra, plan.guidance_batch, plan.guidance_rescale)
         sample, history = canvas.sample, tuple[Float32, ...]()
         c_in: list[Scalar] = table.c_in.tolist()
         for k, timestep in enumerate(table.timestep):
@@ -139,27 +138,7 @@ class Pipeline:
 
     def encode(self, prompts: Sequence[str], prompt_style: str = "plain", clip_skip: int = 0) -> Float32:
         """The prompts' embeddings, [prompts, tokens, features]; equal prompts are encoded once."""
-        if self._tokenizer is None:
-            entry = self.bundle.manifest["tokenizer"]
-            self._tokenizer = Tokenizer(self.bundle.file(entry["file"]), entry)
-        unique = list(dict.fromkeys(prompts))
-        if prompt_style == "a1111":
-            hidden = embed(self._tokenizer, lambda ids: self._hidden(ids, clip_skip), unique)
-        else:
-            hidden = self._hidden(self._tokenizer(unique), clip_skip)
-        return hidden[[unique.index(prompt) for prompt in prompts]]
-
-    def _hidden(self, input_ids: Array, clip_skip: int) -> Float32:
-        """The text encoder's state after all layers but the last `clip_skip`, normalised."""
-        outputs = self.engine("text_encoder")(input_ids=input_ids)
-        hidden = outputs["last_hidden_state"]
-        if clip_skip:
-            states = outputs["hidden_states"]
-            if clip_skip >= states.shape[1]:
-                raise UsageError(f"clip_skip = {clip_skip}; this text encoder has {states.shape[1] - 1} layers")
-            hidden = np.ascontiguousarray(states[:, -1 - clip_skip])
-        _refuse_nan(hidden, "text_encoder")
-        return hidden
+        return self._text.encode(prompts, prompts, prompt_style, clip_skip)[0]
 
     def decode(self, sample: Float32, output_type: str = "pil", *, vae_tile: int | None = None) -> Any:
         """The pictures of latents [images, channels, latent_height, latent_width]; see `vae_tile` in Options."""
@@ -199,15 +178,6 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _embeds(self, plan: Plan) -> tuple[Float32, Float32 | None]:
-        """The conditional and, with guidance, the unconditional embeddings of each image."""
-        if plan.prompt_embeds is not None:
-            return plan.prompt_embeds, plan.negative_prompt_embeds if plan.guided else None
-        if not plan.guided:
-            return self.encode(plan.prompts, plan.prompt_style, plan.clip_skip), None
-        both = self.encode([*plan.prompts, *plan.negative_prompts], plan.prompt_style, plan.clip_skip)
-        return both[: len(plan.prompts)], both[len(plan.prompts) :]
 
     def _drawing(self, plan: Plan) -> Callable[[], Float32]:
         """Draws standard normal noise, each image's from its own seed, so that a batch equals its images made alone."""

@@ -10,7 +10,7 @@ multiplied by its weight, and the chunk is then scaled back to the mean that it 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -75,19 +75,20 @@ def chunks(tokenizer: Tokenizer, prompt: str) -> tuple[Array, Float32]:
     return np.stack(rows), heavy
 
 
-def embed(tokenizer: Tokenizer, encode: Callable[[Array], Float32], prompts: Sequence[str]) -> Float32:
-    """The embeddings [prompts, chunks * max_length, features]; shorter prompts are filled up with empty chunks."""
+def stacked(tokenizer: Tokenizer, prompts: Sequence[str], at_least: int = 1) -> tuple[Array, Float32]:
+    """(ids, weights), each [prompts, chunks, max_length]; shorter prompts are filled up with empty chunks."""
     cut = [chunks(tokenizer, prompt) for prompt in prompts]
-    most = max(len(ids) for ids, _ in cut)
+    most = max(at_least, *(len(ids) for ids, _ in cut))
     empty, plain = chunks(tokenizer, "")
-    ids = np.concatenate([np.concatenate([i, *[empty] * (most - len(i))]) for i, _ in cut])
-    weights = np.concatenate([np.concatenate([w, *[plain] * (most - len(w))]) for _, w in cut])
-    hidden = weighted(encode(ids), weights)
-    return hidden.reshape(len(prompts), -1, hidden.shape[-1])
+    ids = np.stack([np.concatenate([i, *[empty] * (most - len(i))]) for i, _ in cut])
+    weights = np.stack([np.concatenate([w, *[plain] * (most - len(w))]) for _, w in cut])
+    return ids, weights
 
 
 def weighted(hidden: Float32, weights: Float32) -> Float32:
     """Embeddings [n, tokens, features] times weights [n, tokens], each of the n at the mean that it had."""
+    if (weights == 1).all():
+        return hidden
     scaled = hidden * weights[:, :, None]
     means = np.mean(scaled, (1, 2), keepdims=True)
     heavy = (weights != 1).any(1)[:, None, None] & (means != 0)

@@ -23,7 +23,12 @@ PROMPT_STYLES = ("plain", "a1111")
 class Options(TypedDict, total=False):
     """The keywords of `Pipeline.__call__` and `Pipeline.denoise`: diffusers' names, and what leaving one out means."""
 
-    negative_prompt: str | Sequence[str] | None  # "": nothing to steer away from
+    negative_prompt: str | Sequence[str] | None  # nothing to steer away from
+    prompt_2: str | Sequence[str] | None  # for the second text encoder; the prompt
+    negative_prompt_2: str | Sequence[str] | None
+    original_size: tuple[int, int] | None  # SDXL's sizes, (height, width); the picture's
+    crops_coords_top_left: tuple[int, int]  # (0, 0)
+    target_size: tuple[int, int] | None
     prompt_style: str  # "plain": as diffusers reads it; "a1111": (word:1.3), [word], and prompts of any length
     clip_skip: int | None  # 0; how many of the text encoder's last layers are left out
     vae_tile: int | None  # decode in tiles of so many latents a side, in the memory of one; None: all at once
@@ -47,6 +52,8 @@ class Options(TypedDict, total=False):
     latents: Array | None  # [images, channels, height / factor, width / factor], standard normal; drawn from the seed
     prompt_embeds: Array | None  # [images, tokens, features]; takes the place of the prompt
     negative_prompt_embeds: Array | None
+    pooled_prompt_embeds: Array | None  # beside prompt_embeds, for models that take pooled text
+    negative_pooled_prompt_embeds: Array | None
     guidance_batch: int  # 2: both halves of guidance in one call; 1: one after the other in half the memory
 
 
@@ -56,6 +63,10 @@ class Plan:
 
     prompts: tuple[str, ...]
     negative_prompts: tuple[str, ...]
+    prompts_2: tuple[str, ...]
+    negative_prompts_2: tuple[str, ...]
+    negative_given: bool
+    time_ids: tuple[int, ...]
     seeds: tuple[int, ...]
     height: int
     width: int
@@ -68,6 +79,8 @@ class Plan:
     latents: Array | None
     prompt_embeds: Array | None
     negative_prompt_embeds: Array | None
+    pooled_prompt_embeds: Array | None
+    negative_pooled_prompt_embeds: Array | None
     prompt_style: str
     clip_skip: int
     vae_tile: int | None
@@ -85,7 +98,8 @@ class Plan:
         """What makes image `image` again, alone."""
         return {
             "prompt": self.prompts[image],
-            "negative_prompt": self.negative_prompts[image],
+            "negative_prompt": self.negative_prompts[image] if self.negative_given else None,
+            **({"prompt_2": self.prompts_2[image]} if self.prompts_2 != self.prompts else {}),
             "prompt_style": self.prompt_style,
             "clip_skip": self.clip_skip,
             "vae_tile": self.vae_tile,
@@ -126,9 +140,19 @@ def make_plan(bundle: Bundle, prompt: str | Sequence[str] | None, options: Optio
     latents = options.get("latents")
     if latents is not None and (latents.shape != shape or latents.dtype != "float32"):
         raise UsageError(f"latents: got {latents.dtype} {latents.shape}; these sizes and prompts take float32 {shape}")
+    negatives = _negatives(options.get("negative_prompt"), len(prompts), each)
+    second, against = options.get("prompt_2"), options.get("negative_prompt_2")
     return Plan(
         prompts=prompts,
-        negative_prompts=_negatives(options.get("negative_prompt"), len(prompts), each),
+        negative_prompts=negatives,
+        prompts_2=prompts if second is None else _negatives(second, len(prompts), each),
+        negative_prompts_2=negatives if against is None else _negatives(against, len(prompts), each),
+        negative_given=options.get("negative_prompt") is not None or against is not None,
+        time_ids=(
+            *_pair("original_size", _or(options.get("original_size"), (height, width))),
+            *_pair("crops_coords_top_left", options.get("crops_coords_top_left", (0, 0))),
+            *_pair("target_size", _or(options.get("target_size"), (height, width))),
+        ),
         seeds=_seeds(options.get("seed"), len(prompts)),
         height=height,
         width=width,
@@ -141,6 +165,8 @@ def make_plan(bundle: Bundle, prompt: str | Sequence[str] | None, options: Optio
         latents=latents,
         prompt_embeds=embeds,
         negative_prompt_embeds=negative_embeds,
+        pooled_prompt_embeds=options.get("pooled_prompt_embeds"),
+        negative_pooled_prompt_embeds=options.get("negative_pooled_prompt_embeds"),
         prompt_style=_one_of("prompt_style", options.get("prompt_style", "plain"), PROMPT_STYLES),
         clip_skip=_whole("clip_skip", _or(options.get("clip_skip"), 0), 0, 100),
         vae_tile=options.get("vae_tile"),
@@ -183,6 +209,13 @@ def _sampling(options: Options, default_steps: int) -> dict[str, Any]:
 
 def _numbers(name: str, value: Any) -> list[float]:
     return [_finite(name, number) for number in value]
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    if not isinstance(value, (list, tuple)) or len(_list(value)) != 2:
+        raise UsageError(f"{name} = {value!r}; allowed is (height, width)")
+    first, second = _list(value)
+    return _whole(name, first, 0), _whole(name, second, 0)
 
 
 def _one_of(name: str, value: Any, allowed: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,21 +18,28 @@ EMOJI_CHECKPOINT = ROOT / "engines/emoji/checkpoint"
 EMOJI_BUNDLE = ROOT / "engines/emoji/bundle"
 
 
-def make_tiny_checkpoint(folder: Path, in_channels: int = 4) -> Path:
-    """A random Stable Diffusion pipeline whose sizes are nobody's defaults: 7 tokens, factor 2."""
-    import torch
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+def make_tiny_tokenizer() -> Any:
+    """CLIP's kind of tokenizer, for letters, the word apple, and 7 tokens."""
+    from transformers import CLIPTokenizer
 
-    torch.manual_seed(0)
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{c}</w>" for c in letters)]
     words += ["ap", "app", "appl", "apple</w>"]
     vocab = {word: i for i, word in enumerate(words)}
     merges = [("a", "p"), ("ap", "p"), ("app", "l"), ("appl", "e</w>")]
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=7)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=7)
+
+
+def make_tiny_checkpoint(folder: Path, in_channels: int = 4) -> Path:
+    """A random Stable Diffusion pipeline whose sizes are nobody's defaults: 7 tokens, factor 2."""
+    import torch
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    tokenizer = make_tiny_tokenizer()
     text = CLIPTextConfig(
-        vocab_size=len(vocab), hidden_size=20, intermediate_size=36, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=len(tokenizer), hidden_size=20, intermediate_size=36, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=7, bos_token_id=0, eos_token_id=1, pad_token_id=1, projection_dim=20,
     )  # fmt: skip
     unet = UNet2DConditionModel(

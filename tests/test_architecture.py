@@ -28,9 +28,11 @@ ALLOWED = {
     "prompts": {"tokenizer", "specs"},
     "tiling": {"specs", "errors"},
     "tasks": {"request", "samplers", "specs", "errors"},
+    "conditioning": {"engine", "bundle", "prompts", "request", "tokenizer", "specs", "errors"},
     "guidance": {"engine", "specs"},
     "pipeline": {
         "guidance",
+        "conditioning",
         "engine",
         "bundle",
         "request",

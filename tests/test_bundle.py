@@ -18,7 +18,8 @@ MINIMAL = {
     "scheduler": {"_class_name": "DDIMScheduler"},
     "latents": {"channels": 4, "factor": 8, "scaling_factor": 0.18215, "shift_factor": 0.0},
     "defaults": {"height": 512, "width": 512, "num_inference_steps": 50, "guidance_scale": 7.5},
-    "tokenizer": {"file": "tokenizer/tokenizer.json", "max_length": 77},
+    "conditioning": {"encoders": [], "pooled": None, "time_ids": False, "zeros_for_empty": False},
+    "tokenizers": {"tokenizer": {"file": "tokenizer/tokenizer.json", "max_length": 77}},
     "components": {
         "unet": {
             "graph": "unet.onnx",

@@ -225,7 +225,7 @@ def test_guidance_is_uncond_plus_scale_times_the_difference() -> None:
                 "noise_pred": arrays["sample"] * 0 + arrays["encoder_hidden_states"].mean((1, 2))[:, None, None, None]
             }
 
-    cond, uncond = np.full((2, 3, 4), 5, np.float32), np.full((2, 3, 4), 1, np.float32)
+    cond, uncond = ({"encoder_hidden_states": np.full((2, 3, 4), v, np.float32)} for v in (5, 1))
     for batch, calls in ((2, 1), (1, 2)):
         engine = Echo(0, "noise_pred")
         denoiser = Denoiser(engine, cond, uncond, batch=batch)

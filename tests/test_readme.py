@@ -49,7 +49,8 @@ def test_the_format_it_specifies_is_the_format_of_the_shipped_bundle() -> None:
         manifest["components"],
         manifest["latents"],
         manifest["defaults"],
-        manifest["tokenizer"],
+        manifest["tokenizers"]["tokenizer"],
+        manifest["conditioning"],
     ):
         assert {key for key in keys if f"`{key}`" not in specification} <= {"file"}
 

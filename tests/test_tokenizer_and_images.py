@@ -14,7 +14,7 @@ from sdopt.errors import BundleError, UsageError
 from sdopt.tokenizer import Tokenizer
 from tests.conftest import EMOJI_BUNDLE, EMOJI_CHECKPOINT
 
-ENTRY = Bundle.open(EMOJI_BUNDLE).manifest["tokenizer"]
+ENTRY = Bundle.open(EMOJI_BUNDLE).manifest["tokenizers"]["tokenizer"]
 PROMPTS = [
     "",
     "a red apple on a blue background",

@@ -37,7 +37,7 @@ def _lines(bundle: Any) -> list[str]:
         f"guidance {defaults['guidance_scale']}",
         f"latents    {latents['channels']} channels, 1/{latents['factor']} of the size, "
         f"scaling {latents['scaling_factor']}",
-        f"tokens     {manifest['tokenizer']['max_length']}",
+        f"tokens     {', '.join(str(entry['max_length']) for entry in manifest['tokenizers'].values())}",
         "",
         f"{'component':<14}{'MB':>9}{'parity dB':>11}  inputs -> outputs",
     ]

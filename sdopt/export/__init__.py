@@ -13,7 +13,7 @@ import importlib.metadata
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,8 @@ def export(
         for build in components.FAMILIES[checkpoint.family]:
             name, entry = _component(build(checkpoint), folder, opset, floor_db if verify else None, report)
             manifest["components"][name] = entry
-        manifest["tokenizer"] = _tokenizer(checkpoint, folder)
+        for encoder in manifest["conditioning"]["encoders"]:
+            manifest["tokenizers"][encoder["tokenizer"]] = _tokenizer(checkpoint, folder, encoder)
         manifest["verified"] = verify
         write_manifest(folder, manifest)
     return target
@@ -77,7 +78,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "height": generation.get("height", edge),
         "width": generation.get("width", edge),
         "num_inference_steps": generation.get("num_inference_steps", 50),
-        "guidance_scale": generation.get("guidance_scale", 7.5),
+        "guidance_scale": generation.get("guidance_scale", {"sd": 7.5, "sdxl": 5.0}[checkpoint.family]),
     }
     return {
         "family": checkpoint.family,
@@ -93,7 +94,11 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
             "shift_factor": vae.get("shift_factor") or 0.0,
         },
         "defaults": defaults,
-        "tokenizer": {},
+        "conditioning": components.conditioning(checkpoint),
+        "float16_unsafe": ["vae_decoder", "vae_encoder"]
+        if vae.get("force_upcast") and checkpoint.family == "sdxl"
+        else [],
+        "tokenizers": {},
         "components": {},
     }
 
@@ -122,15 +127,16 @@ def _component(
     }
 
 
-def _tokenizer(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
-    """Write tokenizer/tokenizer.json, made from vocab.json and merges.txt where a checkpoint has only those."""
-    tokenizer = checkpoint.tokenizer()
-    path = folder / "tokenizer/tokenizer.json"
+def _tokenizer(checkpoint: Checkpoint, folder: Path, encoder: Mapping[str, Any]) -> dict[str, Any]:
+    """Write NAME/tokenizer.json, made from vocab.json and merges.txt where a checkpoint has only those."""
+    name = encoder["tokenizer"]
+    tokenizer = checkpoint.tokenizer(name)
+    path = folder / name / "tokenizer.json"
     path.parent.mkdir()
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     path.write_text(json.dumps({**backend, "truncation": None, "padding": None}, ensure_ascii=False), encoding="utf-8")
-    length = min(tokenizer.model_max_length, checkpoint.config("text_encoder")["max_position_embeddings"])
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    length = min(tokenizer.model_max_length, checkpoint.config(encoder["component"])["max_position_embeddings"])
+    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if None in ids.values():
-        raise CheckpointError(f"{checkpoint.folder / 'tokenizer'}: it names no {' or '.join(ids)}: {ids}")
-    return {"file": "tokenizer/tokenizer.json", "max_length": length, **ids}
+        raise CheckpointError(f"{checkpoint.folder / name}: it names no {' or '.join(ids)}: {ids}")
+    return {"file": f"{name}/tokenizer.json", "max_length": length, **ids}

@@ -68,6 +68,19 @@ class TextEncoder(torch.nn.Module):
         return output.last_hidden_state, norm(torch.stack(output.hidden_states, 1))
 
 
+class TextEncoderXL(torch.nn.Module):
+    """Token ids to the state after each layer, as it is, and from a model with a projection to `text_embeds` too."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        output = self.model(input_ids=input_ids, output_hidden_states=True)
+        states = torch.stack(output.hidden_states, 1)
+        return (states, output.text_embeds) if hasattr(output, "text_embeds") else (states,)
+
+
 class UNet(torch.nn.Module):
     """A noisy sample, its timestep and the text to the prediction that the checkpoint was trained for."""
 
@@ -79,6 +92,25 @@ class UNet(torch.nn.Module):
         self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
     ) -> torch.Tensor:
         return self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+
+
+class UNetXL(torch.nn.Module):
+    """The same with SDXL's further conditions: the pooled text, and sizes and crop as six numbers."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        text_embeds: torch.Tensor,
+        time_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        added = {"text_embeds": text_embeds, "time_ids": time_ids}
+        return self.model(sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0]
 
 
 class VaeDecoder(torch.nn.Module):
@@ -127,6 +159,32 @@ def text_encoder(checkpoint: Checkpoint) -> Part:
         tuple({"batch": b, "tokens": t} for b, t in ((2, tokens - 1), (1, tokens), (3, max(tokens // 2, 3)))),
         {"input_ids": config["vocab_size"]},
     )
+
+
+def text_encoder_xl(checkpoint: Checkpoint) -> Part:
+    return _states_of(checkpoint, "text_encoder", ())
+
+
+def text_encoder_2(checkpoint: Checkpoint) -> Part:
+    width = checkpoint.config("text_encoder_2")["projection_dim"]
+    return _states_of(checkpoint, "text_encoder_2", (TensorSpec("text_embeds", "float32", ("batch", width)),))
+
+
+def _states_of(checkpoint: Checkpoint, name: str, pooled: tuple[TensorSpec, ...]) -> Part:
+    config, model = checkpoint.config(name), checkpoint.load(name)
+    tokens, layers = config["max_position_embeddings"], config["num_hidden_layers"]
+    states = TensorSpec("hidden_states", "float32", ("batch", layers + 1, "tokens", config["hidden_size"]))
+    sizes = tuple({"batch": b, "tokens": t} for b, t in ((2, tokens - 1), (1, tokens), (3, max(tokens // 2, 3))))
+    ids = (TensorSpec("input_ids", "int32", ("batch", "tokens")),)
+    return Part(name, TextEncoderXL(model), ids, (states, *pooled), sizes, {"input_ids": config["vocab_size"]})
+
+
+def unet_xl(checkpoint: Checkpoint) -> Part:
+    part, width = unet(checkpoint), checkpoint.config("text_encoder_2")["projection_dim"]
+    pooled = TensorSpec("text_embeds", "float32", ("batch", width))
+    time_ids = TensorSpec("time_ids", "float32", ("batch", 6))
+    module = UNetXL(cast(Any, part.module).model)
+    return Part("unet", module, (*part.inputs, pooled, time_ids), part.outputs, part.sizes, part.limits)
 
 
 def unet(checkpoint: Checkpoint) -> Part:
@@ -187,4 +245,21 @@ def vae_factor(config: Mapping[str, Any]) -> int:
 
 FAMILIES: dict[str, tuple[Callable[[Checkpoint], Part], ...]] = {
     "sd": (text_encoder, unet, vae_decoder, vae_encoder),
+    "sdxl": (text_encoder_xl, text_encoder_2, unet_xl, vae_decoder, vae_encoder),
 }
+
+
+def conditioning(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How a family's texts condition its UNet, for the manifest.
+
+    `encoders`: their outputs stand side by side in the features of `encoder_hidden_states`; `skip` layers are left out.
+    `pooled`: the encoder whose `text_embeds` the UNet takes. `time_ids`: sizes and crop as six numbers.
+    `zeros_for_empty`: without a negative prompt the unconditional half is zeros, not the empty prompt.
+    """
+    if checkpoint.family == "sd":
+        encoders = [{"component": "text_encoder", "tokenizer": "tokenizer", "output": "last_hidden_state", "skip": 0}]
+        return {"encoders": encoders, "pooled": None, "time_ids": False, "zeros_for_empty": False}
+    pairs = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
+    encoders = [{"component": c, "tokenizer": t, "output": "hidden_states", "skip": 1} for c, t in pairs]
+    zeros = checkpoint.index().get("force_zeros_for_empty_prompt", True)
+    return {"encoders": encoders, "pooled": "text_encoder_2", "time_ids": True, "zeros_for_empty": zeros}

@@ -22,16 +22,25 @@ import torch
 from sdopt.errors import CheckpointError, choices
 
 # pipeline class -> family of the manifest
-PIPELINES = {"StableDiffusionPipeline": "sd", "StableDiffusionImg2ImgPipeline": "sd"}
+PIPELINES = {
+    "StableDiffusionPipeline": "sd",
+    "StableDiffusionImg2ImgPipeline": "sd",
+    "StableDiffusionInpaintPipeline": "sd",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusionXLImg2ImgPipeline": "sdxl",
+    "StableDiffusionXLInpaintPipeline": "sdxl",
+}
 # component of model_index.json -> the (library, class) pairs that are read
 KNOWN = {
     "text_encoder": {("transformers", "CLIPTextModel")},
+    "text_encoder_2": {("transformers", "CLIPTextModelWithProjection")},
     "tokenizer": {("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast")},
+    "tokenizer_2": {("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast")},
     "unet": {("diffusers", "UNet2DConditionModel")},
     "vae": {("diffusers", "AutoencoderKL")},
 }
 NOT_USED = ("scheduler", "safety_checker", "feature_extractor", "image_encoder")  # the scheduler is data: its config
-WEIGHTED = ("text_encoder", "unet", "vae")
+WEIGHTED = {"sd": ("text_encoder", "unet", "vae"), "sdxl": ("text_encoder", "text_encoder_2", "unet", "vae")}
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 CONVERT = (
     "Pickle files can run code when they are opened, so only safetensors are read. Convert it where you trust it: "
@@ -61,13 +70,17 @@ class Checkpoint:
         Raises: CheckpointError if its weights cannot be read.
         """
         from diffusers import AutoencoderKL, UNet2DConditionModel
-        from transformers import CLIPTextModel
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
         _silence()
-        model_class: Any = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}[
-            component
-        ]
-        options = {"torch_dtype": torch.float32} if component != "text_encoder" else {"dtype": torch.float32}
+        classes: dict[str, Any] = {
+            "text_encoder": CLIPTextModel,
+            "text_encoder_2": CLIPTextModelWithProjection,
+            "unet": UNet2DConditionModel,
+            "vae": AutoencoderKL,
+        }
+        model_class = classes[component]
+        options = {"dtype" if component.startswith("text_encoder") else "torch_dtype": torch.float32}
         try:
             model = model_class.from_pretrained(
                 self.folder / component, variant=self.variant, use_safetensors=True, local_files_only=True, **options
@@ -76,11 +89,15 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder / component}: cannot be loaded: {error}") from error
         return model.eval().requires_grad_(False)
 
-    def tokenizer(self) -> Any:
-        """The transformers tokenizer, backed by the `tokenizers` library."""
+    def index(self) -> dict[str, Any]:
+        """model_index.json, as it is."""
+        return read_json(self.folder / "model_index.json")
+
+    def tokenizer(self, name: str = "tokenizer") -> Any:
+        """The transformers tokenizer in folder `name`, backed by the `tokenizers` library."""
         from transformers import CLIPTokenizer
 
-        return cast(Any, CLIPTokenizer).from_pretrained(self.folder / "tokenizer", local_files_only=True)
+        return cast(Any, CLIPTokenizer).from_pretrained(self.folder / name, local_files_only=True)
 
     def weight_files(self, component: str) -> list[Path]:
         """The safetensors files of a component: one, or the shards of its index."""
@@ -92,7 +109,7 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Bytes of all weights, as they are on disk."""
-        return sum(p.stat().st_size for c in WEIGHTED for p in self.weight_files(c))
+        return sum(p.stat().st_size for c in WEIGHTED[self.family] for p in self.weight_files(c))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -167,7 +184,7 @@ def open_folder(folder: Path, variant: str | None, provenance: Mapping[str, Any]
                 f"sdopt reads {', '.join(sorted(allowed))}, and never runs a checkpoint's own code"
             )
     checkpoint = Checkpoint(folder, PIPELINES[name], variant, dict(provenance, variant=variant))
-    for component in WEIGHTED:
+    for component in WEIGHTED[checkpoint.family]:
         _check_weights(checkpoint, component)
     return checkpoint
 
@@ -193,7 +210,7 @@ def _download(repo_id: str, revision: str | None, variant: str | None, offline: 
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     dot = f".{variant}" if variant else ""
-    weights = [f"{c}/*model{dot}{part}.safetensors" for c in WEIGHTED for part in ("", "-*-of-*")]
+    weights = [f"{c}/*model{dot}{part}.safetensors" for c in WEIGHTED["sdxl"] for part in ("", "-*-of-*")]
     patterns = ["model_index.json", "generation_config.json", "*/*.json", "*/merges.txt", *weights]
     try:
         download = cast(Any, huggingface_hub).snapshot_download

@@ -1,0 +1,114 @@
+"""From prompts to what the UNet takes beside the sample and the timestep.
+
+    encoder_hidden_states   [images, tokens, features]    of one text encoder, or of two side by side
+    text_embeds             [images, features]            SDXL: the pooled text of its second encoder
+    time_ids                [images, 6]                   SDXL: original size, crop and target size, each height first
+
+Which of them a UNet takes, and from which encoders, is data: `conditioning` in the manifest.
+Ref: Podell et al. 2023, arXiv:2307.01952, sections 2.1 and 2.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sdopt.bundle import Bundle
+from sdopt.engine import Engine
+from sdopt.errors import NumericsError, UsageError
+from sdopt.prompts import stacked, weighted
+from sdopt.request import Plan
+from sdopt.specs import Float32
+from sdopt.tokenizer import Tokenizer
+
+Condition = dict[str, Float32]  # by the name of the UNet's input
+
+
+class TextEncoders:
+    """A bundle's text encoders and tokenizers, loaded when first used."""
+
+    def __init__(self, bundle: Bundle, engine: Callable[[str], Engine]) -> None:
+        self._bundle, self._engine = bundle, engine
+        self._entry: Mapping[str, Any] = bundle.manifest["conditioning"]
+        self._tokenizers: dict[str, Tokenizer] = {}
+
+    def conditions(self, plan: Plan) -> tuple[Condition, Condition | None]:
+        """The conditional and, with guidance, the unconditional inputs of the UNet, one row per image."""
+        if plan.prompt_embeds is not None:
+            cond = self._given(plan, plan.prompt_embeds, plan.pooled_prompt_embeds)
+            if not plan.guided or plan.negative_prompt_embeds is None:
+                return cond, None
+            return cond, self._given(plan, plan.negative_prompt_embeds, plan.negative_pooled_prompt_embeds)
+        n = len(plan.prompts)
+        zeros = self._entry["zeros_for_empty"] and not plan.negative_given
+        firsts, seconds = plan.prompts, plan.prompts_2
+        if plan.guided and not zeros:
+            firsts, seconds = firsts + plan.negative_prompts, seconds + plan.negative_prompts_2
+        hidden, pooled = self.encode(firsts, seconds, plan.prompt_style, plan.clip_skip)
+        cond = self._given(plan, hidden[:n], None if pooled is None else pooled[:n])
+        if not plan.guided:
+            return cond, None
+        if zeros:
+            return cond, {k: v if k == "time_ids" else np.zeros_like(v) for k, v in cond.items()}
+        return cond, self._given(plan, hidden[n:], None if pooled is None else pooled[n:])
+
+    def encode(
+        self, prompts: Sequence[str], prompts_2: Sequence[str], prompt_style: str = "plain", clip_skip: int = 0
+    ) -> tuple[Float32, Float32 | None]:
+        """(embeddings, pooled text or None) of prompts; `prompts_2` go to the second encoder. Equal ones run once."""
+        pairs = list(dict.fromkeys(zip(prompts, prompts_2, strict=True)))
+        encoders: list[Mapping[str, Any]] = self._entry["encoders"]
+        texts = [[pair[i] for pair in pairs] for i in range(len(encoders))]
+        tokens = [self._ids(e["tokenizer"], t, prompt_style, 1) for e, t in zip(encoders, texts, strict=True)]
+        most = max(ids.shape[1] for ids, _ in tokens)
+        parts: list[Float32] = []
+        pooled: Float32 | None = None
+        for encoder, text in zip(encoders, texts, strict=True):
+            ids, weights = self._ids(encoder["tokenizer"], text, prompt_style, most)
+            outputs = self._engine(encoder["component"])(input_ids=ids.reshape(-1, ids.shape[-1]))
+            state = weighted(_state(outputs, encoder, clip_skip), weights.reshape(-1, ids.shape[-1]))
+            if not np.isfinite(state).all():
+                raise NumericsError(f"{encoder['component']}: the output has NaN or infinity; its weights are damaged")
+            parts.append(state.reshape(len(pairs), -1, state.shape[-1]))
+            if encoder["component"] == self._entry["pooled"]:
+                pooled = outputs["text_embeds"].reshape(len(pairs), most, -1)[:, 0]  # the first chunk speaks for all
+        rows = [pairs.index(pair) for pair in zip(prompts, prompts_2, strict=True)]
+        hidden = np.concatenate(parts, 2)[rows]
+        return hidden, None if pooled is None else pooled[rows]
+
+    def _ids(self, name: str, texts: Sequence[str], style: str, at_least: int) -> tuple[Any, Float32]:
+        """Token ids and weights, [texts, chunks, max_length] each."""
+        if name not in self._tokenizers:
+            entry = self._bundle.manifest["tokenizers"][name]
+            self._tokenizers[name] = Tokenizer(self._bundle.file(entry["file"]), entry)
+        tokenizer = self._tokenizers[name]
+        if style == "a1111":
+            return stacked(tokenizer, texts, at_least)
+        ids = tokenizer(texts)[:, None]
+        return ids, np.ones(ids.shape, np.float32)
+
+    def _given(self, plan: Plan, hidden: Float32, pooled: Float32 | None) -> Condition:
+        condition: Condition = {"encoder_hidden_states": hidden}
+        if self._entry["pooled"]:
+            if pooled is None:
+                raise UsageError("prompt_embeds: this model also takes pooled_prompt_embeds (and negative ones)")
+            condition["text_embeds"] = pooled
+        if self._entry["time_ids"]:
+            condition["time_ids"] = np.tile(np.array([plan.time_ids], np.float32), (len(hidden), 1))
+        return condition
+
+
+def _state(outputs: Mapping[str, Float32], encoder: Mapping[str, Any], clip_skip: int) -> Float32:
+    """The text encoder's state after all layers but those that the family and `clip_skip` leave out."""
+    skip = encoder["skip"] + clip_skip
+    if not skip:
+        return outputs[encoder["output"]]
+    states = outputs["hidden_states"]
+    if skip >= states.shape[1]:
+        most = states.shape[1] - 1 - encoder["skip"]
+        raise UsageError(
+            f"clip_skip = {clip_skip}; {encoder['component']} has {states.shape[1] - 1} layers: up to {most}"
+        )
+    return np.ascontiguousarray(states[:, -1 - skip])

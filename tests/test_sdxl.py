@@ -1,0 +1,131 @@
+"""SDXL's pictures are those that diffusers makes: two encoders, pooled text, sizes and crop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sdopt
+from sdopt.errors import UsageError
+from tests.conftest import make_tiny_tokenizer
+from tests.test_pipeline import FLOOR_DB, picture_psnr
+
+OPTIONS = {"num_inference_steps": 5, "guidance_scale": 3.0, "output_type": "np"}
+
+
+def make_tiny_sdxl(folder: Path) -> Path:
+    """A random SDXL pipeline whose sizes are nobody's defaults."""
+    import torch
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    common = {
+        "vocab_size": len(make_tiny_tokenizer()), "max_position_embeddings": 7, "intermediate_size": 24,
+        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "num_attention_heads": 2,
+    }  # fmt: skip
+    first = CLIPTextConfig(hidden_size=20, num_hidden_layers=2, projection_dim=20, **common)
+    second = CLIPTextConfig(hidden_size=12, num_hidden_layers=3, projection_dim=8, hidden_act="gelu", **common)
+    unet = UNet2DConditionModel(
+        sample_size=12, block_out_channels=(12, 28), layers_per_block=1, norm_num_groups=4, cross_attention_dim=32,
+        attention_head_dim=(2, 4), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2),
+        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=8 + 6 * 4,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(6, 10), norm_num_groups=2, layers_per_block=1, sample_size=24, scaling_factor=0.13025,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, force_upcast=True,
+    )  # fmt: skip
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
+    )
+    StableDiffusionXLPipeline(
+        vae=vae, unet=unet, scheduler=scheduler, tokenizer=make_tiny_tokenizer(), tokenizer_2=make_tiny_tokenizer(),
+        text_encoder=CLIPTextModel(first), text_encoder_2=CLIPTextModelWithProjection(second), add_watermarker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, sdopt.Pipeline]:
+    """The same random checkpoint in diffusers and in sdopt."""
+    import torch
+    from diffusers import StableDiffusionXLPipeline
+
+    from sdopt.export import export
+
+    folder = tmp_path_factory.mktemp("sdxl")
+    checkpoint = make_tiny_sdxl(folder / "checkpoint")
+    bundle = export(checkpoint, folder / "bundle", report=lambda line: None)
+    pipe = StableDiffusionXLPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, sdopt.load(bundle)
+
+
+def generators(*seeds: int) -> Any:
+    import torch
+
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"negative_prompt": "a dog"},
+        {"negative_prompt": ""},
+        {"prompt_2": "b", "negative_prompt": "c", "negative_prompt_2": "d"},
+        {"height": 24, "width": 32},
+        {"original_size": (64, 48), "crops_coords_top_left": (3, 5), "target_size": (40, 24)},
+        {"guidance_scale": 1.0},
+        {"clip_skip": 1},
+    ],
+    ids=lambda o: ",".join(o) or "plain",
+)
+def test_the_picture_is_the_one_that_diffusers_makes(options: dict, pair: Any) -> None:
+    theirs, ours = pair
+    options = {**OPTIONS, **options}
+    several = {k: [v] * 2 if k.startswith(("prompt", "negative")) else v for k, v in options.items()}
+    expected = theirs(["a cat", "a"], generator=generators(5, 6), **{"height": 24, "width": 24, **several}).images
+    found = ours(["a cat", "a"], seed=[5, 6], **options).images
+    assert found.shape == expected.shape
+    assert picture_psnr(expected, found) >= FLOOR_DB
+
+
+def test_given_embeddings_take_the_place_of_the_prompt(pair: Any) -> None:
+    theirs, ours = pair
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    tensors = theirs.encode_prompt("a cat", negative_prompt="a", device="cpu")
+    given = {name: tensor.detach().numpy() for name, tensor in zip(names, tensors, strict=True)}
+    expected = ours("a cat", negative_prompt="a", seed=1, **OPTIONS).images
+    np.testing.assert_allclose(ours(seed=1, **given, **OPTIONS).images, expected, atol=1e-4)
+    del given["pooled_prompt_embeds"]
+    with pytest.raises(UsageError, match="also takes pooled_prompt_embeds"):
+        ours(seed=1, **given, **OPTIONS)
+
+
+def test_long_prompts_are_read_by_both_encoders(pair: Any) -> None:
+    ours = pair[1]
+    assert ours.encode(["a b c d e f g h"], "a1111").shape == (1, 14, 32)
+    result = ours("a b c d e f g h", prompt_2="a", prompt_style="a1111", seed=1, **OPTIONS)
+    assert np.isfinite(result.images).all()
+
+
+def test_the_manifest_says_what_the_family_needs(pair: Any) -> None:
+    manifest = pair[1].bundle.manifest
+    assert manifest["family"] == "sdxl"
+    assert manifest["float16_unsafe"] == ["vae_decoder", "vae_encoder"]
+    assert manifest["defaults"]["guidance_scale"] == 5.0
+    assert manifest["conditioning"]["pooled"] == "text_encoder_2"
+    assert manifest["conditioning"]["zeros_for_empty"] is True
+    assert set(manifest["tokenizers"]) == {"tokenizer", "tokenizer_2"}
+
+
+@pytest.mark.parametrize("name", ["original_size", "target_size", "crops_coords_top_left"])
+def test_a_size_that_is_no_pair_is_refused(name: str, pair: Any) -> None:
+    with pytest.raises(UsageError, match=rf"{name} = .*; allowed is \(height, width\)"):
+        pair[1]("a", **{name: 24})
