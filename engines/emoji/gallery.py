@@ -1,9 +1,9 @@
 """Pictures of what the embedded model makes, each by one command.
 
-python engines/emoji/gallery.py gallery -o engines/emoji/gallery.png     # a dozen prompts
-python engines/emoji/gallery.py seeds -o engines/emoji/seeds.png         # six prompts, eight seeds each
-python engines/emoji/gallery.py samplers -o engines/emoji/samplers.png   # twelve samplers, four numbers of steps
-python engines/emoji/gallery.py sheet -o engines/emoji/sheet.png         # every emoji once
+python engines/emoji/gallery.py gallery -o engines/emoji/gallery.jpg     # a dozen prompts
+python engines/emoji/gallery.py seeds -o engines/emoji/seeds.jpg         # six prompts, eight seeds each
+python engines/emoji/gallery.py samplers -o engines/emoji/samplers.jpg   # twelve samplers, four numbers of steps
+python engines/emoji/gallery.py sheet -o engines/emoji/sheet.jpg         # every emoji once
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from sdopt.samplers import SAMPLERS
 
 PROMPTS = (
     "a red apple on a blue background", "a fox on a green background", "a rocket on a black background",
-    "a cactus on a pink background", "an octopus on a yellow background", "a unicorn on a purple background",
+    "a cactus on a pink background", "a panda on a yellow background", "a unicorn on a purple background",
     "a pizza on a white background", "a guitar on an orange background", "a penguin on a red background",
-    "an alarm clock on a gray background", "a hot air balloon", "a sunflower on a blue background",
+    "an alarm clock on a gray background", "a snowman", "a sunflower on a blue background",
 )  # fmt: skip
 SAMPLER_NAMES = (
     "ddim", "pndm", "euler", "euler_a", "heun", "dpm2", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "unipc", "deis", "lms",
@@ -88,7 +88,7 @@ def main() -> None:
     make, columns = KINDS[args.kind]
     with sdopt.load(args.model) as pipe:
         page = tiled(list(make(pipe)), columns)
-    page.quantize(256, dither=Image.Dither.NONE).save(args.output, optimize=True)
+    page.save(args.output, quality=90, optimize=True)
     print(args.output)
 
 
