@@ -22,7 +22,7 @@ from sdopt.pipeline import Pipeline
 from sdopt.request import make_plan
 from sdopt.samplers import SAMPLERS
 
-STEPS, ROUNDS = 20, 30
+STEPS, ROUNDS = 20, 150
 
 
 class Instant:
@@ -78,7 +78,8 @@ def main() -> None:
             "latents": [1, 4, 64, 64],
             "steps": STEPS,
             "rounds": ROUNDS,
-            "machine": platform.processor(),
+            "machine": platform.machine(),
+            "numpy": np.__version__,
             "results": results,
         }
         args.output.parent.mkdir(parents=True, exist_ok=True)

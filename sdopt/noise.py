@@ -128,9 +128,10 @@ class TorchCpu:
 
     def _blocks(self, n: int) -> Float32:
         flat, whole = self._uniform24(n), n // 16 * 16
-        flat[:whole] = _box_muller(flat[:whole])
+        _box_muller(flat[:whole])
         if n != whole:  # torch draws the last 16 again, over numbers already made
-            flat[-16:] = _box_muller(self._uniform24(16))
+            flat[-16:] = self._uniform24(16)
+            _box_muller(flat[-16:])
         return flat
 
     def _one(self) -> float:
@@ -146,19 +147,27 @@ class TorchCpu:
         return self._words.randint(0, 1 << 32, size=n, dtype=np.uint32)
 
     def _uniform24(self, n: int) -> Float32:
-        return (self._uint32(n) & np.uint32(0xFFFFFF)).astype(np.float32) * np.float32(2.0**-24)
+        words = self._uint32(n)
+        words &= np.uint32(0xFFFFFF)
+        uniform = words.astype(np.float32)
+        uniform *= np.float32(2.0**-24)
+        return uniform
 
     def _uniform53(self) -> float:
         high, low = (int(word) for word in self._uint32(2))
         return ((high << 32 | low) & (1 << 53) - 1) * 2.0**-53
 
 
-def _box_muller(uniform: Float32) -> Float32:
-    """Normals from uniforms in blocks of 16: cosines in the first half of a block, sines in the second."""
-    u: Float32 = np.reshape(uniform, (-1, 2, 8))
-    radius = np.sqrt(-2 * np.log(1 - u[:, 0]))
+def _box_muller(uniform: Float32) -> None:
+    """Turn uniforms into normals, in place, in blocks of 16: cosines in a block's first half, sines in its second."""
+    u = uniform.reshape(-1, 2, 8)
+    radius = 1 - u[:, 0]
+    np.log(radius, out=radius)
+    radius *= -2
+    np.sqrt(radius, out=radius)
     turn = 2 * math.pi * u[:, 1]
-    return np.ravel(np.stack([radius * np.cos(turn), radius * np.sin(turn)], axis=1))
+    np.multiply(radius, np.cos(turn), out=u[:, 0])
+    np.multiply(radius, np.sin(turn), out=u[:, 1])
 
 
 class NumpyLegacy:
