@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vae-tile", type=int, metavar="LATENTS", help="decode in tiles, in the memory of one tile")
     add("--size", type=size, metavar="WxH", help="pixels, e.g. 512x768 (default: the bundle's)")
     add("-n", "--number", type=int, default=1, metavar="N", help="how many pictures (default: 1)")
-    add("--backend", default="auto", help="the engine library (default: the best one installed)")
+    add("--backend", default="auto", help="ort, or ort:cpu, ort:cuda (default: the best one installed)")
     add("--threads", type=int, help="threads of the engine (default: what this process may use)")
     add("--replay", type=Path, metavar="PNG", help="make the picture in PNG again, from the parameters it carries")
     add("--no-metadata", action="store_true", help="do not write the parameters into the PNG")

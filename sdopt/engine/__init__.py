@@ -35,7 +35,7 @@ class Engine(Protocol):
     ) -> None: ...
 
 
-# name -> (module with `open_component(bundle, name, threads)`, the library it needs, how to get it), best first
+# name -> (module with `open_component(bundle, name, threads, device)`, the library it needs, how to get it), best first
 BACKENDS = {
     "ort": ("sdopt.engine.ort", "onnxruntime", 'pip install "sdopt[cpu]" (or "sdopt[cuda]" with an NVIDIA GPU)'),
 }
@@ -47,7 +47,7 @@ def installed_backends() -> tuple[str, ...]:
 
 
 def choose_backend(backend: str = "auto") -> str:
-    """The name of the backend that `backend` means on this machine.
+    """The name of the backend that `backend` means on this machine; "ort:cpu" and "ort:cuda" also name the device.
 
     Raises: UsageError for an unknown name; BackendError if its library is not installed.
     """
@@ -57,10 +57,11 @@ def choose_backend(backend: str = "auto") -> str:
             ways = "; ".join(f"{name}: {how}" for name, (_, _, how) in BACKENDS.items())
             raise BackendError(f"no engine library is installed. {ways}")
         return found[0]
-    if backend not in BACKENDS:
-        raise UsageError(f"backend {backend!r} is not known; there are auto, {choices(backend, BACKENDS)}")
-    if backend not in installed_backends():
-        raise BackendError(f"backend {backend!r} needs {BACKENDS[backend][1]}: {BACKENDS[backend][2]}")
+    name = backend.partition(":")[0]
+    if name not in BACKENDS:
+        raise UsageError(f"backend {backend!r} is not known; there are auto, {choices(name, BACKENDS)}")
+    if name not in installed_backends():
+        raise BackendError(f"backend {backend!r} needs {BACKENDS[name][1]}: {BACKENDS[name][2]}")
     return backend
 
 
@@ -68,6 +69,7 @@ def open_engine(bundle: Bundle, component: str, backend: str = "auto", *, thread
     """The engine of one component; `threads=None` takes what the machine gives to this process."""
     if threads is not None and threads < 1:
         raise UsageError(f"threads = {threads}; allowed is 1 or more, or None for all that this process may use")
-    module = importlib.import_module(BACKENDS[choose_backend(backend)][0])
-    engine: Engine = module.open_component(bundle, component, threads)
+    name, _, device = choose_backend(backend).partition(":")
+    module = importlib.import_module(BACKENDS[name][0])
+    engine: Engine = module.open_component(bundle, component, threads, device or None)
     return engine

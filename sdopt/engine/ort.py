@@ -23,17 +23,20 @@ ONNX_TYPES = {
 }
 
 
-def open_component(bundle: Bundle, name: str, threads: int | None) -> OrtEngine:
-    """The engine of component `name`; its graph must take and give what the manifest says."""
-    return OrtEngine(bundle.component(name), threads)
+PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}  # best first
+
+
+def open_component(bundle: Bundle, name: str, threads: int | None, device: str | None = None) -> OrtEngine:
+    """The engine of component `name` on `device`; its graph must take and give what the manifest says."""
+    return OrtEngine(bundle.component(name), threads, device)
 
 
 class OrtEngine:
     """One ONNX Runtime session behind the Engine contract."""
 
-    def __init__(self, component: Component, threads: int | None = None) -> None:
+    def __init__(self, component: Component, threads: int | None = None, device: str | None = None) -> None:
         self.name, self.inputs, self.outputs = component.name, component.inputs, component.outputs
-        self._session: Any = _session(component.graph, threads)
+        self._session: Any = _session(component.graph, threads, _providers(device))
         for kind, specs, nodes in (
             ("input", self.inputs, self._session.get_inputs()),
             ("output", self.outputs, self._session.get_outputs()),
@@ -60,12 +63,25 @@ class OrtEngine:
         self.close()
 
 
-def _session(graph: Path, threads: int | None) -> Any:
+def _providers(device: str | None) -> list[str]:
+    """The execution providers to try in turn: the one that `device` names, or all that are there, best first."""
+    available: list[str] = ort.get_available_providers()
+    if device is None:
+        return [provider for provider in PROVIDERS.values() if provider in available]
+    if device not in PROVIDERS:
+        raise UsageError(f"backend 'ort:{device}' is not known; there are ort:{', ort:'.join(PROVIDERS)}")
+    if PROVIDERS[device] not in available:
+        raise BackendError(
+            f"backend 'ort:{device}': this onnxruntime has {', '.join(available)}. "
+            'For NVIDIA GPUs: pip uninstall onnxruntime && pip install "sdopt[cuda]"'
+        )
+    return [PROVIDERS[device]]
+
+
+def _session(graph: Path, threads: int | None, providers: list[str]) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or usable_cores()
-    available = ort.get_available_providers()
-    providers = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in available]
     try:
         return ort.InferenceSession(graph, options, providers=providers)
     except Exception as error:  # the library raises its own classes for every kind of fault

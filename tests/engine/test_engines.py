@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import onnxruntime
 import pytest
 
 from sdopt import engine as engines
@@ -45,6 +46,17 @@ def test_a_backend_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.
     for backend in ("auto", *BACKENDS):
         with pytest.raises(BackendError, match="pip install"):
             choose_backend(backend)
+
+
+def test_the_device_can_be_named_and_a_missing_one_says_what_there_is() -> None:
+    bundle = Bundle.open(EMOJI_BUNDLE)
+    with open_engine(bundle, "text_encoder", "ort:cpu", threads=1) as engine:
+        assert engine.inputs[0].name == "input_ids"
+    with pytest.raises(UsageError, match=r"backend 'ort:tpu' is not known; there are ort:cuda, ort:cpu"):
+        open_engine(bundle, "text_encoder", "ort:tpu")
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        with pytest.raises(BackendError, match=r"this onnxruntime has .*sdopt\[cuda\]"):
+            open_engine(bundle, "text_encoder", "ort:cuda")
 
 
 @pytest.mark.parametrize("threads", [0, -1])
