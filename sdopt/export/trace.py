@@ -131,8 +131,3 @@ def _quiet() -> Generator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def opset_of(model: ir.Model) -> Any:
-    """The version of the standard operator set that the graph uses."""
-    return model.opset_imports[""]
