@@ -18,7 +18,7 @@ import numpy as np
 from sdopt.bundle import Bundle
 from sdopt.engine import Engine
 from sdopt.errors import NumericsError, UsageError
-from sdopt.prompts import stacked, weighted
+from sdopt.prompts import Chunks, chunks, stacked, weighted
 from sdopt.request import Plan
 from sdopt.specs import Float32
 from sdopt.tokenizer import Tokenizer
@@ -61,12 +61,12 @@ class TextEncoders:
         pairs = list(dict.fromkeys(zip(prompts, prompts_2, strict=True)))
         encoders: list[Mapping[str, Any]] = self._entry["encoders"]
         texts = [[pair[i] for pair in pairs] for i in range(len(encoders))]
-        tokens = [self._ids(e["tokenizer"], t, prompt_style, 1) for e, t in zip(encoders, texts, strict=True)]
-        most = max(ids.shape[1] for ids, _ in tokens)
+        cut = [self._cut(e["tokenizer"], t, prompt_style) for e, t in zip(encoders, texts, strict=True)]
+        most = max(len(ids) for of_encoder in cut for ids, _ in of_encoder)
         parts: list[Float32] = []
         pooled: Float32 | None = None
-        for encoder, text in zip(encoders, texts, strict=True):
-            ids, weights = self._ids(encoder["tokenizer"], text, prompt_style, most)
+        for encoder, of_encoder in zip(encoders, cut, strict=True):
+            ids, weights = stacked(self._tokenizer(encoder["tokenizer"]), of_encoder, most)
             outputs = self._engine(encoder["component"])(input_ids=ids.reshape(-1, ids.shape[-1]))
             state = weighted(_state(outputs, encoder, clip_skip), weights.reshape(-1, ids.shape[-1]))
             if not np.isfinite(state).all():
@@ -78,16 +78,18 @@ class TextEncoders:
         hidden = np.concatenate(parts, 2)[rows]
         return hidden, None if pooled is None else pooled[rows]
 
-    def _ids(self, name: str, texts: Sequence[str], style: str, at_least: int) -> tuple[Any, Float32]:
-        """Token ids and weights, [texts, chunks, max_length] each."""
+    def _cut(self, name: str, texts: Sequence[str], style: str) -> list[Chunks]:
+        """Token ids and weights of each text, as many chunks as it needs; in plain style one, cut with a warning."""
+        tokenizer = self._tokenizer(name)
+        if style == "a1111":
+            return [chunks(tokenizer, text) for text in texts]
+        return [(ids[None], np.ones((1, len(ids)), np.float32)) for ids in tokenizer(texts)]
+
+    def _tokenizer(self, name: str) -> Tokenizer:
         if name not in self._tokenizers:
             entry = self._bundle.manifest["tokenizers"][name]
             self._tokenizers[name] = Tokenizer(self._bundle.file(entry["file"]), entry)
-        tokenizer = self._tokenizers[name]
-        if style == "a1111":
-            return stacked(tokenizer, texts, at_least)
-        ids = tokenizer(texts)[:, None]
-        return ids, np.ones(ids.shape, np.float32)
+        return self._tokenizers[name]
 
     def _given(self, plan: Plan, hidden: Float32, pooled: Float32 | None) -> Condition:
         condition: Condition = {"encoder_hidden_states": hidden}

@@ -124,7 +124,7 @@ class Pipeline:
         table, draw = plan.table, self._drawing(plan)
         cond, negative = self._text.conditions(plan)
         unet = self.engine("unet")
-        canvas = begin(plan, _channels(unet, self.bundle), draw, self._posterior)
+        canvas = begin(plan, _joins(unet, self.bundle), draw, self._posterior)
         denoiser = Denoiser(unet, cond, negative, canvas.extra, plan.guidance_batch, plan.guidance_rescale)
         sample, history = canvas.sample, tuple[Float32, ...]()
         c_in: list[Scalar] = table.c_in.tolist()
@@ -196,10 +196,9 @@ class Pipeline:
         return mean * scale, np.exp(half) * scale
 
 
-def _channels(unet: Engine, bundle: Bundle) -> int:
-    """How many channels the UNet takes: those of the latents, or with a mask and a masked picture beside them."""
-    shape = unet.inputs[0].shape if unet.inputs else (0, bundle.manifest["latents"]["channels"])
-    return int(shape[1])
+def _joins(unet: Engine, bundle: Bundle) -> bool:
+    """Whether the UNet takes more channels than the latents have: a mask and a masked picture beside them."""
+    return bool(unet.inputs) and unet.inputs[0].shape[1] != bundle.manifest["latents"]["channels"]
 
 
 def _refuse_nan(array: Float32, where: str) -> None:

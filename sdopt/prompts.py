@@ -20,6 +20,7 @@ from sdopt.tokenizer import Tokenizer
 ROUND, SQUARE = 1.1, 1 / 1.1
 TOKEN = re.compile(r"\\[()\[\]\\]|:\s*([+-]?\d*\.?\d+)\s*\)|[()\[\]]|[^\\()\[\]:]+|[:\\]")
 Piece = tuple[str, float]
+Chunks = tuple[Array, Float32]  # token ids and weights
 
 
 def parse(prompt: str) -> list[Piece]:
@@ -58,7 +59,7 @@ def _joined(pieces: Sequence[Piece]) -> list[Piece]:
     return joined
 
 
-def chunks(tokenizer: Tokenizer, prompt: str) -> tuple[Array, Float32]:
+def chunks(tokenizer: Tokenizer, prompt: str) -> Chunks:
     """(ids, weights) of a prompt, each [chunks, max_length]: int32 token ids and float32 weights."""
     ids: list[int] = []
     weights: list[float] = []
@@ -75,13 +76,12 @@ def chunks(tokenizer: Tokenizer, prompt: str) -> tuple[Array, Float32]:
     return np.stack(rows), heavy
 
 
-def stacked(tokenizer: Tokenizer, prompts: Sequence[str], at_least: int = 1) -> tuple[Array, Float32]:
-    """(ids, weights), each [prompts, chunks, max_length]; shorter prompts are filled up with empty chunks."""
-    cut = [chunks(tokenizer, prompt) for prompt in prompts]
-    most = max(at_least, *(len(ids) for ids, _ in cut))
-    empty, plain = chunks(tokenizer, "")
-    ids = np.stack([np.concatenate([i, *[empty] * (most - len(i))]) for i, _ in cut])
-    weights = np.stack([np.concatenate([w, *[plain] * (most - len(w))]) for _, w in cut])
+def stacked(tokenizer: Tokenizer, cut: Sequence[Chunks], count: int) -> Chunks:
+    """(ids, weights), each [prompts, count, max_length]: shorter prompts are filled up with empty chunks."""
+    empty = tokenizer.framed([])[None]
+    plain = np.ones(empty.shape, np.float32)
+    ids = np.stack([np.concatenate([i, *[empty] * (count - len(i))]) for i, _ in cut])
+    weights = np.stack([np.concatenate([w, *[plain] * (count - len(w))]) for _, w in cut])
     return ids, weights
 
 

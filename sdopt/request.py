@@ -15,6 +15,7 @@ from sdopt.bundle import Bundle
 from sdopt.errors import UsageError, choices
 from sdopt.samplers import SAMPLERS, SamplerTable, sampler_table
 from sdopt.specs import Array
+from sdopt.tiling import MIN_TILE
 
 MAX_IMAGES = 64
 PROMPT_STYLES = ("plain", "a1111")
@@ -100,6 +101,14 @@ class Plan:
             "prompt": self.prompts[image],
             "negative_prompt": self.negative_prompts[image] if self.negative_given else None,
             **({"prompt_2": self.prompts_2[image]} if self.prompts_2 != self.prompts else {}),
+            **(
+                {"negative_prompt_2": self.negative_prompts_2[image]}
+                if self.negative_prompts_2 != self.negative_prompts
+                else {}
+            ),
+            "original_size": list(self.time_ids[:2]),
+            "crops_coords_top_left": list(self.time_ids[2:4]),
+            "target_size": list(self.time_ids[4:]),
             "prompt_style": self.prompt_style,
             "clip_skip": self.clip_skip,
             "vae_tile": self.vae_tile,
@@ -169,7 +178,7 @@ def make_plan(bundle: Bundle, prompt: str | Sequence[str] | None, options: Optio
         negative_pooled_prompt_embeds=options.get("negative_pooled_prompt_embeds"),
         prompt_style=_one_of("prompt_style", options.get("prompt_style", "plain"), PROMPT_STYLES),
         clip_skip=_whole("clip_skip", _or(options.get("clip_skip"), 0), 0, 100),
-        vae_tile=options.get("vae_tile"),
+        vae_tile=None if options.get("vae_tile") is None else _whole("vae_tile", options.get("vae_tile"), MIN_TILE),
         image=None if image is None else images.to_array(image, height, width, len(prompts)),
         mask=None if mask is None else images.to_mask(mask, height, width, len(prompts)),
         strength=strength,
@@ -208,6 +217,8 @@ def _sampling(options: Options, default_steps: int) -> dict[str, Any]:
 
 
 def _numbers(name: str, value: Any) -> list[float]:
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        raise UsageError(f"{name} = {value!r}; allowed is a list of numbers")
     return [_finite(name, number) for number in value]
 
 
@@ -269,7 +280,10 @@ def _guidance(options: Options, default: float, calls: int) -> tuple[tuple[float
     interval = options.get("guidance_interval")
     if interval is None:
         return tuple(scales), wishes
-    low, high = (_share("guidance_interval", edge) for edge in interval)
+    edges = [_share("guidance_interval", edge) for edge in _numbers("guidance_interval", interval)]
+    if len(edges) != 2 or edges[0] >= edges[1]:
+        raise UsageError(f"guidance_interval = {interval!r}; allowed is (from, to), from below to, both from 0 to 1")
+    low, high = edges
     inside = [low <= k / calls < high for k in range(calls)]
     return tuple(s if i else 1.0 for s, i in zip(scales, inside, strict=True)), {
         **wishes,

@@ -63,10 +63,10 @@ def noised(table: SamplerTable, k: int) -> tuple[Scalar, Scalar]:
     return (1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma)) if math.isfinite(sigma) else (0.0, 1.0)
 
 
-def begin(plan: Plan, unet_channels: int, draw: Draw, encode: Encode) -> Canvas:
-    """The canvas of a plan; `unet_channels` tells the two kinds of inpainting apart."""
+def begin(plan: Plan, joins: bool, draw: Draw, encode: Encode) -> Canvas:
+    """The canvas of a plan; `joins`: the UNet takes the mask and the masked picture beside the sample."""
     table = plan.table
-    if unet_channels != 4 and plan.mask is None:
+    if joins and plan.mask is None:
         raise UsageError("this bundle is an inpainting model: give image and mask_image")
     if plan.image is None:
         noise = draw() if plan.latents is None else plan.latents
@@ -74,21 +74,21 @@ def begin(plan: Plan, unet_channels: int, draw: Draw, encode: Encode) -> Canvas:
     if plan.mask is None:
         clean = _sampled(encode(plan.image), draw)
         return Canvas(_start(table, clean, draw()))
-    return _inpaint(plan, plan.image, plan.mask, unet_channels, draw, encode)
+    return _inpaint(plan, plan.image, plan.mask, joins, draw, encode)
 
 
-def _inpaint(plan: Plan, image: Float32, mask: Float32, unet_channels: int, draw: Draw, encode: Encode) -> Canvas:
-    table, blended = plan.table, unet_channels == 4
-    clean = _sampled(encode(image), draw) if blended or plan.strength < 1 else None
+def _inpaint(plan: Plan, image: Float32, mask: Float32, joins: bool, draw: Draw, encode: Encode) -> Canvas:
+    table = plan.table
+    clean = _sampled(encode(image), draw) if not joins or plan.strength < 1 else None
     noise = draw()
     sample = _pure(table, noise)
     if clean is not None and plan.strength < 1:
         sample = _start(table, clean, noise)
     visible = _sampled(encode(image * (mask < 0.5)), draw)  # drawn also where it is not used, as diffusers does
     small = _nearest(mask, *sample.shape[2:])
-    if blended:
-        return Canvas(sample, mask=small, clean=clean, noise=noise)
-    return Canvas(sample, extra=np.concatenate([small, visible], 1))
+    if joins:
+        return Canvas(sample, extra=np.concatenate([small, visible], 1))
+    return Canvas(sample, mask=small, clean=clean, noise=noise)
 
 
 def _pure(table: SamplerTable, noise: Float32) -> Float32:

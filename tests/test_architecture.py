@@ -24,7 +24,7 @@ ALLOWED = {
     "samplers": {"schedules", "errors", "specs"},
     "tokenizer": {"errors", "specs"},
     "images": {"errors", "specs"},
-    "request": {"bundle", "samplers", "images", "specs", "errors"},
+    "request": {"bundle", "samplers", "images", "tiling", "specs", "errors"},
     "prompts": {"tokenizer", "specs"},
     "tiling": {"specs", "errors"},
     "tasks": {"request", "samplers", "specs", "errors"},

@@ -81,6 +81,8 @@ def test_replay_with_another_bundle_names_the_one_it_needs(tmp_path: Path, tiny_
         (["generate", "a", "-o", "a.png", "-m", "no/bundle"], 3, "no such folder"),
         (["generate", "a", "-o", "a.png", "-m", EMOJI_CHECKPOINT], 3, "sdopt export"),
         (["generate", "a", "-o", "a.png", "--replay", "a.png"], 2, "leave out prompt"),
+        (["generate", "-o", "a.png", "--replay", "a.png", "--clip-skip", "1", "--rng", "numpy"], 2, "rng, clip_skip"),
+        (["generate", "a", "-o", "a.png", "--vae-tile", "2"], 2, "vae_tile = 2"),
         (["inspect", "no/bundle"], 3, "no such folder"),
         (["paint"], 2, "invalid choice"),
         ([], 2, "COMMAND"),

@@ -222,6 +222,9 @@ def test_guidance_in_an_interval_runs_the_other_calls_without(emoji: sdopt.Pipel
         emoji("a cat", **{**options, "guidance_scale": [1.0, 2.0, 3.0]})
     with pytest.raises(UsageError, match="guidance_interval = 1.5"):
         emoji("a cat", guidance_interval=(0.0, 1.5), **options)
+    for interval in ((0.8, 0.1), (0.5,), 0.5):
+        with pytest.raises(UsageError, match="guidance_interval = "):
+            emoji("a cat", guidance_interval=interval, **options)
 
 
 def test_latents_go_out_and_come_back_in(emoji: sdopt.Pipeline) -> None:

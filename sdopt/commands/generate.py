@@ -15,6 +15,16 @@ if TYPE_CHECKING:
     from sdopt.request import Options
 
 
+# what a replayed PNG brings along, and the value that means it was not given
+REPLACED: dict[str, Any] = {
+    **dict.fromkeys(("prompt", "image", "mask", "strength", "guidance_interval", "negative", "steps", "guidance")),
+    **dict.fromkeys(("seed", "sampler", "schedule", "eta", "guidance_rescale", "clip_skip", "vae_tile", "size")),
+    "rng": "cpu",
+    "prompt_style": "plain",
+    "number": 1,
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("prompt", nargs="?", metavar="PROMPT", help="what to draw")
@@ -32,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sampler", help="the checkpoint's own unless named; `sdopt samplers` lists them")
     add("--schedule", help="of the sampler: karras, exponential, beta, leading, trailing, linspace, ...")
     add("--eta", type=float, help="0 to 1, the noise of ddim and tcd (default: 0)")
-    add("--guidance-rescale", type=float, default=0.0, metavar="SHARE", help="0 to 1 (default: 0)")
+    add("--guidance-rescale", type=float, metavar="SHARE", help="0 to 1 (default: 0)")
     add("--rng", default="cpu", help="whose noise: cpu (torch's), cuda:a100 and other GPUs, numpy (default: cpu)")
     add("--prompt-style", default="plain", help="plain, or a1111: (word:1.3), [word], prompts of any length")
     add("--clip-skip", type=int, help="how many of the text encoder's last layers to leave out (default: 0)")
@@ -59,12 +69,12 @@ def run(args: argparse.Namespace) -> int:
     from sdopt import __version__, images, pipeline
 
     started = time.perf_counter()
-    prompt, options = _request(args)
+    prompt, options, replayed = _request(args)
     paths = images.numbered(args.output, args.number)
     _check_output(paths[0])
     with pipeline.load(args.model, args.backend, threads=args.threads) as pipe:
-        if args.replay:
-            _same_model(args.replay, images.read_parameters(args.replay), pipe.bundle)
+        if replayed is not None:
+            _same_model(args.replay, replayed, pipe.bundle)
         sample, plan = _denoise(pipe, prompt, options)
         decoded = pipe.decode(sample, vae_tile=plan.vae_tile)
         model = {"model": pipe.bundle.manifest.get("name", pipe.bundle.path.name), "bundle": pipe.bundle.digest}
@@ -82,51 +92,53 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _request(args: argparse.Namespace) -> tuple[str, Options]:
-    """The prompt and the keywords that the command line, or the PNG of --replay, asks for."""
+def _request(args: argparse.Namespace) -> tuple[str, Options, dict[str, Any] | None]:
+    """The prompt and keywords that the command line or the PNG of --replay asks for, and what that PNG tells."""
     if args.replay is None:
         if args.prompt is None:
             raise UsageError('no PROMPT given: `sdopt generate "a red apple" -o apple.png`')
         from sdopt.images import open_image
 
         width, height = args.size or (None, None)
-        return args.prompt, {
-            "negative_prompt": args.negative,
-            "num_inference_steps": args.steps,
-            "guidance_scale": args.guidance,
-            "guidance_batch": args.guidance_batch,
-            "height": height,
-            "width": width,
-            "num_images_per_prompt": args.number,
-            "seed": args.seed,
-            "rng": args.rng,
-            "sampler": args.sampler,
-            "schedule": args.schedule,
-            "eta": args.eta,
-            "guidance_rescale": args.guidance_rescale,
-            "prompt_style": args.prompt_style,
-            "clip_skip": args.clip_skip,
-            "vae_tile": args.vae_tile,
-            "guidance_interval": args.guidance_interval,
-            "image": None if args.image is None else open_image(args.image),
-            "mask_image": None if args.mask is None else open_image(args.mask),
-            "strength": args.strength,
-        }
+        return (
+            args.prompt,
+            {
+                "negative_prompt": args.negative,
+                "num_inference_steps": args.steps,
+                "guidance_scale": args.guidance,
+                "guidance_batch": args.guidance_batch,
+                "height": height,
+                "width": width,
+                "num_images_per_prompt": args.number,
+                "seed": args.seed,
+                "rng": args.rng,
+                "sampler": args.sampler,
+                "schedule": args.schedule,
+                "eta": args.eta,
+                "guidance_rescale": args.guidance_rescale or 0.0,
+                "prompt_style": args.prompt_style,
+                "clip_skip": args.clip_skip,
+                "vae_tile": args.vae_tile,
+                "guidance_interval": args.guidance_interval,
+                "image": None if args.image is None else open_image(args.image),
+                "mask_image": None if args.mask is None else open_image(args.mask),
+                "strength": args.strength,
+            },
+            None,
+        )
     from sdopt.images import read_parameters
-
-    ways = ("prompt", "negative", "steps", "guidance", "seed", "sampler", "schedule", "eta", "guidance_rescale", "size")
-    given = [name for name in ways if getattr(args, name)]
-    if given or args.number != 1:
-        raise UsageError(f"--replay takes everything from the PNG; leave out {', '.join(given) or '-n'}")
     from sdopt.request import Options
 
+    given = [name for name in vars(args) if name in REPLACED and getattr(args, name) != REPLACED[name]]
+    if given:
+        raise UsageError(f"--replay takes everything from the PNG; leave out {', '.join(given)}")
     found = read_parameters(args.replay)
     if "strength" in found:
         raise UsageError(
             f"{args.replay} was made from another picture, which it does not carry; use --image and its parameters"
         )
     options: Any = {key: found[key] for key in found if key in Options.__annotations__}
-    return found.get("prompt", ""), options
+    return found.get("prompt", ""), options, found
 
 
 def _check_output(path: Path) -> None:

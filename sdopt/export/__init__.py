@@ -4,7 +4,8 @@ source      opens and checks the checkpoint
 components  what is traced, family by family
 trace       torch to ONNX
 parity      the gate that every graph has to pass
-probe       a diffusers scheduler into its sampler table
+schedule    the checkpoint's scheduler, as its pipeline reads it
+probe       any linear diffusers scheduler into its sampler table
 """
 
 from __future__ import annotations
