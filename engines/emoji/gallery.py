@@ -53,7 +53,7 @@ def samplers(pipe: sdopt.Pipeline) -> Iterator[Tile]:
 
 def sheet(pipe: sdopt.Pipeline) -> Iterator[Tile]:
     """Every emoji once, on one background after another."""
-    from train import COLOURS, a, load_emoji
+    from data import COLOURS, a, load_emoji
 
     colours = [*COLOURS]
     for i, emoji in enumerate(load_emoji()):

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from data import COLOURS, PLACES, SIZE, a, held_out, load_emoji, load_glyphs, render
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
-from train import COLOURS, PLACES, SIZE, a, held_out, load_emoji, load_glyphs, render
 
 import sdopt
 
