@@ -18,6 +18,7 @@ COMMANDS = {
     "export": "a diffusers checkpoint into a bundle of ONNX graphs, checked against PyTorch",
     "generate": "a prompt into a picture",
     "inspect": "what is in a bundle",
+    "doctor": "what this machine has, and which engine and precision it would use",
     "samplers": "the samplers, their tables and plots",
 }
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 OUTPUT_TYPES = ("pil", "np", "latent")
+MEMORY = ("fast", "low")
 
 
 @dataclass(frozen=True)
@@ -69,24 +70,38 @@ def load(
     path: str | os.PathLike[str] | None = None,
     backend: str = "auto",
     *,
+    precision: str = "auto",
+    memory: str = "fast",
     threads: int | None = None,
     verify: bool = True,
 ) -> Pipeline:
     """The pipeline of the bundle at `path`; the embedded text-to-emoji model if None.
 
+    `precision`: "float32", or "bf16" where the processor has it; "auto" is float32, so that pictures are diffusers'.
+    `memory`: "fast" keeps every component that was loaded; "low" frees each when its part of the picture is done.
     Raises: BundleError for a bundle that is damaged or unsafe; BackendError if no engine library is installed.
     """
     bundle = Bundle.open(embedded() if path is None else path, verify=verify)
-    return Pipeline(bundle, backend, threads=threads)
+    return Pipeline(bundle, backend, precision=precision, memory=memory, threads=threads)
 
 
 class Pipeline:
     """A bundle and its engines, each loaded when first needed and kept until `release`."""
 
-    def __init__(self, bundle: Bundle, backend: str = "auto", *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: str = "auto",
+        *,
+        precision: str = "auto",
+        memory: str = "fast",
+        threads: int | None = None,
+    ) -> None:
+        if memory not in MEMORY:
+            raise UsageError(f"memory = {memory!r}; allowed are {choices(memory, MEMORY)}")
         self.bundle = bundle
-        self.backend = choose_backend(backend)
-        self.threads = threads
+        self.backend, self.precision = choose_backend(backend, precision)
+        self.memory, self.threads = memory, threads
         self._engines: dict[str, Engine] = {}
         self._text = TextEncoders(bundle, self.engine)
 
@@ -158,7 +173,9 @@ class Pipeline:
     def engine(self, component: str) -> Engine:
         """The engine of a component, loaded if it is not."""
         if component not in self._engines:
-            self._engines[component] = open_engine(self.bundle, component, self.backend, threads=self.threads)
+            self._engines[component] = open_engine(
+                self.bundle, component, self.backend, threads=self.threads, precision=self.precision
+            )
         return self._engines[component]
 
     def release(self, component: str) -> None:

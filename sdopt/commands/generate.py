@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vae-tile", type=int, metavar="LATENTS", help="decode in tiles, in the memory of one tile")
     add("--size", type=size, metavar="WxH", help="pixels, e.g. 512x768 (default: the bundle's)")
     add("-n", "--number", type=int, default=1, metavar="N", help="how many pictures (default: 1)")
-    add("--backend", default="auto", help="ort, or ort:cpu, ort:cuda (default: the best one installed)")
+    add("--backend", default="auto", help="ort (or ort:cpu, ort:cuda), openvino (default: `sdopt doctor` says)")
+    add("--precision", default="auto", help="float32, or bf16 where the processor has it (default: float32)")
+    add("--memory", default="fast", help="low: only one component in memory at a time (default: fast)")
     add("--threads", type=int, help="threads of the engine (default: what this process may use)")
     add("--replay", type=Path, metavar="PNG", help="make the picture in PNG again, from the parameters it carries")
     add("--no-metadata", action="store_true", help="do not write the parameters into the PNG")
@@ -72,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
     prompt, options, replayed = _request(args)
     paths = images.numbered(args.output, args.number)
     _check_output(paths[0])
-    with pipeline.load(args.model, args.backend, threads=args.threads) as pipe:
+    how = {"precision": args.precision, "memory": args.memory, "threads": args.threads}
+    with pipeline.load(args.model, args.backend, **how) as pipe:
         if replayed is not None:
             _same_model(args.replay, replayed, pipe.bundle)
         sample, plan = _denoise(pipe, prompt, options)
@@ -85,7 +88,11 @@ def run(args: argparse.Namespace) -> int:
             records.append({"path": str(path), **parameters})
     seconds = time.perf_counter() - started
     if args.json:
-        print(json.dumps({"images": records, "backend": pipe.backend, "seconds": round(seconds, 3)}))
+        print(
+            json.dumps(
+                {"images": records, "backend": pipe.backend, "precision": pipe.precision, "seconds": round(seconds, 3)}
+            )
+        )
     else:
         print(*paths, sep="\n")
         print(f"seed {', '.join(map(str, plan.seeds))}; {seconds:.2f} s", file=sys.stderr)

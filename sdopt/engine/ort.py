@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -10,6 +9,7 @@ from typing import Any, cast
 import onnxruntime
 
 from sdopt.bundle import Bundle, Component
+from sdopt.engine.cores import usable_cores
 from sdopt.errors import BackendError, BundleError, UsageError
 from sdopt.specs import Array, TensorSpec, check_inputs
 
@@ -26,9 +26,19 @@ ONNX_TYPES = {
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}  # best first
 
 
-def open_component(bundle: Bundle, name: str, threads: int | None, device: str | None = None) -> OrtEngine:
-    """The engine of component `name` on `device`; its graph must take and give what the manifest says."""
+def open_component(
+    bundle: Bundle, name: str, threads: int | None, device: str | None = None, precision: str = "float32"
+) -> OrtEngine:
+    """The engine of component `name` on `device`, in float32; its graph must take and give what the manifest says."""
+    assert precision == "float32"  # the only one that this backend has in `BACKENDS`
     return OrtEngine(bundle.component(name), threads, device)
+
+
+def describe() -> dict[str, Any]:
+    """Version, precisions and devices, for `sdopt doctor`."""
+    available: list[str] = ort.get_available_providers()
+    devices = [device for device, provider in PROVIDERS.items() if provider in available]
+    return {"version": ort.__version__, "precisions": ["float32"], "devices": devices}
 
 
 class OrtEngine:
@@ -96,21 +106,3 @@ def _check_signature(component: Component, kind: str, specs: tuple[TensorSpec, .
     found = {n.name: (ONNX_TYPES.get(n.type, n.type), len(n.shape)) for n in nodes}
     if wanted != found:
         raise BundleError(f"{component.graph}: its {kind}s are {found}, the manifest says {wanted}; export it again")
-
-
-def usable_cores() -> int:
-    """How many cores this process may use: 0 (the library's own choice) unless affinity or a CPU quota limits it.
-
-    ONNX Runtime starts a thread per physical core of the machine; in a container with a quota that is too many.
-    """
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limit = min(affinity, _cgroup_quota())
-    return limit if limit < (os.cpu_count() or 1) else 0
-
-
-def _cgroup_quota() -> int:
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, round(int(quota) / int(period)))
-    except (OSError, ValueError):  # no cgroup v2, or "max"
-        return 1 << 30
