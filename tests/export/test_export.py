@@ -32,7 +32,10 @@ def test_the_manifest_tells_where_a_bundle_came_from_and_how_well_it_matches(tin
     assert set(manifest["versions"]) == {"sdopt", "torch", "diffusers", "transformers"}
     assert manifest["scheduler"]["_class_name"] == "PNDMScheduler"
     assert manifest["latents"] == {"channels": 4, "factor": 2, "scaling_factor": 0.7, "shift_factor": 0.0}
-    assert manifest["defaults"] == {"height": 24, "width": 24, "num_inference_steps": 50, "guidance_scale": 7.5}
+    assert manifest["defaults"] == {
+        "height": 24, "width": 24, "num_inference_steps": 50, "guidance_scale": 7.5,
+        "strength": 0.8, "inpaint_strength": 1.0, "strength_cuts": "steps",
+    }  # fmt: skip
     for entry in manifest["components"].values():
         sizes = [tuple(p["sizes"].items()) for p in entry["parity"]]
         assert len(set(sizes)) == 2
@@ -99,7 +102,7 @@ def test_the_shipped_bundle_is_what_the_shipped_checkpoint_exports_to() -> None:
     bundle = Bundle.open(EMOJI_BUNDLE)
     with open_checkpoint(str(EMOJI_CHECKPOINT)) as checkpoint:
         assert bundle.manifest["scheduler"] == checkpoint.config("scheduler")
-        for build in components.FAMILIES["sd"]:
+        for build in components.FAMILIES["sd"].values():
             part = build(checkpoint)
             component = bundle.component(part.name)
             assert (component.inputs, component.outputs) == (part.inputs, part.outputs)
