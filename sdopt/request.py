@@ -39,9 +39,7 @@ class Options(TypedDict, total=False):
     prompt_style: str  # "plain": as diffusers reads it; "a1111": (word:1.3), [word], and prompts of any length
     clip_skip: int | None  # 0; how many of the text encoder's last layers are left out
     vae_tile: int | None  # decode in tiles of so many latents a side, in the memory of one; None: all at once
-    image: (
-        Any  # PIL, or an array [height, width, 3] in 0..1; or one per image; or latents: what the picture begins from
-    )
+    image: Any  # what to begin from: PIL, or an array [height, width, 3] in 0..1; or one per image; or latents
     mask_image: Any  # of the same size, white where the picture is to be painted anew
     strength: float | None  # how much of `image` is replaced: the bundle's own (0.8, with a mask 1)
     denoising_start: float | None  # go on from here, 0 to 1 of the way: `image` has noise already (SDXL's refiner)
@@ -171,7 +169,7 @@ def make_plan(bundle: Bundle, prompt: str | Sequence[str] | None, options: Optio
     second, against = options.get("prompt_2"), options.get("negative_prompt_2")
     if embedding and (any(negatives) or against):
         raise UsageError(
-            "negative_prompt: this model takes the guidance scale as an input and has no unconditional half; leave it out"
+            "negative_prompt: this model takes the guidance scale as an input, and has no negative half; leave it out"
         )
     sizes, negative_sizes, asked = _sizes(bundle, options, (height, width), image is not None)
     return Plan(
@@ -338,7 +336,7 @@ def _picture(options: Options, defaults: Mapping[str, Any]) -> tuple[Any, Any, f
 def _pixels(
     options: Options, defaults: Mapping[str, Any], factor: int, latents: Array | None = None
 ) -> tuple[int, int]:
-    """Height and width: as given; else those of the latents or, without a mask, the image's rounded down; else its own."""
+    """Height and width: as given; else the latents' or, without a mask, the image's rounded down; else the bundle's."""
     own = (defaults["height"], defaults["width"])
     if latents is not None:
         own = (latents.shape[2] * factor, latents.shape[3] * factor)

@@ -219,7 +219,7 @@ def open_folder(folder: Path, variant: str | None, provenance: Mapping[str, Any]
         if pair not in KNOWN.get(component, ()):
             allowed = [".".join(p) for p in KNOWN.get(component, ())] or ["nothing under this name"]
             raise CheckpointError(
-                f"{folder / 'model_index.json'}: {component} is {'.'.join(pair)}; "
+                f"{folder / 'model_index.json'}: {component} is {'null' if pair == ABSENT else '.'.join(pair)}; "
                 f"sdopt reads {', '.join(sorted(allowed))}, and never runs a checkpoint's own code"
             )
     checkpoint = Checkpoint(folder, family, variant, dict(provenance, variant=variant))
