@@ -4,13 +4,16 @@
 
 Speed does not depend on the values of the weights; parity is measured on what is run. The tokenizer has the size
 of CLIP's (49,408) and its byte-level scheme, but made-up merges: CLIP's vocabulary cannot be had offline.
-Configurations: stable-diffusion-v1-5/stable-diffusion-v1-5 on the hub; Rombach et al. 2022, arXiv:2112.10752.
+Configurations: stable-diffusion-v1-5/stable-diffusion-v1-5, stabilityai/stable-diffusion-2-1, stable-diffusion-xl-base-1.0
+and sdxl-turbo on the hub; Rombach et al. 2022, arXiv:2112.10752; Podell et al. 2023, arXiv:2307.01952.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,51 @@ SD15: dict[str, dict[str, Any]] = {
         "set_alpha_to_one": False, "steps_offset": 1,
     },
 }  # fmt: skip
-MODELS = {"sd15": SD15}
+OPENCLIP_H: dict[str, Any] = {
+    **SD15["text_encoder"], "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23,
+    "num_attention_heads": 16, "hidden_act": "gelu", "projection_dim": 512, "pad_token_id": 0,
+}  # fmt: skip
+SD21: dict[str, dict[str, Any]] = {
+    "text_encoder": OPENCLIP_H,
+    "unet": {
+        **SD15["unet"], "sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20),
+        "use_linear_projection": True,
+    },
+    "vae": {**SD15["vae"], "sample_size": 768},
+    "scheduler": {
+        "class": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+        "prediction_type": "v_prediction", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
+    },
+}  # fmt: skip
+SDXL: dict[str, dict[str, Any]] = {
+    "text_encoder": SD15["text_encoder"],
+    "text_encoder_2": {
+        **OPENCLIP_H, "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
+        "num_attention_heads": 20, "projection_dim": 1280,
+    },
+    "unet": {
+        "sample_size": 128, "in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280),
+        "layers_per_block": 2, "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20),
+        "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True, "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+        "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+    },
+    "vae": {**SD15["vae"], "sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
+    "scheduler": {
+        "class": "EulerDiscreteScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+        "steps_offset": 1, "timestep_spacing": "leading",
+    },
+}  # fmt: skip
+SDXL_TURBO: dict[str, dict[str, Any]] = {
+    **SDXL,
+    "unet": {**SDXL["unet"], "sample_size": 64},
+    "scheduler": {
+        **SDXL["scheduler"], "class": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing",
+    },
+    "generation_config": {"num_inference_steps": 1, "guidance_scale": 0.0},
+}  # fmt: skip
+MODELS = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL, "sdxl-turbo": SDXL_TURBO}
 
 
 def byte_tokens() -> list[str]:
@@ -46,36 +93,59 @@ def byte_tokens() -> list[str]:
     return [chr(b) if b in printable else chr(next(spare)) for b in range(256)]
 
 
-def tokenizer(size: int, length: int) -> Any:
-    """A CLIP tokenizer of the given vocabulary size, with made-up merges."""
+def tokenizer(size: int, length: int, pad: int) -> Any:
+    """A CLIP tokenizer of the given vocabulary size, with made-up merges, padded with the token of that id."""
     from transformers import CLIPTokenizer
 
     single = byte_tokens()
     merges = list(itertools.islice(itertools.product(single, single), size - 514))
     words = [*single, *(f"{t}</w>" for t in single), *("".join(m) for m in merges), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=merges, model_max_length=length)
+    vocab = {w: i for i, w in enumerate(words)}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length, pad_token=words[pad])
+
+
+def random_model(make: Callable[[], Any], dtype: Any) -> Any:
+    """A model with random weights that were never in memory but in `dtype`: as torch begins them, norms at 1."""
+    import torch
+
+    with torch.device("meta"):
+        model = make()
+    model = model.to(dtype).to_empty(device="cpu")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:
+                weight.normal_(std=(3 * weight[0].numel()) ** -0.5)
+            else:
+                weight.fill_(float(name.endswith("weight")))
+    return model
 
 
 def build(name: str, folder: Path, dtype: str = "float16", seed: int = 0) -> Path:
     """The checkpoint of a model of `MODELS` in diffusers format."""
+    import diffusers
     import torch
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    config = MODELS[name]
-    kind = getattr(torch, dtype)
+    config, kind = MODELS[name], getattr(torch, dtype)
     torch.manual_seed(seed)
-    text = CLIPTextConfig(**config["text_encoder"])
-    StableDiffusionPipeline(
-        text_encoder=CLIPTextModel(text).to(kind),
-        tokenizer=tokenizer(text.vocab_size, text.max_position_embeddings),
-        unet=UNet2DConditionModel(**config["unet"]).to(kind),
-        vae=AutoencoderKL(**config["vae"]).to(kind),
-        scheduler=PNDMScheduler(**config["scheduler"]),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
+    classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    parts: dict[str, Any] = {}
+    for encoder in classes.keys() & config.keys():
+        text = CLIPTextConfig(**config[encoder])
+        parts[encoder] = random_model(lambda: classes[encoder](text), kind)  # noqa: B023
+        words = tokenizer(text.vocab_size, text.max_position_embeddings, text.pad_token_id)
+        parts[encoder.replace("text_encoder", "tokenizer")] = words
+    parts["unet"] = random_model(lambda: diffusers.UNet2DConditionModel(**config["unet"]), kind)
+    parts["vae"] = random_model(lambda: diffusers.AutoencoderKL(**config["vae"]), kind)
+    options = dict(config["scheduler"])
+    parts["scheduler"] = getattr(diffusers, options.pop("class", "PNDMScheduler"))(**options)
+    if "text_encoder_2" in parts:
+        diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False).save_pretrained(folder)
+    else:
+        unfiltered = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        diffusers.StableDiffusionPipeline(**parts, **unfiltered).save_pretrained(folder)
+    if "generation_config" in config:
+        (folder / "generation_config.json").write_text(json.dumps(config["generation_config"]))
     return folder
 
 

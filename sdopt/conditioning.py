@@ -2,7 +2,8 @@
 
     encoder_hidden_states   [images, tokens, features]    of one text encoder, or of two side by side
     text_embeds             [images, features]            SDXL: the pooled text of its second encoder
-    time_ids                [images, 6]                   SDXL: original size, crop and target size, each height first
+    time_ids                [images, 6]                   SDXL: original size, crop and target size, each height first;
+                            [images, 5]                   its refiner: original size, crop and aesthetic score
 
 Which of them a UNet takes, and from which encoders, is data: `conditioning` in the manifest.
 Ref: Podell et al. 2023, arXiv:2307.01952, sections 2.1 and 2.2.
@@ -40,7 +41,7 @@ class TextEncoders:
             cond = self._given(plan, plan.prompt_embeds, plan.pooled_prompt_embeds)
             if not plan.guided or plan.negative_prompt_embeds is None:
                 return cond, None
-            return cond, self._given(plan, plan.negative_prompt_embeds, plan.negative_pooled_prompt_embeds)
+            return cond, self._given(plan, plan.negative_prompt_embeds, plan.negative_pooled_prompt_embeds, False)
         n = len(plan.prompts)
         zeros = self._entry["zeros_for_empty"] and not plan.negative_given
         firsts, seconds = plan.prompts, plan.prompts_2
@@ -50,9 +51,12 @@ class TextEncoders:
         cond = self._given(plan, hidden[:n], None if pooled is None else pooled[:n])
         if not plan.guided:
             return cond, None
-        if zeros:
-            return cond, {k: v if k == "time_ids" else np.zeros_like(v) for k, v in cond.items()}
-        return cond, self._given(plan, hidden[n:], None if pooled is None else pooled[n:])
+        against, pooled = (
+            (np.zeros_like(hidden), None if pooled is None else np.zeros_like(pooled))
+            if zeros
+            else (hidden[n:], None if pooled is None else pooled[n:])
+        )
+        return cond, self._given(plan, against, pooled, False)
 
     def encode(
         self, prompts: Sequence[str], prompts_2: Sequence[str], prompt_style: str = "plain", clip_skip: int = 0
@@ -91,14 +95,16 @@ class TextEncoders:
             self._tokenizers[name] = Tokenizer(self._bundle.file(entry["file"]), entry)
         return self._tokenizers[name]
 
-    def _given(self, plan: Plan, hidden: Float32, pooled: Float32 | None) -> Condition:
+    def _given(self, plan: Plan, hidden: Float32, pooled: Float32 | None, positive: bool = True) -> Condition:
         condition: Condition = {"encoder_hidden_states": hidden}
         if self._entry["pooled"]:
             if pooled is None:
                 raise UsageError("prompt_embeds: this model also takes pooled_prompt_embeds (and negative ones)")
             condition["text_embeds"] = pooled
         if self._entry["time_ids"]:
-            condition["time_ids"] = np.tile(np.array([plan.time_ids], np.float32), (len(hidden), 1))
+            sizes = plan.sizes if positive else plan.negative_sizes
+            numbers = [number for name in self._entry["time_ids"] for number in sizes[name]]
+            condition["time_ids"] = np.tile(np.array([numbers], np.float32), (len(hidden), 1))
         return condition
 
 

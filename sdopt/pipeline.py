@@ -29,7 +29,7 @@ from sdopt.guidance import Denoiser
 from sdopt.noise import batch, generator
 from sdopt.request import Options, Plan, make_plan
 from sdopt.specs import Float32, Scalar
-from sdopt.tasks import begin
+from sdopt.tasks import Posterior, begin
 from sdopt.tiling import decode_tiled
 
 if TYPE_CHECKING:
@@ -140,7 +140,8 @@ class Pipeline:
         cond, negative = self._text.conditions(plan)
         unet = self.engine("unet")
         canvas = begin(plan, _joins(unet, self.bundle), draw, self._posterior)
-        denoiser = Denoiser(unet, cond, negative, canvas.extra, plan.guidance_batch, plan.guidance_rescale)
+        options = (plan.guidance_batch, plan.guidance_rescale, plan.guidance_embedding)
+        denoiser = Denoiser(unet, cond, negative, canvas.extra, *options)
         sample, history = canvas.sample, tuple[Float32, ...]()
         c_in: list[Scalar] = table.c_in.tolist()
         for k, timestep in enumerate(table.timestep):
@@ -158,7 +159,7 @@ class Pipeline:
     def decode(self, sample: Float32, output_type: str = "pil", *, vae_tile: int | None = None) -> Any:
         """The pictures of latents [images, channels, latent_height, latent_width]; see `vae_tile` in Options."""
         entry = self.bundle.manifest["latents"]
-        scaled = sample / entry["scaling_factor"] + entry["shift_factor"]
+        scaled = sample / _by_channel(entry["scaling_factor"]) + _by_channel(entry["shift_factor"])
         if vae_tile is None:
             decoded = self._decoded(scaled)
         else:
@@ -203,14 +204,19 @@ class Pipeline:
         generators = [generator(seed, plan.rng) for seed in plan.seeds]
         return lambda: batch(generators, shape)
 
-    def _posterior(self, images: Float32) -> tuple[Float32, Float32]:
-        """Mean and standard deviation of the scaled latents of pictures in -1..1."""
+    def _posterior(self, images: Float32) -> Posterior:
+        """Mean and, where the encoder gives one, standard deviation of the scaled latents of pictures in -1..1."""
         entry = self.bundle.manifest["latents"]
         posterior = self.engine("vae_encoder")(sample=images)
         _refuse_nan(posterior["mean"], "vae_encoder")
-        scale: Scalar = entry["scaling_factor"]
-        mean, half = posterior["mean"] - entry["shift_factor"], posterior["logvar"] / 2
-        return mean * scale, np.exp(half) * scale
+        scale = _by_channel(entry["scaling_factor"])
+        mean = (posterior["mean"] - _by_channel(entry["shift_factor"])) * scale
+        return mean, np.exp(posterior["logvar"] / 2) * scale if "logvar" in posterior else None
+
+
+def _by_channel(value: float | Sequence[float]) -> Float32:
+    """One number for all channels, or one for each, to be multiplied with latents [images, channels, h, w]."""
+    return np.asarray(value, np.float32).reshape(-1, 1, 1)
 
 
 def _joins(unet: Engine, bundle: Bundle) -> bool:

@@ -18,6 +18,7 @@ from sdopt.specs import Array
 from sdopt.tiling import MIN_TILE
 
 MAX_IMAGES = 64
+Sizes = Mapping[str, tuple[float, ...]]
 PROMPT_STYLES = ("plain", "a1111")
 
 
@@ -30,12 +31,19 @@ class Options(TypedDict, total=False):
     original_size: tuple[int, int] | None  # SDXL's sizes, (height, width); the picture's
     crops_coords_top_left: tuple[int, int]  # (0, 0)
     target_size: tuple[int, int] | None
+    negative_original_size: tuple[int, int] | None  # the same for the negative prompt; as above
+    negative_crops_coords_top_left: tuple[int, int] | None
+    negative_target_size: tuple[int, int] | None
+    aesthetic_score: float  # 6, for SDXL's refiner
+    negative_aesthetic_score: float  # 2.5
     prompt_style: str  # "plain": as diffusers reads it; "a1111": (word:1.3), [word], and prompts of any length
     clip_skip: int | None  # 0; how many of the text encoder's last layers are left out
     vae_tile: int | None  # decode in tiles of so many latents a side, in the memory of one; None: all at once
-    image: Any  # PIL, or an array [height, width, 3] in 0..1; or one per image: what the picture begins from
+    image: Any  # what to begin from: PIL, or an array [height, width, 3] in 0..1; or one per image; or latents
     mask_image: Any  # of the same size, white where the picture is to be painted anew
-    strength: float | None  # how much of `image` is replaced: 0.8, with a mask 1
+    strength: float | None  # how much of `image` is replaced: the bundle's own (0.8, with a mask 1)
+    denoising_start: float | None  # go on from here, 0 to 1 of the way: `image` has noise already (SDXL's refiner)
+    denoising_end: float | None  # stop here, for a refiner
     num_inference_steps: int | None  # the bundle's own
     guidance_scale: float | Sequence[float] | None  # the bundle's own; 1 or less runs without; or one per call
     guidance_interval: tuple[float, float] | None  # (0, 1); the part of the calls that is guided
@@ -67,11 +75,13 @@ class Plan:
     prompts_2: tuple[str, ...]
     negative_prompts_2: tuple[str, ...]
     negative_given: bool
-    time_ids: tuple[int, ...]
+    sizes: Sizes
+    negative_sizes: Sizes
     seeds: tuple[int, ...]
     height: int
     width: int
     guidance: tuple[float, ...]
+    guidance_embedding: int
     guidance_rescale: float
     guidance_batch: int
     rng: str
@@ -86,6 +96,7 @@ class Plan:
     clip_skip: int
     vae_tile: int | None
     image: Array | None
+    image_latents: Array | None
     mask: Array | None
     strength: float
     wishes: Mapping[str, Any]
@@ -93,7 +104,12 @@ class Plan:
     @property
     def guided(self) -> bool:
         """Whether the unconditional half ever runs. Ref: Ho & Salimans 2022, arXiv:2207.12598, section 3.2."""
-        return max(self.guidance) > 1
+        return max(self.guidance) > 1 and not self.guidance_embedding
+
+    @property
+    def continues(self) -> bool:
+        """Whether the image has the noise already that the loop begins with."""
+        return "denoising_start" in self.sampling
 
     def parameters(self, image: int) -> dict[str, Any]:
         """What makes image `image` again, alone."""
@@ -106,9 +122,7 @@ class Plan:
                 if self.negative_prompts_2 != self.negative_prompts
                 else {}
             ),
-            "original_size": list(self.time_ids[:2]),
-            "crops_coords_top_left": list(self.time_ids[2:4]),
-            "target_size": list(self.time_ids[4:]),
+            **{name: list(self.sizes[name]) for name in ("original_size", "crops_coords_top_left", "target_size")},
             "prompt_style": self.prompt_style,
             "clip_skip": self.clip_skip,
             "vae_tile": self.vae_tile,
@@ -139,11 +153,13 @@ def make_plan(bundle: Bundle, prompt: str | Sequence[str] | None, options: Optio
     prompts = _prompts("prompt", prompt if embeds is None else [""] * len(embeds), each)
     sampling = _sampling(options, defaults["num_inference_steps"])
     factor: int = bundle.manifest["latents"]["factor"]
-    image, mask, strength = _picture(options)
-    height, width = _pixels(options, defaults, factor)
+    image, mask, strength = _picture(options, defaults)
+    image_latents = _as_latents(image, len(prompts), bundle.manifest["latents"]["channels"])
+    height, width = _pixels(options, defaults, factor, image_latents)
     table = make_table(bundle, sampling, strength)
     guidance, wishes = _guidance(options, defaults["guidance_scale"], len(table))
-    if embeds is not None and negative_embeds is None and max(guidance) > 1:
+    embedding: int = bundle.manifest["conditioning"].get("guidance_embedding", 0)
+    if embeds is not None and negative_embeds is None and max(guidance) > 1 and not embedding:
         raise UsageError("prompt_embeds without negative_prompt_embeds: give both, or guidance_scale=1")
     shape = (len(prompts), bundle.manifest["latents"]["channels"], height // factor, width // factor)
     latents = options.get("latents")
@@ -151,21 +167,24 @@ def make_plan(bundle: Bundle, prompt: str | Sequence[str] | None, options: Optio
         raise UsageError(f"latents: got {latents.dtype} {latents.shape}; these sizes and prompts take float32 {shape}")
     negatives = _negatives(options.get("negative_prompt"), len(prompts), each)
     second, against = options.get("prompt_2"), options.get("negative_prompt_2")
+    if embedding and (any(negatives) or against):
+        raise UsageError(
+            "negative_prompt: this model takes the guidance scale as an input, and has no negative half; leave it out"
+        )
+    sizes, negative_sizes, asked = _sizes(bundle, options, (height, width), image is not None)
     return Plan(
         prompts=prompts,
         negative_prompts=negatives,
         prompts_2=prompts if second is None else _negatives(second, len(prompts), each),
         negative_prompts_2=negatives if against is None else _negatives(against, len(prompts), each),
         negative_given=options.get("negative_prompt") is not None or against is not None,
-        time_ids=(
-            *_pair("original_size", _or(options.get("original_size"), (height, width))),
-            *_pair("crops_coords_top_left", options.get("crops_coords_top_left", (0, 0))),
-            *_pair("target_size", _or(options.get("target_size"), (height, width))),
-        ),
+        sizes=sizes,
+        negative_sizes=negative_sizes,
         seeds=_seeds(options.get("seed"), len(prompts)),
         height=height,
         width=width,
         guidance=guidance,
+        guidance_embedding=embedding,
         guidance_rescale=_share("guidance_rescale", options.get("guidance_rescale", 0.0)),
         guidance_batch=_whole("guidance_batch", options.get("guidance_batch", 2), 1, 2),
         rng=options.get("rng", "cpu"),
@@ -179,10 +198,13 @@ def make_plan(bundle: Bundle, prompt: str | Sequence[str] | None, options: Optio
         prompt_style=_one_of("prompt_style", options.get("prompt_style", "plain"), PROMPT_STYLES),
         clip_skip=_whole("clip_skip", _or(options.get("clip_skip"), 0), 0, 100),
         vae_tile=None if options.get("vae_tile") is None else _whole("vae_tile", options.get("vae_tile"), MIN_TILE),
-        image=None if image is None else images.to_array(image, height, width, len(prompts)),
+        image=None
+        if image is None or image_latents is not None
+        else images.to_array(image, height, width, len(prompts)),
+        image_latents=image_latents,
         mask=None if mask is None else images.to_mask(mask, height, width, len(prompts)),
         strength=strength,
-        wishes=wishes if image is None else {**wishes, "strength": strength},
+        wishes={**wishes, **asked, **({} if image is None else {"strength": strength})},
     )
 
 
@@ -196,7 +218,8 @@ def make_table(bundle: Bundle, sampling: Mapping[str, Any], strength: float = 1.
     steps = options.pop("num_inference_steps")
     probed = bundle.manifest.get("sampler_tables")
     if probed is None or options.get("sampler") is not None:
-        return sampler_table(bundle.manifest["scheduler"], steps, strength=strength, **options)
+        cuts = bundle.manifest["defaults"].get("strength_cuts", "steps")
+        return sampler_table(bundle.manifest["scheduler"], steps, strength=strength, strength_cuts=cuts, **options)
     tables = json.loads(bundle.file(probed).read_bytes())
     name = bundle.manifest["scheduler"].get("_class_name")
     if str(steps) not in tables:
@@ -211,6 +234,10 @@ def _sampling(options: Options, default_steps: int) -> dict[str, Any]:
     """What decides the table: the number of steps, and those of the caller's wishes that are set."""
     steps = _or(options.get("num_inference_steps"), default_steps)
     wishes = {key: options.get(key) for key in ("sampler", "schedule", "eta")}
+    wishes |= {key: _inside(key, options.get(key)) for key in ("denoising_start", "denoising_end")}
+    start, end = wishes["denoising_start"], wishes["denoising_end"]
+    if start is not None and end is not None and start >= end:
+        raise UsageError(f"denoising_start = {start} and denoising_end = {end}; the start comes before the end")
     lists = {key: _numbers(key, value) for key in ("timesteps", "sigmas") if (value := options.get(key)) is not None}
     set_ones = {key: value for key, value in {**wishes, **lists}.items() if value is not None}
     return {"num_inference_steps": _whole("num_inference_steps", steps, 1), **set_ones}
@@ -241,22 +268,81 @@ def _share(name: str, value: Any) -> float:
     return float(value)
 
 
-def _picture(options: Options) -> tuple[Any, Any, float]:
+def _inside(name: str, value: Any) -> float | None:
+    if value is not None and not 0 < _finite(name, value) < 1:
+        raise UsageError(f"{name} = {value!r}; allowed are numbers above 0 and below 1")
+    return value
+
+
+def _sizes(
+    bundle: Bundle, options: Options, own: tuple[int, int], pictured: bool
+) -> tuple[Sizes, Sizes, dict[str, Any]]:
+    """The numbers that SDXL's UNet is told, by their argument; those of the negative half; and what to record of them.
+
+    As in diffusers: a negative size is the positive one unless it is given, and so is the negative crop, but (0, 0)
+    beside given sizes in text to image, and for the refiner.
+    """
+    zero = (0, 0)
+    sizes: Sizes = {
+        name: _pair(name, _or(cast(Any, options.get(name)), default))
+        for name, default in (("original_size", own), ("crops_coords_top_left", zero), ("target_size", own))
+    }
+    scores = {
+        name: _finite(name, _or(cast(Any, options.get(name)), default))
+        for name, default in (("aesthetic_score", 6.0), ("negative_aesthetic_score", 2.5))
+    }
+    given = {
+        name: _pair(name, value) for name in sizes if (value := cast(Any, options.get(f"negative_{name}"))) is not None
+    }
+    scored = "aesthetic_score" in (bundle.manifest["conditioning"]["time_ids"] or ())
+    if not pictured and len({"original_size", "target_size"} & set(given)) == 1:
+        raise UsageError("negative_original_size and negative_target_size: in text to image give both, or neither")
+    resets = scored or (not pictured and "original_size" in given)
+    negative = {**sizes, **({"crops_coords_top_left": zero} if resets else {}), **given}
+    asked = {f"negative_{name}": list(pair) for name, pair in given.items()}
+    return (
+        {**sizes, "aesthetic_score": (scores["aesthetic_score"],)},
+        {**negative, "aesthetic_score": (scores["negative_aesthetic_score"],)},
+        {**asked, **(scores if scored else {})},
+    )
+
+
+def _as_latents(image: Any, count: int, channels: int) -> Array | None:
+    """The image, if it is latents: an array of four dimensions."""
+    if getattr(image, "ndim", 0) != 4:
+        return None
+    if image.shape[0] != count or image.shape[1] != channels or image.dtype != "float32":
+        raise UsageError(
+            f"image: got {image.dtype} {image.shape}; as latents it is float32 ({count}, {channels}, height, width), "
+            "what output_type='latent' gives; as a picture [height, width, 3] in 0..1"
+        )
+    return image
+
+
+def _picture(options: Options, defaults: Mapping[str, Any]) -> tuple[Any, Any, float]:
     """The image to begin from, the mask, and the strength, as they fit together."""
     image, mask, strength = options.get("image"), options.get("mask_image"), options.get("strength")
-    if image is None and (mask is not None or strength is not None):
-        raise UsageError(f"{'mask_image' if mask is not None else 'strength'} needs an image: give image=...")
+    for name in ("mask_image", "strength", "denoising_start"):
+        if image is None and options.get(name) is not None:
+            raise UsageError(f"{name} needs an image: give image=...")
     if image is not None and options.get("latents") is not None:
         raise UsageError("image and latents: give one, a picture to begin from or the noise itself")
     if image is None:
         return None, None, 1.0
-    return image, mask, _share("strength", _or(strength, 0.8 if mask is None else 1.0))
+    own = defaults.get("strength", 0.8) if mask is None else defaults.get("inpaint_strength", 1.0)
+    return image, mask, _share("strength", _or(strength, own))
 
 
-def _pixels(options: Options, defaults: Mapping[str, Any], factor: int) -> tuple[int, int]:
-    """Height and width: as given; else, without a mask, the image's rounded down; else the bundle's."""
+def _pixels(
+    options: Options, defaults: Mapping[str, Any], factor: int, latents: Array | None = None
+) -> tuple[int, int]:
+    """Height and width: as given; else the latents' or, without a mask, the image's rounded down; else the bundle's."""
     own = (defaults["height"], defaults["width"])
-    if options.get("image") is not None and options.get("mask_image") is None:
+    if latents is not None:
+        own = (latents.shape[2] * factor, latents.shape[3] * factor)
+        if (_or(options.get("height"), own[0]), _or(options.get("width"), own[1])) != own:
+            raise UsageError(f"height and width: the latents given as image are those of {own[0]} x {own[1]} pixels")
+    elif options.get("image") is not None and options.get("mask_image") is None:
         height, width = images.size_of(options.get("image"))
         own = (height // factor * factor, width // factor * factor)
     given = (options.get("height"), options.get("width"))

@@ -10,60 +10,20 @@ import pytest
 
 import sdopt
 from sdopt.errors import UsageError
-from tests.conftest import make_tiny_tokenizer
 from tests.test_pipeline import FLOOR_DB, picture_psnr
 
 OPTIONS = {"num_inference_steps": 5, "guidance_scale": 3.0, "output_type": "np"}
 
 
-def make_tiny_sdxl(folder: Path) -> Path:
-    """A random SDXL pipeline whose sizes are nobody's defaults."""
-    import torch
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    torch.manual_seed(0)
-    common = {
-        "vocab_size": len(make_tiny_tokenizer()), "max_position_embeddings": 7, "intermediate_size": 24,
-        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "num_attention_heads": 2,
-    }  # fmt: skip
-    first = CLIPTextConfig(hidden_size=20, num_hidden_layers=2, projection_dim=20, **common)
-    second = CLIPTextConfig(hidden_size=12, num_hidden_layers=3, projection_dim=8, hidden_act="gelu", **common)
-    unet = UNet2DConditionModel(
-        sample_size=12, block_out_channels=(12, 28), layers_per_block=1, norm_num_groups=4, cross_attention_dim=32,
-        attention_head_dim=(2, 4), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2),
-        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=8 + 6 * 4,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(6, 10), norm_num_groups=2, layers_per_block=1, sample_size=24, scaling_factor=0.13025,
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, force_upcast=True,
-    )  # fmt: skip
-    scheduler = EulerDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
-    )
-    StableDiffusionXLPipeline(
-        vae=vae, unet=unet, scheduler=scheduler, tokenizer=make_tiny_tokenizer(), tokenizer_2=make_tiny_tokenizer(),
-        text_encoder=CLIPTextModel(first), text_encoder_2=CLIPTextModelWithProjection(second), add_watermarker=False,
-    ).save_pretrained(folder)  # fmt: skip
-    return folder
-
-
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, sdopt.Pipeline]:
+def pair(sdxl_checkpoint: Path, sdxl_bundle: Path) -> tuple[Any, sdopt.Pipeline]:
     """The same random checkpoint in diffusers and in sdopt."""
     import torch
     from diffusers import StableDiffusionXLPipeline
 
-    from sdopt.export import export
-
-    folder = tmp_path_factory.mktemp("sdxl")
-    checkpoint = make_tiny_sdxl(folder / "checkpoint")
-    bundle = export(checkpoint, folder / "bundle", report=lambda line: None)
-    pipe = StableDiffusionXLPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32, add_watermarker=False)
+    pipe = StableDiffusionXLPipeline.from_pretrained(sdxl_checkpoint, torch_dtype=torch.float32, add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
-    return pipe, sdopt.load(bundle)
+    return pipe, sdopt.load(sdxl_bundle)
 
 
 def generators(*seeds: int) -> Any:
@@ -81,6 +41,14 @@ def generators(*seeds: int) -> Any:
         {"prompt_2": "b", "negative_prompt": "c", "negative_prompt_2": "d"},
         {"height": 24, "width": 32},
         {"original_size": (64, 48), "crops_coords_top_left": (3, 5), "target_size": (40, 24)},
+        {"negative_original_size": (20, 30), "negative_target_size": (48, 24), "crops_coords_top_left": (3, 5)},
+        {
+            "negative_original_size": (20, 30),
+            "negative_target_size": (48, 24),
+            "negative_crops_coords_top_left": (1, 2),
+            "negative_prompt": "b",
+        },
+        {"denoising_end": 0.6},
         {"guidance_scale": 1.0},
         {"clip_skip": 1},
     ],
@@ -125,7 +93,7 @@ def test_the_manifest_says_what_the_family_needs(pair: Any) -> None:
     assert set(manifest["tokenizers"]) == {"tokenizer", "tokenizer_2"}
 
 
-@pytest.mark.parametrize("name", ["original_size", "target_size", "crops_coords_top_left"])
+@pytest.mark.parametrize("name", ["original_size", "target_size", "crops_coords_top_left", "negative_target_size"])
 def test_a_size_that_is_no_pair_is_refused(name: str, pair: Any) -> None:
     with pytest.raises(UsageError, match=rf"{name} = .*; allowed is \(height, width\)"):
         pair[1]("a", **{name: 24})

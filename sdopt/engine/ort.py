@@ -42,11 +42,13 @@ def describe() -> dict[str, Any]:
 
 
 class OrtEngine:
-    """One ONNX Runtime session behind the Engine contract."""
+    """One ONNX Runtime session behind the Engine contract; `small`: less memory, and slower (see `_session`)."""
 
-    def __init__(self, component: Component, threads: int | None = None, device: str | None = None) -> None:
+    def __init__(
+        self, component: Component, threads: int | None = None, device: str | None = None, *, small: bool = False
+    ) -> None:
         self.name, self.inputs, self.outputs = component.name, component.inputs, component.outputs
-        self._session: Any = _session(component.graph, threads, _providers(device))
+        self._session: Any = _session(component.graph, threads, _providers(device), small)
         for kind, specs, nodes in (
             ("input", self.inputs, self._session.get_inputs()),
             ("output", self.outputs, self._session.get_outputs()),
@@ -88,12 +90,20 @@ def _providers(device: str | None) -> list[str]:
     return [PROVIDERS[device]]
 
 
-def _session(graph: Path, threads: int | None, providers: list[str]) -> Any:
+def _session(graph: Path, threads: int | None, providers: list[str], small: bool = False) -> Any:
+    """The session of a graph; `small` keeps one copy of the weights, in the precision of the file.
+
+    Without it, float16 weights also stand in memory in float32, and a third time in the order that the kernels like.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or usable_cores()
+    disabled = ["ConstantFolding"] if small else None
+    if small:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False
     try:
-        return ort.InferenceSession(graph, options, providers=providers)
+        return ort.InferenceSession(graph, options, providers=providers, disabled_optimizers=disabled)
     except Exception as error:  # the library raises its own classes for every kind of fault
         text = f"{graph}: ONNX Runtime {ort.__version__} cannot load it: {error}"
         if "opset" in str(error) or "NOT_IMPLEMENTED" in str(error):

@@ -7,12 +7,13 @@ A new family is a new entry in `FAMILIES`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
 import torch
 
+from sdopt.export.families import conditioning, is_tiny, vae_factor
 from sdopt.export.source import Checkpoint
 from sdopt.specs import Array, TensorSpec
 
@@ -49,10 +50,13 @@ class Part:
     def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """What PyTorch computes in float32: the reference of the parity gate."""
         with torch.inference_mode():
-            given = [torch.from_numpy(arrays[s.name]) for s in self.inputs]
-            result = self.module(*given)
+            result = self.module(**{s.name: torch.from_numpy(arrays[s.name]) for s in self.inputs})
         tensors = cast(tuple[Any, ...], result if isinstance(result, tuple) else (result,))
         return {spec.name: tensor.numpy() for spec, tensor in zip(self.outputs, tensors, strict=True)}
+
+    def without_module(self) -> Part:
+        """The same without the model and its weights: what it takes and gives."""
+        return replace(self, module=torch.nn.Identity())
 
 
 class TextEncoder(torch.nn.Module):
@@ -82,20 +86,10 @@ class TextEncoderXL(torch.nn.Module):
 
 
 class UNet(torch.nn.Module):
-    """A noisy sample, its timestep and the text to the prediction that the checkpoint was trained for."""
+    """A noisy sample, its timestep and the text to the prediction that the checkpoint was trained for.
 
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
-    ) -> torch.Tensor:
-        return self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0]
-
-
-class UNetXL(torch.nn.Module):
-    """The same with SDXL's further conditions: the pooled text, and sizes and crop as six numbers."""
+    SDXL's takes the pooled text and sizes besides, LCM's the guidance scale as an embedding.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -106,11 +100,18 @@ class UNetXL(torch.nn.Module):
         sample: torch.Tensor,
         timestep: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
-        text_embeds: torch.Tensor,
-        time_ids: torch.Tensor,
+        text_embeds: torch.Tensor | None = None,
+        time_ids: torch.Tensor | None = None,
+        timestep_cond: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        added = {"text_embeds": text_embeds, "time_ids": time_ids}
-        return self.model(sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0]
+        return self.model(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            timestep_cond=timestep_cond,
+            added_cond_kwargs={"text_embeds": text_embeds, "time_ids": time_ids},
+            return_dict=False,
+        )[0]
 
 
 class VaeDecoder(torch.nn.Module):
@@ -125,15 +126,18 @@ class VaeDecoder(torch.nn.Module):
 
 
 class VaeEncoder(torch.nn.Module):
-    """A picture in -1..1 to the mean and log-variance of its posterior, so that the caller samples it."""
+    """A picture in -1..1 to the mean and log-variance of its posterior, so that the caller samples it.
+
+    A tiny autoencoder has no posterior: its latents are the mean, and nothing else is given.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        posterior = self.model.encode(sample, return_dict=False)[0]
-        return posterior.mean, posterior.logvar
+    def forward(self, sample: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        encoded = self.model.encode(sample, return_dict=False)[0]
+        return (encoded,) if isinstance(encoded, torch.Tensor) else (encoded.mean, encoded.logvar)
 
 
 # Traced at sizes that no power of two divides, so that upsampling follows the skip connection and one graph takes every
@@ -179,17 +183,9 @@ def _states_of(checkpoint: Checkpoint, name: str, pooled: tuple[TensorSpec, ...]
     return Part(name, TextEncoderXL(model), ids, (states, *pooled), sizes, {"input_ids": config["vocab_size"]})
 
 
-def unet_xl(checkpoint: Checkpoint) -> Part:
-    part, width = unet(checkpoint), checkpoint.config("text_encoder_2")["projection_dim"]
-    pooled = TensorSpec("text_embeds", "float32", ("batch", width))
-    time_ids = TensorSpec("time_ids", "float32", ("batch", 6))
-    module = UNetXL(cast(Any, part.module).model)
-    return Part("unet", module, (*part.inputs, pooled, time_ids), part.outputs, part.sizes, part.limits)
-
-
 def unet(checkpoint: Checkpoint) -> Part:
     config, model = checkpoint.config("unet"), checkpoint.load("unet")
-    tokens = checkpoint.config("text_encoder")["max_position_embeddings"]
+    tokens = _tokens(checkpoint)
     latent = ("latent_height", "latent_width")
     return Part(
         "unet",
@@ -198,11 +194,29 @@ def unet(checkpoint: Checkpoint) -> Part:
             TensorSpec("sample", "float32", ("batch", config["in_channels"], *latent)),
             TensorSpec("timestep", "float32", ("batch",)),
             TensorSpec("encoder_hidden_states", "float32", ("batch", "tokens", config["cross_attention_dim"])),
+            *_further_inputs(checkpoint),
         ),
         (TensorSpec("noise_pred", "float32", ("batch", config["out_channels"], *latent)),),
         tuple({**s, "tokens": t} for s, t in zip(LATENT_SIZES, (tokens, tokens, 2 * tokens), strict=True)),
         {},
     )
+
+
+def _further_inputs(checkpoint: Checkpoint) -> tuple[TensorSpec, ...]:
+    """What the UNet takes beside sample, timestep and text: pooled text and sizes (SDXL), the guidance scale (LCM)."""
+    wanted = conditioning(checkpoint)
+    widths: dict[str, int] = {}
+    if wanted["pooled"]:
+        numbers = sum(1 if name == "aesthetic_score" else 2 for name in wanted["time_ids"])
+        widths = {"text_embeds": checkpoint.config(wanted["pooled"])["projection_dim"], "time_ids": numbers}
+    if wanted["guidance_embedding"]:
+        widths["timestep_cond"] = wanted["guidance_embedding"]
+    return tuple(TensorSpec(name, "float32", ("batch", width)) for name, width in widths.items())
+
+
+def _tokens(checkpoint: Checkpoint) -> int:
+    """How many tokens the text encoders read."""
+    return checkpoint.config(conditioning(checkpoint)["encoders"][0]["component"])["max_position_embeddings"]
 
 
 def vae_decoder(checkpoint: Checkpoint) -> Part:
@@ -229,7 +243,7 @@ def vae_encoder(checkpoint: Checkpoint) -> Part:
         "vae_encoder",
         VaeEncoder(checkpoint.load("vae")),
         (TensorSpec("sample", "float32", ("batch", config["in_channels"], "height", "width")),),
-        (TensorSpec("mean", "float32", latent), TensorSpec("logvar", "float32", latent)),
+        tuple(TensorSpec(name, "float32", latent) for name in (("mean",) if is_tiny(config) else ("mean", "logvar"))),
         tuple(
             {"batch": s["batch"], "height": factor * s["latent_height"], "width": factor * s["latent_width"]}
             for s in LATENT_SIZES
@@ -238,28 +252,20 @@ def vae_encoder(checkpoint: Checkpoint) -> Part:
     )
 
 
-def vae_factor(config: Mapping[str, Any]) -> int:
-    """How many pixels a latent spans: each block of the VAE but the last halves the picture."""
-    return 2 ** (len(config["block_out_channels"]) - 1)
-
-
-FAMILIES: dict[str, tuple[Callable[[Checkpoint], Part], ...]] = {
-    "sd": (text_encoder, unet, vae_decoder, vae_encoder),
-    "sdxl": (text_encoder_xl, text_encoder_2, unet_xl, vae_decoder, vae_encoder),
+Build = Callable[[Checkpoint], Part]
+FAMILIES: dict[str, dict[str, Build]] = {
+    "sd": {"text_encoder": text_encoder, "unet": unet, "vae_decoder": vae_decoder, "vae_encoder": vae_encoder},
+    "sdxl": {
+        "text_encoder": text_encoder_xl,
+        "text_encoder_2": text_encoder_2,
+        "unet": unet,
+        "vae_decoder": vae_decoder,
+        "vae_encoder": vae_encoder,
+    },
 }
 
 
-def conditioning(checkpoint: Checkpoint) -> dict[str, Any]:
-    """How a family's texts condition its UNet, for the manifest.
-
-    `encoders`: their outputs stand side by side in the features of `encoder_hidden_states`; `skip` layers are left out.
-    `pooled`: the encoder whose `text_embeds` the UNet takes. `time_ids`: sizes and crop as six numbers.
-    `zeros_for_empty`: without a negative prompt the unconditional half is zeros, not the empty prompt.
-    """
-    if checkpoint.family == "sd":
-        encoders = [{"component": "text_encoder", "tokenizer": "tokenizer", "output": "last_hidden_state", "skip": 0}]
-        return {"encoders": encoders, "pooled": None, "time_ids": False, "zeros_for_empty": False}
-    pairs = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
-    encoders = [{"component": c, "tokenizer": t, "output": "hidden_states", "skip": 1} for c, t in pairs]
-    zeros = checkpoint.index().get("force_zeros_for_empty_prompt", True)
-    return {"encoders": encoders, "pooled": "text_encoder_2", "time_ids": True, "zeros_for_empty": zeros}
+def builds(checkpoint: Checkpoint) -> dict[str, Build]:
+    """How each component of the checkpoint is made, in order."""
+    table = FAMILIES[checkpoint.family]
+    return {name: build for name, build in table.items() if not name.startswith("text_encoder") or checkpoint.has(name)}

@@ -30,11 +30,11 @@ def trace(part: Part, opset: int = 23) -> ir.Model:
     if opset not in OPSETS:
         raise UsageError(f"opset {opset}; allowed are {', '.join(map(str, OPSETS))}")
     arrays = part.example(part.sizes[0])
-    inputs = tuple(torch.from_numpy(arrays[s.name]) for s in part.inputs)
+    inputs = {s.name: torch.from_numpy(arrays[s.name]) for s in part.inputs}
     try:
         with _quiet(), torch.no_grad():
             traced = torch.export.export(
-                part.module, inputs, dynamic_shapes=tuple(map(_dynamic, part.inputs)), strict=False
+                part.module, (), inputs, dynamic_shapes={s.name: _dynamic(s) for s in part.inputs}, strict=False
             )
             program = torch.onnx.export(
                 traced,
