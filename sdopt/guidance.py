@@ -33,6 +33,7 @@ class Denoiser:
         embedding: int = 0,
     ) -> None:
         self._unet, self._extra, self._rescale, self._embedding = unet, extra, rescale, embedding
+        self._shares = bool(unet.inputs) and unet.inputs[0].shape[0] == "images"  # the graph itself repeats the sample
         self._cond, self._negative, self._both = cond, negative, None
         if negative is not None and batch == 2:
             self._both = {name: np.concatenate([negative[name], cond[name]]) for name in cond}
@@ -47,7 +48,8 @@ class Denoiser:
         if self._both is None:
             uncond, cond = self._run(sample, timestep, self._negative), self._run(sample, timestep, self._cond)
         else:
-            uncond, cond = np.split(self._run(np.concatenate([sample, sample]), timestep, self._both), 2)
+            both = sample if self._shares else np.concatenate([sample, sample])
+            uncond, cond = np.split(self._run(both, timestep, self._both), 2)
         with np.errstate(invalid="ignore", over="ignore"):  # the loop names component and step of what is not finite
             guided = uncond + scale * (cond - uncond)
             return rescaled(guided, cond, self._rescale) if self._rescale else guided

@@ -23,7 +23,8 @@ class Part:
     """One component, loaded and ready to be traced or run.
 
     `sizes`: the lengths of its named dimensions in the trace, then those of each parity check.
-    `limits`: exclusive upper bounds of integer inputs.
+    `limits`: exclusive upper bounds of integer inputs. `shared`: inputs that are the same for both halves of guidance;
+    their batch, "images", may be a part of the others' "batch".
     """
 
     name: str
@@ -32,6 +33,7 @@ class Part:
     outputs: tuple[TensorSpec, ...]
     sizes: tuple[Mapping[str, int], ...]
     limits: Mapping[str, int]
+    shared: tuple[str, ...] = ()
 
     def example(self, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Array]:
         """Seeded inputs of the given sizes: ids and timesteps in their range, everything else standard normal."""
@@ -50,7 +52,11 @@ class Part:
     def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """What PyTorch computes in float32: the reference of the parity gate."""
         with torch.inference_mode():
-            result = self.module(**{s.name: torch.from_numpy(arrays[s.name]) for s in self.inputs})
+            given = {s.name: torch.from_numpy(arrays[s.name]) for s in self.inputs}
+            whole = max(len(tensor) for tensor in given.values())
+            for name in self.shared:
+                given[name] = given[name].repeat(whole // len(given[name]), *[1] * (given[name].ndim - 1))
+            result = self.module(**given)
         tensors = cast(tuple[Any, ...], result if isinstance(result, tuple) else (result,))
         return {spec.name: tensor.numpy() for spec, tensor in zip(self.outputs, tensors, strict=True)}
 
@@ -191,14 +197,19 @@ def unet(checkpoint: Checkpoint) -> Part:
         "unet",
         UNet(model),
         (
-            TensorSpec("sample", "float32", ("batch", config["in_channels"], *latent)),
-            TensorSpec("timestep", "float32", ("batch",)),
+            TensorSpec("sample", "float32", ("images", config["in_channels"], *latent)),
+            TensorSpec("timestep", "float32", ("images",)),
             TensorSpec("encoder_hidden_states", "float32", ("batch", "tokens", config["cross_attention_dim"])),
             *_further_inputs(checkpoint),
         ),
         (TensorSpec("noise_pred", "float32", ("batch", config["out_channels"], *latent)),),
-        tuple({**s, "tokens": t} for s, t in zip(LATENT_SIZES, (tokens, tokens, 2 * tokens), strict=True)),
+        (
+            {**LATENT_SIZES[0], "images": 2, "tokens": tokens},
+            {**LATENT_SIZES[1], "images": 1, "tokens": tokens},
+            {**LATENT_SIZES[2], "images": 2, "batch": 4, "tokens": 2 * tokens},
+        ),
         {},
+        shared=("sample", "timestep"),
     )
 
 

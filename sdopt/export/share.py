@@ -95,7 +95,7 @@ class _Halves:
 
     def _tiled(self, value: ir.Value) -> ir.Value:
         if value.shape is None or len(value.shape) == 0:
-            raise CheckpointError(f"unet: cannot tell the batch of {value.name} in the graph; export with --no-share")
+            raise CheckpointError(f"unet: the graph does not tell which axis of {value.name} is the batch")
         producer = value.producer()
         place = self.graph[0] if producer is None else producer
         rest = ir.Value(name=f"{value.name}/ones", const_value=ir.tensor(np.ones(len(value.shape) - 1, np.int64)))
@@ -117,10 +117,7 @@ class _Halves:
         node = _known(value.producer())
         made = value
         if node.op_type == "Shape":
-            if node.attributes.get_int("start", 0) == 0 and len(value.shape or [1]) == 1:
-                if node.attributes.get_int("end", -1) != 1:
-                    raise CheckpointError(f"unet: {value.name} is the whole shape of a tensor; export with --no-share")
-                made = _known(self.batch)
+            made = self._length(node, value)
         else:
             inputs = [v if v is None or v.producer() not in self.once else self._resized(v) for v in node.inputs]
             if any(new is not old for new, old in zip(inputs, node.inputs, strict=True)):
@@ -131,6 +128,22 @@ class _Halves:
                 made = copy.outputs[0]
         self.sizes[value] = made
         return made
+
+    def _length(self, node: ir.Node, value: ir.Value) -> ir.Value:
+        """What a Shape says of a tensor that both halves share, as the prompted part has to read it."""
+        start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", 1 << 31)
+        if start > 0:
+            return value  # not its batch
+        if end == 1:
+            return _known(self.batch)
+        copy = ir.node("Shape", [self._for_both(_known(node.inputs[0]))], dict(node.attributes))
+        copy.outputs[0].name, copy.outputs[0].type, copy.outputs[0].shape = (
+            f"{value.name}/both",
+            value.type,
+            value.shape,
+        )
+        self.graph.insert_after(_known(_known(copy.inputs[0]).producer()), copy)
+        return copy.outputs[0]
 
     def _before(self, place: ir.Node, node: ir.Node, name: str, dtype: ir.DataType, shape: list[int]) -> ir.Value:
         value = node.outputs[0]

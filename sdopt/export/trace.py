@@ -16,6 +16,7 @@ import torch
 
 from sdopt.errors import CheckpointError, UsageError
 from sdopt.export.components import Part
+from sdopt.export.share import share_halves
 from sdopt.specs import TensorSpec
 
 OPSETS = (18, 19, 20, 21, 22, 23)
@@ -50,6 +51,8 @@ def trace(part: Part, opset: int = 23) -> ir.Model:
     model: ir.Model = program.model
     _strip(model)
     _name_dimensions(model, part)
+    if part.shared:
+        share_halves(model, part.shared)
     return model
 
 
