@@ -59,7 +59,7 @@ def test_the_picture_is_the_one_that_diffusers_makes(options: dict, pair: Any) -
 
 @pytest.mark.parametrize("more", [{}, {"negative_crops_coords_top_left": (1, 2), "negative_prompt": "b"}], ids=str)
 def test_the_negative_half_has_sizes_of_its_own(more: dict, pair: Any) -> None:
-    """Alone as in diffusers; in a batch diffusers 0.42 gives them to the wrong rows, and a picture is not what it was."""
+    """Alone as in diffusers; in a batch diffusers 0.42 gives them to the wrong rows."""
     theirs, ours = pair
     options = {**OPTIONS, "negative_original_size": (20, 30), "negative_target_size": (48, 24), **more}
     options["crops_coords_top_left"] = (3, 5)
