@@ -4,8 +4,8 @@
 
 Speed does not depend on the values of the weights; parity is measured on what is run. The tokenizer has the size
 of CLIP's (49,408) and its byte-level scheme, but made-up merges: CLIP's vocabulary cannot be had offline.
-Configurations: stable-diffusion-v1-5/stable-diffusion-v1-5, stabilityai/stable-diffusion-2-1,
-stable-diffusion-xl-base-1.0 and sdxl-turbo on the hub; Rombach et al. 2022, arXiv:2112.10752; Podell et al. 2023, arXiv:2307.01952.
+Configurations: stable-diffusion-v1-5, stable-diffusion-2-1, stable-diffusion-xl-base-1.0
+and sdxl-turbo on the hub; Rombach et al. 2022, arXiv:2112.10752; Podell et al. 2023, arXiv:2307.01952.
 """
 
 from __future__ import annotations

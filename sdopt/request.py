@@ -292,7 +292,9 @@ def _sizes(
         for name, default in (("aesthetic_score", 6.0), ("negative_aesthetic_score", 2.5))
     }
     given = {
-        name: _pair(name, value) for name in sizes if (value := cast(Any, options.get(f"negative_{name}"))) is not None
+        name: _pair(f"negative_{name}", value)
+        for name in sizes
+        if (value := cast(Any, options.get(f"negative_{name}"))) is not None
     }
     scored = "aesthetic_score" in (bundle.manifest["conditioning"]["time_ids"] or ())
     if not pictured and len({"original_size", "target_size"} & set(given)) == 1:

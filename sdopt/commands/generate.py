@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-m", "--model", type=Path, metavar="BUNDLE", help="the bundle; without it the embedded text-to-emoji model")
     add("--image", type=Path, metavar="FILE", help="a PNG, JPEG or WebP picture to begin from")
     add("--mask", type=Path, metavar="FILE", help="with --image: white where the picture is painted anew")
-    add("--strength", type=float, help="how much of --image is replaced, 0 to 1 (default: 0.8, with --mask 1)")
+    add("--strength", type=float, help="how much of --image is replaced, 0 to 1 (default: the bundle's)")
     add("--guidance-interval", type=float, nargs=2, metavar=("FROM", "TO"), help="guide only this part, e.g. 0.1 0.8")
     add("--negative", default=None, metavar="PROMPT", help="what to steer away from")
     add("--steps", type=int, help="calls that the sampler is asked for (default: the bundle's)")
