@@ -15,7 +15,7 @@ def imports() -> None:
 def convert(checkpoint: Path, target: Path) -> None:
     from optimum.onnxruntime import ORTPipelineForText2Image
 
-    ORTPipelineForText2Image.from_pretrained(readable(checkpoint, target), export=True).save_pretrained(target)
+    ORTPipelineForText2Image.from_pretrained(str(readable(checkpoint, target)), export=True).save_pretrained(target)
 
 
 def load(model: Path, message: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -29,7 +29,7 @@ def load(model: Path, message: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = message["threads"]
     provider = "CUDAExecutionProvider" if message["device"] == "cuda" else "CPUExecutionProvider"
-    pipe = ORTPipelineForText2Image.from_pretrained(model, provider=provider, session_options=options)
+    pipe = ORTPipelineForText2Image.from_pretrained(str(model), provider=provider, session_options=options)
     pipe.set_progress_bar_config(disable=True)
     latents = torch.from_numpy(np.load(message["latents"]))
 

@@ -141,8 +141,12 @@ class DiffusersSide:
         case = self._case
         return self._pipe(
             num_inference_steps=case.steps, guidance_scale=case.guidance, height=case.height, width=case.width,
-            latents=latents, output_type=output_type, **given,
+            latents=latents, output_type=output_type, generator=self._generators(), **given,
         ).images  # fmt: skip
+
+    def _generators(self) -> list[Any]:
+        """Of the noise that a sampler adds: image i's from seed i, as sdopt's."""
+        return [self._torch.Generator("cpu").manual_seed(i) for i in range(self._case.batch)]
 
     def _tensor(self, array: Array) -> Any:
         return self._torch.from_numpy(np.array(array)).to(self._device, self._dtype)
@@ -240,7 +244,11 @@ class DiffusersSide:
 def _instant(unet: Any, answer: Any) -> Generator[None]:
     """Inside, the UNet answers at once."""
     compiled, unet._compiled_call_impl = unet._compiled_call_impl, None
-    unet.forward = lambda *args, **keywords: (answer,)
+
+    def forward(*args: Any, **keywords: Any) -> tuple[Any]:
+        return (answer,)
+
+    unet.forward = forward
     try:
         yield
     finally:
@@ -273,7 +281,7 @@ def _load(checkpoint: Path, dtype: Any) -> Any:
     parts = inspect.signature(kind.__init__).parameters
     absent = {"safety_checker": None, "feature_extractor": None, "add_watermarker": False, "image_encoder": None}
     given = {name: value for name, value in absent.items() if name in parts}
-    pipe = kind.from_pretrained(checkpoint, torch_dtype=dtype, local_files_only=True, **given)
+    pipe = kind.from_pretrained(checkpoint, dtype=dtype, local_files_only=True, **given)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

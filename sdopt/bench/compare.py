@@ -42,9 +42,17 @@ class Change:
 
 def unlike(old: Record, new: Record) -> list[str]:
     """In what the machines differ; empty if they are alike."""
-    pairs = [(key, old["machine"][key], new["machine"][key]) for key in SAME]
-    pairs += [(f"GPU {key}", *((r["gpu"] or {}).get(key) for r in (old, new))) for key in ("name", "driver_version")]
-    return [f"{key}: {before} and {after}" for key, before, after in pairs if before != after]
+    before, after = _machine(old), _machine(new)
+    return [f"{key}: {before[key]} and {after[key]}" for key in before if before[key] != after[key]]
+
+
+def _machine(record: Record) -> dict[str, Any]:
+    gpu: Mapping[str, Any] = record["gpu"] or {}
+    return {
+        **{key: record["machine"][key] for key in SAME},
+        "GPU": gpu.get("name"),
+        "driver": gpu.get("driver_version"),
+    }
 
 
 def changes(old: Record, new: Record, *, side: str = OURS, against: str | None = None) -> list[Change]:

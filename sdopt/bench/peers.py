@@ -18,6 +18,8 @@ from sdopt.bench.protocol import Program
 from sdopt.bench.sides import Inputs
 from sdopt.bench.timing import Call, Sample
 
+ROOT = Path(__file__).parents[2]  # of this very sdopt, whichever is in the working folder
+CHILD = "import sys; sys.path.insert(0, {root!r}); from sdopt.bench.child import main; main({name!r})"
 Request = Mapping[str, Any]  # what `prepare` and `load` carry
 
 
@@ -60,7 +62,7 @@ class PeerSide:
 
 def command_of(name: str, peers: Mapping[str, Sequence[str]]) -> list[str]:
     """What starts a side in a process of its own: a peer's command, or this sdopt's own child."""
-    return list(peers[name]) if name in peers else [sys.executable, "-m", "sdopt.bench.child", name]
+    return list(peers[name]) if name in peers else [sys.executable, "-c", CHILD.format(root=str(ROOT), name=name)]
 
 
 def cold_start(command: Sequence[str], request: Request) -> tuple[Sample, int | None]:

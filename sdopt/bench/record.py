@@ -95,19 +95,21 @@ def check(record: Any) -> Record:
     if schema != SCHEMA:
         raise UsageError(f"schema {schema!r}; this sdopt reads records of schema {SCHEMA}. Measure again.")
     _check(record, RECORD, "record")
-    for i, result in enumerate(record["results"]):
+    checked = cast(Record, record)
+    for i, result in enumerate(cast(list[Record], checked["results"])):
         case = Case.from_json(result["case"])
-        names = [side["name"] for side in result["sides"]]
+        sides: list[Record] = result["sides"]
+        names = [side["name"] for side in sides]
         if names[:1] != [OURS] or len(set(names)) != len(names):
             raise UsageError(f"record.results[{i}]: its sides are {names}; sdopt comes first, and each once")
-        for side in result["sides"]:
+        for side in sides:
             where = f"record.results[{i}], side {side['name']}"
-            rounds = [s for series in (*side["seconds"].values(), *side["parts"].values()) for s in series]
-            if not all(s > 0 for s in rounds) or not all(side["seconds"].values()):
+            series: list[list[float]] = [*side["seconds"].values(), *side["parts"].values()]
+            if not all(taken and min(taken) > 0 for taken in series):
                 raise UsageError(f"{where}: a timing is not positive, or a component has none")
             if side["quotable"] != (side["failed"] is None and quotable(side["parity"], case)):
                 raise UsageError(f"{where}: quotable is {side['quotable']}, its parity {side['parity']} says otherwise")
-    return record
+    return checked
 
 
 def _check(value: Any, shape: Any, where: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -68,7 +69,9 @@ class SdoptSide:
         self._pipe = Pipeline(Bundle.open(bundle), case.backend, threads=threads)
         self.backend, self.precision = self._pipe.backend, case.precision
         self.versions: Mapping[str, str] = {}
-        self.engine_bytes = {name: self._pipe.bundle.nbytes(name) for name in self._pipe.bundle.components}
+        self.engine_bytes: Mapping[str, int] = {
+            name: self._pipe.bundle.nbytes(name) for name in self._pipe.bundle.components
+        }
 
     @property
     def bundle(self) -> Bundle:
@@ -152,4 +155,6 @@ class _Instant:
     def __enter__(self) -> _Instant:
         return self
 
-    def __exit__(self, *exception: object) -> None: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
