@@ -1,9 +1,9 @@
 """Everything that only a GPU can show, the most valuable first, within a time budget; the record grows case by case.
 
     python benchmarks/gpu.py --budget 1800 -o benchmarks/results/gpu.json
-    python benchmarks/gpu.py --device cpu --smoke --budget 600 -o /tmp/smoke.json     # does it run? two steps of the emoji
+    python benchmarks/gpu.py --device cpu --smoke --budget 600 -o smoke.json     # does it run? the emoji, two steps
 
-The models have random weights (`models.py`) and are made once, in build-out/models; making them counts against the budget.
+The models have random weights (`models.py`), made once, in build-out/models; making them counts against the budget.
 """
 
 from __future__ import annotations
