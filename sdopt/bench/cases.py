@@ -79,7 +79,7 @@ class Case:
     def of_bundle(bundle: Bundle) -> Case:
         """The picture that a bundle makes when nothing else is asked for."""
         d: Mapping[str, Any] = bundle.manifest["defaults"]
-        model = str(bundle.manifest.get("name", bundle.path.absolute().name))
+        model = str(bundle.manifest.get("name", "/".join(bundle.path.absolute().parts[-2:])))
         return Case("default", model, d["width"], d["height"], d["num_inference_steps"], float(d["guidance_scale"]))
 
 

@@ -7,6 +7,7 @@ only where sdopt's parity is above the case's floors.
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,14 @@ TITLES = {
     "picture": "picture, end to end",
     "cold_start": "cold start to first picture",
 }
+PARTS = {
+    "text_encoder.device": "text encoder, the GPU's part (CUDA events)",
+    "unet.device": "UNet, the GPU's part (CUDA events)",
+    "vae_decoder.device": "VAE decoder, the GPU's part (CUDA events)",
+    "cold_start.import": "cold start: import",
+    "cold_start.load": "cold start: load",
+    "cold_start.picture": "cold start: first picture",
+}
 Result = Mapping[str, Any]
 
 
@@ -34,18 +43,23 @@ def report(records: Sequence[Record], stem: str = "bench", folder: str = "") -> 
     """(Markdown, SVG texts by file name); the Markdown shows the plots from `folder`."""
     parts, plots = list[str](), dict[str, str]()
     for i, (record, result) in enumerate((r, result) for r in records for result in r["results"]):
-        name = f"{stem}-{i + 1}-{result['case']['name']}"
+        name = f"{stem}-{i + 1}-{_file(result['case']['name'])}"
         drawn = {f"{name}-latency.svg": _latency(result), f"{name}-speedup.svg": _speedup(result)}
         drawn = {file: text for file, text in drawn.items() if text}
         plots |= drawn
         shown = [f"![{Path(file).stem}]({Path(folder, file).as_posix()})" for file in drawn]
         parts.append("\n\n".join([*_tables(record, result), *shown]))
     for axis in ("steps", "pixels"):
-        for model, text in _costs(records, axis).items():
-            file = f"{stem}-{model}-{axis}.svg"
+        for i, (model, text) in enumerate(_costs(records, axis)):
+            file = f"{stem}-{axis}-{i + 1}-{_file(model)}.svg"
             plots[file] = text
-            parts.append(f"![cost of a picture against {axis}, {model}]({Path(folder, file).as_posix()})")
+            parts.append(f"![{Path(file).stem}]({Path(folder, file).as_posix()})")
     return "\n\n".join(parts) + "\n", plots
+
+
+def _file(name: str) -> str:
+    """The name as a part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip(".-")
 
 
 def write(path: Path, records: Sequence[Record], plots: Path | None = None) -> list[Path]:
@@ -109,6 +123,12 @@ def _timings(result: Result) -> str:
     for component, title in TITLES.items():
         if any(component in s["seconds"] for s in sides):
             rows.append([title, *(_timing(s["seconds"].get(component)) for s in sides)])
+    for part, title in PARTS.items():
+        if any(part in s["parts"] for s in sides):
+            rows.append([title, *(_timing(s["parts"].get(part)) for s in sides)])
+    rows.append(
+        ["engines on disk, MB", *(_megabytes(sum(s["memory"]["engine_bytes"].values()) or None) for s in sides)]
+    )
     rows.append(["peak memory of a fresh process, MB", *(_megabytes(s["memory"]["peak_rss_bytes"]) for s in sides)])
     if any(s["memory"]["peak_device_bytes"] is not None for s in sides):
         rows.append(["peak GPU memory, MB", *(_megabytes(s["memory"]["peak_device_bytes"]) for s in sides)])
@@ -177,7 +197,8 @@ def _measured(result: Result) -> list[Mapping[str, Any]]:
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    head, *body = ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join([head, "|---|" + "---:|" * (len(rows[0]) - 1), *body])
 
 
@@ -242,8 +263,8 @@ def _speedup(result: Result) -> str:
     return bars(title, groups, mark=1.0) if groups and ours["quotable"] else ""
 
 
-def _costs(records: Sequence[Record], axis: str) -> dict[str, str]:
-    """By model, the seconds of a picture against steps (at one size) or pixels (at one number of steps)."""
+def _costs(records: Sequence[Record], axis: str) -> list[tuple[str, str]]:
+    """(model, SVG): the seconds of a picture against steps (at one size) or pixels (at one number of steps)."""
     found: dict[tuple[Any, ...], dict[str, dict[float, float]]] = {}
     for result in (r for record in records for r in record["results"]):
         case = result["case"]
@@ -253,12 +274,12 @@ def _costs(records: Sequence[Record], axis: str) -> dict[str, str]:
         for side in _measured(result):
             if side["quotable"] or side["kind"] != "sdopt":
                 found.setdefault(key, {}).setdefault(side["name"], {})[x] = summary(side["seconds"]["picture"]).median
-    drawn: dict[str, str] = {}
+    drawn: list[tuple[str, str]] = []
     for (model, *_), sides in found.items():
         several = {name: points for name, points in sides.items() if len(points) > 1}
         if several:
             curves = [Curve(name, sorted(points.items()), i) for i, (name, points) in enumerate(several.items())]
-            drawn[model] = lines(f"{model}: a picture against {axis}", axis, "seconds", curves)
+            drawn.append((model, lines(f"{model}: a picture against {axis}", axis, "seconds", curves)))
     return drawn
 
 

@@ -84,16 +84,20 @@ def test_every_plot_is_an_svg_for_light_and_dark_and_is_shown() -> None:
 
 def test_cost_against_steps_joins_the_cases_that_differ_in_nothing_else() -> None:
     _, plots = report([run(), steps(5, 0.2), steps(10, 0.3)])
-    curve = ET.fromstring(plots["bench-emoji-steps.svg"])
+    curve = ET.fromstring(plots["bench-steps-1-emoji.svg"])
     (line,) = curve.iter("{http://www.w3.org/2000/svg}polyline")
     assert len(line.attrib["points"].split()) == 3  # 5, 10 and 20 steps
     assert not [name for name in plots if "pixels" in name]
 
 
-def test_a_name_with_angle_brackets_stays_text() -> None:
+def test_a_strange_name_stays_a_name() -> None:
     entry = run()
-    entry["results"][0]["sides"][2]["name"] = "<b>&"
-    assert all(ET.fromstring(svg) is not None for svg in report([entry])[1].values())
+    entry["results"][0]["sides"][2]["name"] = "<b>&|"
+    entry["results"][0]["case"]["name"] = "../../one@cuda:0"
+    text, plots = report([entry])
+    assert all(ET.fromstring(svg) is not None for svg in plots.values())
+    assert set(plots) == {"bench-1-one-cuda-0-latency.svg", "bench-1-one-cuda-0-speedup.svg"}
+    assert "| <b>&\\| |" in text
 
 
 @pytest.fixture
