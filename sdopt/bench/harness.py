@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from sdopt.bench.peers import PeerSide, cold_start, command_of
 from sdopt.bench.sides import COMPONENTS, OURS, Inputs, SdoptSide, Side, latents_of
 from sdopt.bench.stats import psnr
 from sdopt.bench.timing import Call, Sample, Series, interleaved
+from sdopt.bundle import Bundle
 from sdopt.errors import BackendError, UsageError
-from sdopt.specs import Array
+from sdopt.specs import Array, Float32
 
 Report = Callable[[str], None]
 
@@ -67,38 +69,46 @@ def new_record(command: str, results: Sequence[Mapping[str, Any]] = ()) -> dict[
 def run_case(case: Case, setup: Setup, report: Report = print) -> dict[str, Any]:
     """The result of a case, as a record holds it.
 
-    Raises: what sdopt or the reference raise; another side that fails is an entry that says why.
+    Raises: what sdopt or the reference raise; another side that cannot be opened or called is an entry that says why.
     """
-    ours = SdoptSide(case, setup.bundle, setup.threads)
-    latents = latents_of(case, ours.bundle)
     report(f"{case.name}: {case.width}x{case.height}, {case.steps} steps, guidance {case.guidance}")
-    reference = DiffusersSide(REFERENCE, case, setup.checkpoint, setup.threads, setup.device)
-    inputs = reference.inputs(latents)
+    bundle = Bundle.open(setup.bundle)
     with tempfile.TemporaryDirectory(prefix="sdopt-bench-") as folder:
-        path = Path(folder) / "latents.npy"
+        latents, path = latents_of(case, bundle), Path(folder) / "latents.npy"
         np.save(path, latents)
         request = _request(case, setup, path)
+        entries = _together(case, setup, latents, request, report)
+        _cold([entry for entry in entries if _starts_cold(entry)], setup, request, report)
+    return {
+        "case": case.to_json(),
+        "bundle": {"digest": bundle.digest, "family": str(bundle.manifest["family"])},
+        "threads": setup.threads,
+        "device": setup.device,
+        "sides": entries,
+    }
+
+
+def _together(
+    case: Case, setup: Setup, latents: Float32, request: Mapping[str, Any], report: Report
+) -> list[dict[str, Any]]:
+    """The entries of all sides but for the cold start: open all, prove each, take turns, close all."""
+    with ExitStack() as stack:
+        ours = SdoptSide(case, setup.bundle, setup.threads)
+        stack.callback(ours.close)
+        reference = DiffusersSide(REFERENCE, case, setup.checkpoint, setup.threads, setup.device)
+        stack.callback(reference.close)
         opened: dict[str, Side | str] = {OURS: ours, REFERENCE: reference}
         for name in [*setup.baselines, *setup.peers]:
             if name not in opened:
-                opened[name] = _open(name, case, setup, request, report)
+                opened[name] = side = _open(name, case, setup, request, report)
+                if not isinstance(side, str):
+                    stack.callback(side.close)
+        inputs = reference.inputs(latents)
         expected = _outputs(reference.calls(inputs))
         proven = {name: _prove(name, side, inputs, expected, case, report) for name, side in opened.items()}
         _refuse_failure(proven)
         warm = _warm(proven, setup, report)
-        entries = {name: _entry(p, case, warm.get(name, {})) for name, p in proven.items()}
-        for side in opened.values():
-            if not isinstance(side, str):
-                side.close()
-        _cold([e for e in entries.values() if e["failed"] is None], setup, request, report)
-    digest, family = ours.bundle.digest, str(ours.bundle.manifest["family"])
-    return {
-        "case": case.to_json(),
-        "bundle": {"digest": digest, "family": family},
-        "threads": setup.threads,
-        "device": setup.device,
-        "sides": list(entries.values()),
-    }
+        return [_entry(p, case, warm[name]) for name, p in proven.items()]
 
 
 @dataclass(frozen=True)
@@ -210,6 +220,14 @@ def _parity(
     return None if reference is None or output is None else round(psnr(reference, output, peak), 2)
 
 
+def _starts_cold(entry: dict[str, Any]) -> bool:
+    """Whether a side is started in fresh processes; a compiled one is not, and its note says so."""
+    compiled = entry["kind"] == "diffusers" and Baseline.parse(entry["name"]).compiled
+    if compiled:
+        entry["note"] = f"{entry['note']}; not started cold, compiling takes minutes".lstrip("; ")
+    return entry["failed"] is None and not compiled
+
+
 def _cold(entries: Sequence[dict[str, Any]], setup: Setup, request: Mapping[str, Any], report: Report) -> None:
     """Add the cold starts and the memory of fresh processes to the entries."""
     if not setup.cold_rounds or not entries:
@@ -225,8 +243,15 @@ def _cold(entries: Sequence[dict[str, Any]], setup: Setup, request: Mapping[str,
 
         return call
 
-    series = interleaved({name: start(name) for name in peaks}, setup.cold_rounds, warmup=1)
     for entry in entries:
+        try:
+            start(entry["name"])()  # brings the files into memory
+        except BackendError as error:
+            del peaks[entry["name"]]
+            entry["note"] = f"{entry['note']}; cold start failed: {error}".lstrip("; ")
+            report(f"  {entry['name']}: {entry['note']}")
+    series = interleaved({name: start(name) for name in peaks}, setup.cold_rounds, warmup=0)
+    for entry in (e for e in entries if e["name"] in series):
         taken = series[entry["name"]]
         entry["seconds"]["cold_start"] = list(taken.seconds)
         entry["parts"] |= {f"cold_start.{part}": list(v) for part, v in taken.parts.items()}

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from sdopt.bench.baseline import Baseline
+from sdopt.bench.harness import Setup, _cold, _starts_cold
 from sdopt.bench.peers import PeerSide, cold_start
 from sdopt.bench.protocol import Program, peak_rss_bytes
 from sdopt.bench.sides import Inputs
 from sdopt.errors import BackendError, UsageError
-from tests.conftest import ROOT
+from tests.bench.records import side
+from tests.conftest import EMOJI_BUNDLE, EMOJI_CHECKPOINT, ROOT
 
 INPUTS = Inputs(np.zeros((1, 4, 2, 2), np.float32), {})
 PROGRAM = f"""
@@ -39,22 +41,22 @@ def command(tmp_path: Path, fault: str = "") -> list[str]:
 
 
 def test_a_peer_tells_its_own_seconds_and_gives_its_picture(tmp_path: Path) -> None:
-    side = PeerSide("peer", command(tmp_path), {"latents": True})
+    peer = PeerSide("peer", command(tmp_path), {"latents": True})
     try:
-        sample = side.calls(INPUTS)["picture"]()
+        sample = peer.calls(INPUTS)["picture"]()
     finally:
-        side.close()
+        peer.close()
     assert sample.seconds == 0.125
     assert sample.output is not None
     assert sample.output.shape == (1, 2, 2, 3)
 
 
 def test_a_picture_of_other_latents_is_not_compared(tmp_path: Path) -> None:
-    side = PeerSide("peer", command(tmp_path), {"latents": False})
+    peer = PeerSide("peer", command(tmp_path), {"latents": False})
     try:
-        assert side.calls(INPUTS)["picture"]().output is None
+        assert peer.calls(INPUTS)["picture"]().output is None
     finally:
-        side.close()
+        peer.close()
 
 
 def test_a_cold_start_adds_up_and_tells_the_memory(tmp_path: Path) -> None:
@@ -97,3 +99,22 @@ def test_an_unknown_baseline_is_refused_with_what_there_is(name: str) -> None:
 
 def test_a_baselines_name_is_how_it_runs() -> None:
     assert Baseline.parse("compile-bf16-nhwc") == Baseline("compile-bf16-nhwc", True, "bfloat16", True)
+
+
+def test_a_peer_that_does_not_start_again_keeps_what_it_has(tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    peers = {"good": command(tmp_path), "bad": command(tmp_path / "bad", "sys.exit('no memory left')")}
+    setup = Setup(EMOJI_BUNDLE, EMOJI_CHECKPOINT, threads=1, peers=peers, cold_rounds=2)
+    entries = [side(name, {"picture": [1.0]}) for name in peers]
+    _cold(entries, setup, {"latents": True}, lambda line: None)
+    assert len(entries[0]["seconds"]["cold_start"]) == 2
+    assert entries[1]["seconds"] == {"picture": [1.0]}
+    assert "no memory left" in entries[1]["note"]
+
+
+def test_a_compiled_side_is_not_started_cold_and_says_so() -> None:
+    entry = side("compile-float32", {"picture": [1.0]})
+    assert not _starts_cold(entry)
+    assert "not started cold" in entry["note"]
+    assert _starts_cold(side("eager-float32", {"picture": [1.0]}))
+    assert not _starts_cold(side("peer", {}, kind="peer", failed="it broke", quotable=False))
