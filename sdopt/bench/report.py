@@ -259,7 +259,7 @@ def _speedup(result: Result) -> str:
                 group.append(Bar(other["name"], f"{e.value:.2f}x", e.value, e.low, e.high, colour))
         if group:
             groups.append((f"{TITLES[component]}: other time / sdopt's", group))
-    title = f"{_title(result)}: speed-up of sdopt, 95 % interval (right of the line sdopt is faster)"
+    title = f"{_title(result)}: speed-up of sdopt, 95 % interval (line: equal)"
     return bars(title, groups, mark=1.0) if groups and ours["quotable"] else ""
 
 
