@@ -1,11 +1,13 @@
 """Full-size pipelines with random weights, from their public configurations: every figure can be made offline.
 
+    python benchmarks/models.py sd15                      checkpoint and bundle, made once, in build-out/models/sd15
     python benchmarks/models.py sd15 -o CHECKPOINT [--dtype float16]
 
 Speed does not depend on the values of the weights; parity is measured on what is run. The tokenizer has the size
 of CLIP's (49,408) and its byte-level scheme, but made-up merges: CLIP's vocabulary cannot be had offline.
-Configurations: stable-diffusion-v1-5, stable-diffusion-2-1, stable-diffusion-xl-base-1.0
-and sdxl-turbo on the hub; Rombach et al. 2022, arXiv:2112.10752; Podell et al. 2023, arXiv:2307.01952.
+Configurations: stable-diffusion-v1-5/stable-diffusion-v1-5, stabilityai/stable-diffusion-2-1,
+stabilityai/stable-diffusion-xl-base-1.0 and stabilityai/sdxl-turbo on the hub; Rombach et al. 2022, arXiv:2112.10752;
+Podell et al. 2023, arXiv:2307.01952; Sauer et al. 2023, arXiv:2311.17042.
 """
 
 from __future__ import annotations
@@ -13,77 +15,72 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+CACHE = Path("build-out/models")
+CLIP_L: dict[str, Any] = {
+    "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "max_position_embeddings": 77, "hidden_act": "quick_gelu", "projection_dim": 768,
+    "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407,
+}  # fmt: skip
+CLIP_H = CLIP_L | {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16,
+    "hidden_act": "gelu", "projection_dim": 512, "pad_token_id": 0,
+}  # fmt: skip
+CLIP_G = CLIP_L | {
+    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
+    "hidden_act": "gelu", "projection_dim": 1280, "pad_token_id": 0,
+}  # fmt: skip
+VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+}  # fmt: skip
+BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SD15: dict[str, dict[str, Any]] = {
-    "text_encoder": {
-        "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-        "num_attention_heads": 12, "max_position_embeddings": 77, "hidden_act": "quick_gelu", "projection_dim": 768,
-        "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407,
-    },
+    "text_encoder": CLIP_L,
     "unet": {
         "sample_size": 64, "in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280),
         "layers_per_block": 2, "cross_attention_dim": 768, "attention_head_dim": 8,
         "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
     },
-    "vae": {
-        "sample_size": 512, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
-        "scaling_factor": 0.18215, "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-    },
-    "scheduler": {
-        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "skip_prk_steps": True,
-        "set_alpha_to_one": False, "steps_offset": 1,
-    },
+    "vae": VAE | {"sample_size": 512, "scaling_factor": 0.18215},
+    "scheduler": BETAS | {"class": "PNDMScheduler", "skip_prk_steps": True, "set_alpha_to_one": False},
 }  # fmt: skip
-OPENCLIP_H: dict[str, Any] = {
-    **SD15["text_encoder"], "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23,
-    "num_attention_heads": 16, "hidden_act": "gelu", "projection_dim": 512, "pad_token_id": 0,
-}  # fmt: skip
-SD21: dict[str, dict[str, Any]] = {
-    "text_encoder": OPENCLIP_H,
-    "unet": {
-        **SD15["unet"], "sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20),
+SD21 = SD15 | {
+    "text_encoder": CLIP_H,
+    "unet": SD15["unet"] | {
+        "sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20),
         "use_linear_projection": True,
     },
-    "vae": {**SD15["vae"], "sample_size": 768},
-    "scheduler": {
-        "class": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-        "prediction_type": "v_prediction", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
+    "vae": VAE | {"sample_size": 768, "scaling_factor": 0.18215},
+    "scheduler": BETAS | {
+        "class": "DDIMScheduler", "prediction_type": "v_prediction", "set_alpha_to_one": False, "clip_sample": False,
     },
 }  # fmt: skip
 SDXL: dict[str, dict[str, Any]] = {
-    "text_encoder": SD15["text_encoder"],
-    "text_encoder_2": {
-        **OPENCLIP_H, "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
-        "num_attention_heads": 20, "projection_dim": 1280,
-    },
+    "text_encoder": CLIP_L,
+    "text_encoder_2": CLIP_G,
     "unet": {
         "sample_size": 128, "in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280),
         "layers_per_block": 2, "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20),
-        "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True, "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
         "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
-        "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",), "transformer_layers_per_block": (1, 2, 10),
+        "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
     },
-    "vae": {**SD15["vae"], "sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
-    "scheduler": {
-        "class": "EulerDiscreteScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-        "steps_offset": 1, "timestep_spacing": "leading",
-    },
+    "vae": VAE | {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
+    "scheduler": BETAS | {"class": "EulerDiscreteScheduler", "timestep_spacing": "leading"},
 }  # fmt: skip
-SDXL_TURBO: dict[str, dict[str, Any]] = {
-    **SDXL,
-    "unet": {**SDXL["unet"], "sample_size": 64},
-    "scheduler": {
-        **SDXL["scheduler"], "class": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing",
-    },
+TURBO = SDXL | {
+    "unet": SDXL["unet"] | {"sample_size": 64},
+    "scheduler": BETAS | {"class": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"},
     "generation_config": {"num_inference_steps": 1, "guidance_scale": 0.0},
-}  # fmt: skip
-MODELS = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL, "sdxl-turbo": SDXL_TURBO}
+}
+MODELS = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL, "sdxl-turbo": TURBO}
 
 
 def byte_tokens() -> list[str]:
@@ -138,7 +135,7 @@ def build(name: str, folder: Path, dtype: str = "float16", seed: int = 0) -> Pat
     parts["unet"] = random_model(lambda: diffusers.UNet2DConditionModel(**config["unet"]), kind)
     parts["vae"] = random_model(lambda: diffusers.AutoencoderKL(**config["vae"]), kind)
     options = dict(config["scheduler"])
-    parts["scheduler"] = getattr(diffusers, options.pop("class", "PNDMScheduler"))(**options)
+    parts["scheduler"] = getattr(diffusers, options.pop("class"))(**options)
     if "text_encoder_2" in parts:
         diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False).save_pretrained(folder)
     else:
@@ -149,10 +146,28 @@ def build(name: str, folder: Path, dtype: str = "float16", seed: int = 0) -> Pat
     return folder
 
 
+def prepared(name: str, cache: Path = CACHE) -> tuple[Path, Path]:
+    """(checkpoint, bundle) of a model, each made where it is not there yet."""
+    from sdopt.bundle import new_folder
+    from sdopt.export import export
+
+    checkpoint, bundle = cache / name / "checkpoint", cache / name / "bundle"
+    if not checkpoint.exists():
+        with new_folder(checkpoint) as folder:
+            build(name, folder)
+    if not bundle.exists():
+        export(checkpoint, bundle, report=lambda line: print(line, file=sys.stderr, flush=True))
+    return checkpoint, bundle
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", choices=MODELS)
-    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("-o", "--output", type=Path, help="make only the checkpoint, here")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
+    parser.add_argument("--cache", type=Path, default=CACHE)
     args = parser.parse_args()
-    print(build(args.model, args.output, args.dtype))
+    if args.output:
+        print(build(args.model, args.output, args.dtype))
+    else:
+        print(*prepared(args.model, args.cache), sep="\n")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 from sdopt.bundle import Bundle, Component
 from sdopt.engine.ort import OrtEngine
-from sdopt.export.share import share_halves
 from sdopt.specs import Array, TensorSpec
 from tests.conftest import EMOJI_BUNDLE
 
