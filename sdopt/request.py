@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, cast
 
-from sdopt import images
+import numpy as np
+
+from sdopt import images, masks
 from sdopt.bundle import Bundle
 from sdopt.errors import UsageError, choices
 from sdopt.samplers import SAMPLERS, SamplerTable, sampler_table
@@ -18,6 +20,8 @@ from sdopt.specs import Array
 from sdopt.tiling import MIN_TILE
 
 MAX_IMAGES = 64
+MAX_SIZE = 1 << 14  # pixels a side
+MAX_BLUR = 1000  # pixels
 PROMPT_STYLES = ("plain", "a1111")
 
 
@@ -32,9 +36,14 @@ class Options(TypedDict, total=False):
     target_size: tuple[int, int] | None
     prompt_style: str  # "plain": as diffusers reads it; "a1111": (word:1.3), [word], and prompts of any length
     clip_skip: int | None  # 0; how many of the text encoder's last layers are left out
-    vae_tile: int | None  # decode in tiles of so many latents a side, in the memory of one; None: all at once
-    image: Any  # PIL, or an array [height, width, 3] in 0..1; or one per image: what the picture begins from
+    vae_tile: int | None  # decode (and encode) in tiles of so many latents a side, in the memory of one
+    vae_slice: bool  # False; decode (and encode) a batch image by image, in the memory of one
+    image: (
+        Any  # what the picture begins from: PIL, or an array [height, width, 3] in 0..1, or one per image; or latents
+    )
     mask_image: Any  # of the same size, white where the picture is to be painted anew
+    mask_blur: float  # 0; radius in pixels of the Gaussian that blurs the mask, as VaeImageProcessor.blur
+    padding_mask_crop: int | None  # paint only the region around the mask, so many pixels wider, at full size
     strength: float | None  # how much of `image` is replaced: 0.8, with a mask 1
     num_inference_steps: int | None  # the bundle's own
     guidance_scale: float | Sequence[float] | None  # the bundle's own; 1 or less runs without; or one per call
@@ -85,8 +94,11 @@ class Plan:
     prompt_style: str
     clip_skip: int
     vae_tile: int | None
+    vae_slice: bool
     image: Array | None
+    image_latents: Array | None
     mask: Array | None
+    overlays: tuple[masks.Overlay, ...]
     strength: float
     wishes: Mapping[str, Any]
 
@@ -112,6 +124,7 @@ class Plan:
             "prompt_style": self.prompt_style,
             "clip_skip": self.clip_skip,
             "vae_tile": self.vae_tile,
+            **({"vae_slice": True} if self.vae_slice else {}),
             "guidance_rescale": self.guidance_rescale,
             "seed": self.seeds[image],
             "rng": self.rng,
@@ -179,8 +192,8 @@ def make_plan(bundle: Bundle, prompt: str | Sequence[str] | None, options: Optio
         prompt_style=_one_of("prompt_style", options.get("prompt_style", "plain"), PROMPT_STYLES),
         clip_skip=_whole("clip_skip", _or(options.get("clip_skip"), 0), 0, 100),
         vae_tile=None if options.get("vae_tile") is None else _whole("vae_tile", options.get("vae_tile"), MIN_TILE),
-        image=None if image is None else images.to_array(image, height, width, len(prompts)),
-        mask=None if mask is None else images.to_mask(mask, height, width, len(prompts)),
+        vae_slice=bool(options.get("vae_slice")),
+        **_begun(options, image, mask, height, width, shape),
         strength=strength,
         wishes=wishes if image is None else {**wishes, "strength": strength},
     )
@@ -248,16 +261,52 @@ def _picture(options: Options) -> tuple[Any, Any, float]:
         raise UsageError(f"{'mask_image' if mask is not None else 'strength'} needs an image: give image=...")
     if image is not None and options.get("latents") is not None:
         raise UsageError("image and latents: give one, a picture to begin from or the noise itself")
+    for name in ("mask_blur", "padding_mask_crop"):
+        if options.get(name) and mask is None:
+            raise UsageError(f"{name} needs a mask: give mask_image=...")
     if image is None:
         return None, None, 1.0
     return image, mask, _share("strength", _or(strength, 0.8 if mask is None else 1.0))
+
+
+def _begun(options: Options, image: Any, mask: Any, height: int, width: int, shape: tuple[int, ...]) -> dict[str, Any]:
+    """What the plan holds of a picture to begin from; `shape` is that of the latents."""
+    found: dict[str, Any] = {"image": None, "image_latents": None, "mask": None, "overlays": ()}
+    if image is None:
+        return found
+    if images.is_latents(image):
+        return {**found, "image_latents": _latents_of(image, mask, shape)}
+    if mask is None:
+        return {**found, "image": images.to_array(image, height, width, shape[0])}
+    blur, padding = options.get("mask_blur", 0.0), options.get("padding_mask_crop")
+    if not 0 <= _finite("mask_blur", blur) <= MAX_BLUR:
+        raise UsageError(f"mask_blur = {blur!r}; allowed are 0 to {MAX_BLUR} pixels")
+    if padding is not None:
+        padding = _whole("padding_mask_crop", padding, 0, MAX_SIZE)
+    found["image"], found["mask"], found["overlays"] = masks.prepare(
+        image, mask, height, width, shape[0], float(blur), padding
+    )
+    return found
+
+
+def _latents_of(image: Array, mask: Any, shape: tuple[int, ...]) -> Array:
+    """`image` as latents to begin from, one for each image."""
+    if mask is not None:
+        raise UsageError("image: latents begin image to image; with mask_image give the picture itself")
+    allowed = (shape, (1, *shape[1:]))
+    if image.shape not in allowed or image.dtype != "float32" or not np.isfinite(image).all():
+        raise UsageError(
+            f"image: got latents {image.dtype} {image.shape}; allowed are finite float32 {shape}, as "
+            "output_type='latent' gives them, or a picture [height, width, 3]"
+        )
+    return np.repeat(image, shape[0] // len(image), 0)
 
 
 def _pixels(options: Options, defaults: Mapping[str, Any], factor: int) -> tuple[int, int]:
     """Height and width: as given; else, without a mask, the image's rounded down; else the bundle's."""
     own = (defaults["height"], defaults["width"])
     if options.get("image") is not None and options.get("mask_image") is None:
-        height, width = images.size_of(options.get("image"))
+        height, width = images.size_of(options.get("image"), factor=factor)
         own = (height // factor * factor, width // factor * factor)
     given = (options.get("height"), options.get("width"))
     height, width = (_or(value, default) for value, default in zip(given, own, strict=True))
@@ -316,7 +365,7 @@ def _finite(name: str, value: Any) -> float:
 
 
 def _size(name: str, value: Any, factor: int) -> int:
-    pixels = _whole(name, value, factor, 1 << 14)
+    pixels = _whole(name, value, factor, MAX_SIZE)
     if pixels % factor:
         near = pixels // factor * factor
         raise UsageError(f"{name} = {pixels}; this model makes multiples of {factor} pixels: {near} or {near + factor}")

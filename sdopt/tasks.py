@@ -68,6 +68,8 @@ def begin(plan: Plan, joins: bool, draw: Draw, encode: Encode) -> Canvas:
     table = plan.table
     if joins and plan.mask is None:
         raise UsageError("this bundle is an inpainting model: give image and mask_image")
+    if plan.image_latents is not None:
+        return Canvas(_start(table, plan.image_latents, draw()))
     if plan.image is None:
         noise = draw() if plan.latents is None else plan.latents
         return Canvas(_pure(table, noise))
