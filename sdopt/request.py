@@ -195,7 +195,7 @@ def make_plan(bundle: Bundle, prompt: str | Sequence[str] | None, options: Optio
         vae_slice=bool(options.get("vae_slice")),
         **_begun(options, image, mask, height, width, shape),
         strength=strength,
-        wishes=wishes if image is None else {**wishes, "strength": strength},
+        wishes=wishes if image is None else {**wishes, "strength": strength, **_mask_wishes(options)},
     )
 
 
@@ -287,6 +287,11 @@ def _begun(options: Options, image: Any, mask: Any, height: int, width: int, sha
         image, mask, height, width, shape[0], float(blur), padding
     )
     return found
+
+
+def _mask_wishes(options: Options) -> dict[str, Any]:
+    wishes = {key: options.get(key) for key in ("mask_blur", "padding_mask_crop")}
+    return {key: value for key, value in wishes.items() if value is not None}
 
 
 def _latents_of(image: Array, mask: Any, shape: tuple[int, ...]) -> Array:

@@ -63,7 +63,8 @@ def export(
             manifest["components"][name] = entry
         for encoder in manifest["conditioning"]["encoders"]:
             manifest["tokenizers"][encoder["tokenizer"]] = _tokenizer(checkpoint, folder, encoder)
-        manifest["preview"] = preview.fit(folder, manifest)
+        fitted = preview.fit(folder, manifest)
+        manifest.update({} if fitted is None else {"preview": fitted})
         manifest["verified"] = verify
         write_manifest(folder, manifest)
     return target
