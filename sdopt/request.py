@@ -38,11 +38,9 @@ class Options(TypedDict, total=False):
     clip_skip: int | None  # 0; how many of the text encoder's last layers are left out
     vae_tile: int | None  # decode (and encode) in tiles of so many latents a side, in the memory of one
     vae_slice: bool  # False; decode (and encode) a batch image by image, in the memory of one
-    image: (
-        Any  # what the picture begins from: PIL, or an array [height, width, 3] in 0..1, or one per image; or latents
-    )
+    image: Any  # what the picture begins from: PIL, an array [height, width, 3] in 0..1, one per image; or latents
     mask_image: Any  # of the same size, white where the picture is to be painted anew
-    mask_blur: float  # 0; radius in pixels of the Gaussian that blurs the mask, as VaeImageProcessor.blur
+    mask_blur: float | None  # 0; radius in pixels of the Gaussian that blurs the mask, as VaeImageProcessor.blur
     padding_mask_crop: int | None  # paint only the region around the mask, so many pixels wider, at full size
     strength: float | None  # how much of `image` is replaced: 0.8, with a mask 1
     num_inference_steps: int | None  # the bundle's own
@@ -278,7 +276,7 @@ def _begun(options: Options, image: Any, mask: Any, height: int, width: int, sha
         return {**found, "image_latents": _latents_of(image, mask, shape)}
     if mask is None:
         return {**found, "image": images.to_array(image, height, width, shape[0])}
-    blur, padding = options.get("mask_blur", 0.0), options.get("padding_mask_crop")
+    blur, padding = _or(options.get("mask_blur"), 0.0), options.get("padding_mask_crop")
     if not 0 <= _finite("mask_blur", blur) <= MAX_BLUR:
         raise UsageError(f"mask_blur = {blur!r}; allowed are 0 to {MAX_BLUR} pixels")
     if padding is not None:

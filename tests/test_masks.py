@@ -60,7 +60,7 @@ def test_a_region_is_painted_large_and_laid_back_as_in_diffusers(
     size: tuple, box: tuple, padding: int, blur: int, made: tuple, inpaint: Any, emoji: sdopt.Pipeline
 ) -> None:
     image, mask = photo(*size), spot(*size, box)
-    options = {"num_inference_steps": 4, "strength": 0.9, "padding_mask_crop": padding}
+    options = {"num_inference_steps": 3, "strength": 0.9, "padding_mask_crop": padding}
     options |= {"height": made[0], "width": made[1], "guidance_scale": 2.0, "image": image}
     blurred = inpaint.mask_processor.blur(mask, blur) if blur else mask
     expected = inpaint("a cat", mask_image=blurred, generator=generators(5), **options).images[0]
@@ -75,7 +75,7 @@ def test_a_region_is_painted_large_and_laid_back_as_in_diffusers(
 
 def test_a_blurred_mask_is_that_of_diffusers(inpaint: Any, emoji: sdopt.Pipeline) -> None:
     image, mask = photo(128, 128), spot(128, 128, (30, 50, 60, 128))
-    options = {"num_inference_steps": 4, "guidance_scale": 2.0, "output_type": "np", "image": image}
+    options = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "np", "image": image}
     options |= {"height": 128, "width": 128}
     blurred = inpaint.mask_processor.blur(mask, 9)
     expected = inpaint("a cat", mask_image=blurred, generator=generators(5), strength=1.0, **options).images

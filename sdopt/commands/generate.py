@@ -136,7 +136,7 @@ def _request(args: argparse.Namespace) -> tuple[str, Options, dict[str, Any] | N
                 "clip_skip": args.clip_skip,
                 "vae_tile": args.vae_tile,
                 "vae_slice": args.vae_slice,
-                "mask_blur": args.mask_blur or 0.0,
+                "mask_blur": args.mask_blur,
                 "padding_mask_crop": args.padding_mask_crop,
                 "guidance_interval": args.guidance_interval,
                 "image": None if args.image is None else open_image(args.image),
