@@ -104,3 +104,23 @@ def test_the_manifest_says_what_the_family_needs(pair: Any) -> None:
 def test_a_size_that_is_no_pair_is_refused(name: str, pair: Any) -> None:
     with pytest.raises(UsageError, match=rf"{name} = .*; allowed is \(height, width\)"):
         pair[1]("a", **{name: 24})
+
+
+def test_a_learnt_word_is_read_by_both_encoders(pair: Any, tmp_path: Path) -> None:
+    import torch
+    from safetensors.numpy import save_file
+
+    theirs, ours = pair
+    rng = np.random.default_rng(0)
+    rows = {"clip_l": rng.standard_normal((2, 20), np.float32), "clip_g": rng.standard_normal((2, 12), np.float32)}
+    path = tmp_path / "word.safetensors"
+    save_file(rows, path)
+    with pytest.raises(UsageError, match="is for one text encoder; this model has text_encoder"):
+        ours.load_embedding(rows["clip_l"], "<word>")
+    assert ours.load_embedding(path, "<word>") == "<word>"
+    for key, suffix in (("clip_l", ""), ("clip_g", "_2")):
+        parts = {kind: getattr(theirs, f"{kind}{suffix}") for kind in ("text_encoder", "tokenizer")}
+        theirs.load_textual_inversion(torch.from_numpy(rows[key]), token="<word>", **parts)
+    size = {"height": 24, "width": 24}
+    expected = theirs("a <word>", negative_prompt="b", generator=generators(5), **size, **OPTIONS).images
+    assert picture_psnr(expected, ours("a <word>", negative_prompt="b", seed=5, **OPTIONS).images) >= 55

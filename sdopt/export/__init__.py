@@ -23,7 +23,7 @@ from typing import Any
 from sdopt import __version__
 from sdopt.bundle import new_folder, refuse_existing, write_manifest
 from sdopt.errors import CheckpointError
-from sdopt.export import components, families, parity, presets, schedule, trace
+from sdopt.export import components, families, parity, presets, preview, schedule, trace
 from sdopt.export.source import Checkpoint, open_checkpoint
 
 HEADER = f"{'component':<14}{'seconds':>9}{'MB':>9}  {'weights':<8}{'parity dB':>10}{'max error':>11}"
@@ -70,6 +70,8 @@ def export(
             manifest["components"][name] = entry
         for encoder in manifest["conditioning"]["encoders"]:
             manifest["tokenizers"][encoder["tokenizer"]] = _tokenizer(checkpoint, folder, encoder)
+        fitted = preview.fit(folder, manifest)
+        manifest.update({} if fitted is None else {"preview": fitted})
         manifest["verified"] = verify
         write_manifest(folder, manifest)
     return target
@@ -142,8 +144,9 @@ def _tokenizer(checkpoint: Checkpoint, folder: Path, encoder: Mapping[str, Any])
     path.parent.mkdir()
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     path.write_text(json.dumps({**backend, "truncation": None, "padding": None}, ensure_ascii=False), encoding="utf-8")
-    length = min(tokenizer.model_max_length, checkpoint.config(encoder["component"])["max_position_embeddings"])
+    config = checkpoint.config(encoder["component"])
+    length = min(tokenizer.model_max_length, config["max_position_embeddings"])
     ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if None in ids.values():
         raise CheckpointError(f"{checkpoint.folder / name}: it names no {' or '.join(ids)}: {ids}")
-    return {"file": f"{name}/tokenizer.json", "max_length": length, **ids}
+    return {"file": f"{name}/tokenizer.json", "max_length": length, "vocab_size": config["vocab_size"], **ids}

@@ -6,7 +6,8 @@ A new family is a new entry in `FAMILIES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -45,6 +46,7 @@ class Part:
                 arrays[spec.name] = rng.uniform(0, 999, shape).astype(np.float32)
             elif spec.dtype == "int32":
                 arrays[spec.name] = rng.integers(0, self.limits[spec.name], shape, np.int32)
+                arrays[spec.name].flat[-1] = self.limits[spec.name] - 1  # the highest one is always among them
             else:
                 arrays[spec.name] = rng.standard_normal(shape, np.float32)
         return arrays
@@ -65,6 +67,23 @@ class Part:
         return replace(self, module=torch.nn.Identity())
 
 
+@contextmanager
+def continued(table: Any, extra: torch.Tensor) -> Generator[None]:
+    """While it lasts, ids from the length of the token table on address the rows of `extra` (textual inversion)."""
+    last = table.num_embeddings - 1
+
+    def look_up(ids: torch.Tensor) -> torch.Tensor:
+        own = torch.nn.functional.embedding(ids.clamp(max=last), table.weight)
+        further = torch.nn.functional.embedding((ids - last - 1).clamp(min=0), extra)
+        return torch.where((ids > last)[..., None], further, own)
+
+    table.forward = look_up
+    try:
+        yield
+    finally:
+        del table.forward
+
+
 class TextEncoder(torch.nn.Module):
     """Token ids to the last hidden state, and to the normalised state after each layer (for `clip_skip`)."""
 
@@ -72,8 +91,9 @@ class TextEncoder(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        output = self.model(input_ids=input_ids, output_hidden_states=True)
+    def forward(self, input_ids: torch.Tensor, extra_embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with continued(self.model.get_input_embeddings(), extra_embeddings):
+            output = self.model(input_ids=input_ids, output_hidden_states=True)
         norm = getattr(self.model, "text_model", self.model).final_layer_norm  # transformers 5.6 dropped the wrapper
         return output.last_hidden_state, norm(torch.stack(output.hidden_states, 1))
 
@@ -85,8 +105,9 @@ class TextEncoderXL(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        output = self.model(input_ids=input_ids, output_hidden_states=True)
+    def forward(self, input_ids: torch.Tensor, extra_embeddings: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with continued(self.model.get_input_embeddings(), extra_embeddings):
+            output = self.model(input_ids=input_ids, output_hidden_states=True)
         states = torch.stack(output.hidden_states, 1)
         return (states, output.text_embeds) if hasattr(output, "text_embeds") else (states,)
 
@@ -155,19 +176,33 @@ LATENT_SIZES = (
 )
 
 
+def _text_inputs(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs, sizes and limits of a text encoder; the parity checks address the first extra row too."""
+    lengths = [max(config["max_position_embeddings"] + cut, 3) for cut in (-1, 0)]
+    lengths.append(max(config["max_position_embeddings"] // 2, 3))
+    return {
+        "inputs": (
+            TensorSpec("input_ids", "int32", ("batch", "tokens")),
+            TensorSpec("extra_embeddings", "float32", ("extra_tokens", config["hidden_size"])),
+        ),
+        "sizes": tuple(
+            {"batch": b, "tokens": t, "extra_tokens": e} for b, t, e in zip((2, 1, 3), lengths, (3, 1, 2), strict=True)
+        ),
+        "limits": {"input_ids": config["vocab_size"] + 1},
+    }
+
+
 def text_encoder(checkpoint: Checkpoint) -> Part:
     config, model = checkpoint.config("text_encoder"), checkpoint.load("text_encoder")
-    tokens, width = config["max_position_embeddings"], config["hidden_size"]
+    width = config["hidden_size"]
     return Part(
-        "text_encoder",
-        TextEncoder(model),
-        (TensorSpec("input_ids", "int32", ("batch", "tokens")),),
-        (
+        name="text_encoder",
+        module=TextEncoder(model),
+        outputs=(
             TensorSpec("last_hidden_state", "float32", ("batch", "tokens", width)),
             TensorSpec("hidden_states", "float32", ("batch", config["num_hidden_layers"] + 1, "tokens", width)),
         ),
-        tuple({"batch": b, "tokens": t} for b, t in ((2, tokens - 1), (1, tokens), (3, max(tokens // 2, 3)))),
-        {"input_ids": config["vocab_size"]},
+        **_text_inputs(config),
     )
 
 
@@ -182,11 +217,9 @@ def text_encoder_2(checkpoint: Checkpoint) -> Part:
 
 def _states_of(checkpoint: Checkpoint, name: str, pooled: tuple[TensorSpec, ...]) -> Part:
     config, model = checkpoint.config(name), checkpoint.load(name)
-    tokens, layers = config["max_position_embeddings"], config["num_hidden_layers"]
+    layers = config["num_hidden_layers"]
     states = TensorSpec("hidden_states", "float32", ("batch", layers + 1, "tokens", config["hidden_size"]))
-    sizes = tuple({"batch": b, "tokens": t} for b, t in ((2, tokens - 1), (1, tokens), (3, max(tokens // 2, 3))))
-    ids = (TensorSpec("input_ids", "int32", ("batch", "tokens")),)
-    return Part(name, TextEncoderXL(model), ids, (states, *pooled), sizes, {"input_ids": config["vocab_size"]})
+    return Part(name=name, module=TextEncoderXL(model), outputs=(states, *pooled), **_text_inputs(config))
 
 
 def unet(checkpoint: Checkpoint) -> Part:
