@@ -91,19 +91,19 @@ def _providers(device: str | None) -> list[str]:
 
 
 def _session(graph: Path, threads: int | None, providers: list[str], small: bool = False) -> Any:
-    """The session of a graph; `small` keeps one copy of the weights, in the precision of the file.
+    """The session of a graph; `small` runs it as it is written, its weights mapped from the file.
 
-    Without it, float16 weights also stand in memory in float32, and a third time in the order that the kernels like.
+    Without it, float16 weights also stand in memory in float32, and again in the order that the kernels like.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or usable_cores()
-    disabled = ["ConstantFolding"] if small else None
     if small:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False
     try:
-        return ort.InferenceSession(graph, options, providers=providers, disabled_optimizers=disabled)
+        return ort.InferenceSession(graph, options, providers=providers)
     except Exception as error:  # the library raises its own classes for every kind of fault
         text = f"{graph}: ONNX Runtime {ort.__version__} cannot load it: {error}"
         if "opset" in str(error) or "NOT_IMPLEMENTED" in str(error):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import onnxruntime
 import pytest
@@ -11,7 +14,7 @@ from sdopt import engine as engines
 from sdopt.bundle import Bundle
 from sdopt.engine import BACKENDS, Engine, choose_backend, installed_backends, open_engine
 from sdopt.errors import BackendError, BundleError, UsageError
-from tests.conftest import EMOJI_BUNDLE
+from tests.conftest import EMOJI_BUNDLE, ROOT
 from tests.engine.contract import CONTRACT, unet_inputs
 
 
@@ -102,3 +105,28 @@ def test_a_graph_that_is_not_what_the_manifest_says_is_refused(bundle_copy: obje
     )
     with pytest.raises(BundleError, match=r"vae_decoder.onnx: its inputs are .*latent_sample.* the manifest says"):
         open_engine(Bundle(bundle.path, dict(bundle.manifest, components=swapped)), "unet")
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from sdopt.bundle import Bundle
+from sdopt.engine.ort import OrtEngine
+unet = Bundle.open(sys.argv[1]).component("unet")
+def held():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) / 1024
+before = held()
+engine = OrtEngine(unet, 1, "cpu", small=sys.argv[2] == "small")
+print(held() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's accounts of memory")
+def test_a_small_engine_leaves_the_weights_in_their_file() -> None:
+    command = [sys.executable, "-c", MEMORY, str(EMOJI_BUNDLE)]
+    small, whole = (
+        float(subprocess.run([*command, kind], capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+        for kind in ("small", "whole")
+    )
+    weights = (EMOJI_BUNDLE / "unet.onnx.data").stat().st_size / 2**20
+    assert small < weights < whole / 2  # MiB
