@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from sdopt.errors import CheckpointError, UsageError
 from sdopt.export.source import Checkpoint, read_json
@@ -57,8 +57,9 @@ def defaults(
     if guidance is not None and not math.isfinite(guidance):
         raise UsageError(f"guidance = {guidance}; allowed are finite numbers")
     edge: Any = checkpoint.config("unet")["sample_size"]
-    high, wide = (int(n) * factor for n in (edge if isinstance(edge, (list, tuple)) else (edge, edge)))
-    found: Defaults = {"height": high, "width": wide, "strength_cuts": "steps", **FAMILIES[checkpoint.family]}
+    high, wide = cast("list[int]", edge if isinstance(edge, list) else [edge, edge])
+    found: Defaults = {"height": high * factor, "width": wide * factor, "strength_cuts": "steps"}
+    found |= FAMILIES[checkpoint.family]
     for layer in (
         SCHEDULERS.get(str(checkpoint.config("scheduler").get("_class_name")), {}),
         EMBEDDED if checkpoint.config("unet").get("time_cond_proj_dim") else {},
@@ -73,10 +74,10 @@ def defaults(
 
 def _known(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """What is known of the model by one of the names that it goes by."""
-    names = [checkpoint.provenance.get("hub_id"), checkpoint.index().get("_name_or_path")]
+    names: list[Any] = [checkpoint.provenance.get("hub_id"), checkpoint.index().get("_name_or_path")]
     names.append(checkpoint.config("unet").get("_name_or_path"))
     table = {name.lower(): entry for name, entry in MODELS.items()}
-    return next((table[str(name).lower()] for name in names if str(name).lower() in table), {})
+    return next((table[name] for name in map(str.lower, map(str, names)) if name in table), {})
 
 
 def _own(checkpoint: Checkpoint) -> Mapping[str, Any]:

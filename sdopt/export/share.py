@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -21,6 +22,7 @@ import onnx_ir as ir
 from sdopt.errors import CheckpointError
 
 IMAGES, _BATCH = "images", "batch"
+T = TypeVar("T")
 
 
 def share_halves(model: ir.Model, shared: Sequence[str]) -> None:
@@ -164,6 +166,6 @@ def _reached(values: Sequence[ir.Value]) -> set[ir.Node]:
     return found
 
 
-def _known(value: ir.Value | None) -> ir.Value:
-    assert value is not None
-    return value
+def _known(found: T | None) -> T:
+    assert found is not None
+    return found
