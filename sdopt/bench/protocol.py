@@ -95,12 +95,11 @@ class Program:
 
     def close(self) -> None:
         """End the program: by the end of its input or, when it does not heed that, by a signal."""
-        if self._process.poll() is None:
-            try:
-                self._process.communicate(timeout=ENDING_SECONDS)
-            except (subprocess.TimeoutExpired, OSError):
-                self._process.kill()
-                self._process.communicate()
+        try:
+            self._process.communicate(timeout=ENDING_SECONDS)
+        except (subprocess.TimeoutExpired, OSError):
+            self._process.kill()
+            self._process.communicate()
         self._errors.close()
 
     def __enter__(self) -> Program:
