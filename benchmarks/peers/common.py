@@ -63,7 +63,7 @@ def main(adapter: Adapter) -> None:
         drawing[:] = [draw]
         versions = {name: importlib.metadata.version(name) for name in adapter.packages}
         parts = {"import": imported - started, "load": loaded - imported}
-        return {"parts": parts, "versions": versions, "note": "", **told}
+        return {"parts": parts, "versions": versions, "note": "", "half_level": 0.0, **told}
 
     def run(message: dict[str, Any]) -> dict[str, Any]:
         import numpy as np

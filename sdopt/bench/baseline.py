@@ -74,6 +74,7 @@ class DiffusersSide:
     """
 
     kind = "diffusers"
+    half_level = 0.0
 
     def __init__(self, name: str, case: Case, checkpoint: Path, threads: int, device: str = "cpu") -> None:
         self._baseline, self._case, self._device = Baseline.parse(name), case, device

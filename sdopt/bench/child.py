@@ -27,7 +27,7 @@ def main(name: str) -> None:
     def load(message: Message) -> Message:
         answer, call = (_sdopt if name == "sdopt" else _diffusers)(name, message)
         draw[:] = [call]
-        return {"note": "", "takes_latents": True, **answer}
+        return {"note": "", "takes_latents": True, "half_level": 0.0, **answer}
 
     def run(message: Message) -> Message:
         import numpy as np

@@ -44,6 +44,7 @@ class PeerSide:
             raise
         self.backend, self.precision, self.note = answer["backend"], answer["precision"], answer["note"]
         self.takes_latents: bool = answer["takes_latents"]
+        self.half_level: float = answer["half_level"]
         self.versions: Mapping[str, str] = answer["versions"]
         self._folder = tempfile.TemporaryDirectory(prefix="sdopt-bench-")
 

@@ -2,7 +2,8 @@
 
     {"do": "prepare", ...}                 convert the checkpoint into `cache`, once; not timed
     {"do": "load", ...}                    {"parts": {"import": s, "load": s}, "precision", "backend", "note",
-                                            "versions": {name: version}, "takes_latents": true}
+                                            "versions": {name: version}, "takes_latents": true,
+                                            "half_level": 0.5 / 255 for a picture that has 8 bits, else 0}
     {"do": "run", "picture": "FILE.npy"}   {"seconds": s}; the picture [batch, height, width, 3] in 0..1 into FILE.npy
     {"do": "memory"}                       {"peak_rss_bytes": n}
 
@@ -94,12 +95,11 @@ class Program:
 
     def close(self) -> None:
         """End the program: by the end of its input or, when it does not heed that, by a signal."""
-        if self._process.poll() is None:
-            try:
-                self._process.communicate(timeout=ENDING_SECONDS)
-            except (subprocess.TimeoutExpired, OSError):
-                self._process.kill()
-                self._process.communicate()
+        try:
+            self._process.communicate(timeout=ENDING_SECONDS)
+        except (subprocess.TimeoutExpired, OSError):
+            self._process.kill()
+            self._process.communicate()
         self._errors.close()
 
     def __enter__(self) -> Program:

@@ -46,6 +46,7 @@ class Side(Protocol):
     note: str
     versions: Mapping[str, str]
     engine_bytes: Mapping[str, int]
+    half_level: float  # half a step of a picture that has few bits: it is compared up to that
 
     def calls(self, inputs: Inputs) -> Mapping[str, Call]: ...
     def close(self) -> None: ...
@@ -63,6 +64,7 @@ class SdoptSide:
 
     name = kind = OURS
     note = ""
+    half_level = 0.0
 
     def __init__(self, case: Case, bundle: Path, threads: int) -> None:
         self._case = case

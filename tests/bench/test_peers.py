@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sdopt.bench.baseline import Baseline
-from sdopt.bench.harness import Setup, _cold, _starts_cold
+from sdopt.bench.harness import Setup, _cold, _parity, _starts_cold
 from sdopt.bench.peers import PeerSide, cold_start
 from sdopt.bench.protocol import Program, peak_rss_bytes
 from sdopt.bench.sides import Inputs
@@ -25,6 +26,7 @@ from sdopt.bench.protocol import memory, serve
 def load(message):
     print("chatter on stdout")
     return {{"parts": {{"import": 0.1, "load": 0.2}}, "backend": "b", "precision": "p", "note": "", "versions": {{}},
+             "half_level": 0.5 / 255,
              "takes_latents": message["latents"]}}
 def run(message):
     if message["picture"]: np.save(message["picture"], np.full((1, 2, 2, 3), 0.25))
@@ -49,6 +51,16 @@ def test_a_peer_tells_its_own_seconds_and_gives_its_picture(tmp_path: Path) -> N
     assert sample.seconds == 0.125
     assert sample.output is not None
     assert sample.output.shape == (1, 2, 2, 3)
+
+
+@pytest.mark.parametrize("convert", [np.round, np.floor], ids=["rounded", "cut"])
+def test_a_picture_of_eight_bits_is_compared_up_to_half_a_level(convert: Callable[[np.ndarray], np.ndarray]) -> None:
+    picture = np.random.default_rng(0).random((1, 16, 16, 3))
+    levels = (convert(picture * 255) + (0.5 if convert is np.floor else 0)) / 255
+    other = levels + np.random.default_rng(1).normal(0, 0.03, levels.shape)
+    assert _parity({"p": picture}, {"p": levels}, "p", 1.0) == pytest.approx(58.9, abs=0.3)
+    assert _parity({"p": picture}, {"p": levels}, "p", 1.0, half_level=0.5 / 255) >= 120
+    assert _parity({"p": picture}, {"p": other}, "p", 1.0, half_level=0.5 / 255) <= 32
 
 
 def test_a_picture_of_other_latents_is_not_compared(tmp_path: Path) -> None:
