@@ -27,6 +27,7 @@ import torch
 from data import CONTEXT, SIZE, Pictures, load_emoji, train_tokenizer
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from muon import optimizers_for
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -264,6 +265,9 @@ def save_checkpoint(parts: dict, folder: Path) -> None:
     scheduler = DDIMScheduler(**NOISE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     absent = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     StableDiffusionPipeline(**parts, scheduler=scheduler, **absent).save_pretrained(folder)
+    weights = folder / "text_encoder" / "model.safetensors"  # transformers 4 looks for the names that CLIP has had
+    renamed = {f"text_model.{name.removeprefix('text_model.')}": w for name, w in load_file(weights).items()}
+    save_file(renamed, weights, {"format": "pt"})
     for file in ("vocab.json", "merges.txt"):  # transformers 5 leaves these two out, and others want them
         shutil.copy(Path(parts["tokenizer"].name_or_path) / file, folder / "tokenizer")
     (folder / "generation_config.json").write_text(json.dumps(GENERATION, indent=2) + "\n")

@@ -83,7 +83,8 @@ def _known(checkpoint: Checkpoint) -> Mapping[str, Any]:
 def _own(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """The checkpoint's generation_config.json, as far as it speaks of what is a default here."""
     path = checkpoint.folder / "generation_config.json"
-    found = {key: value for key, value in (read_json(path) if path.is_file() else {}).items() if key in KEYS}
+    content: dict[str, Any] = read_json(path) if path.is_file() else {}
+    found = {key: value for key, value in content.items() if key in KEYS}
     for key, value in found.items():
         if key != "strength_cuts" and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise CheckpointError(f"{path}: {key} is {value!r}, not a number")
