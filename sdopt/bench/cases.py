@@ -13,7 +13,8 @@ from typing import Any, cast
 from sdopt.bundle import Bundle
 from sdopt.errors import UsageError, choices
 
-PRECISIONS = ("float32",)  # of sdopt's own engines
+PRECISIONS = ("float32", "bf16")  # of sdopt's own engines
+MEMORY = ("fast", "low")
 KINDS = {"str": (str,), "int": (int,), "float": (int, float)}  # what a field of this type may be
 
 
@@ -34,6 +35,7 @@ class Case:
     prompt: str = "a red apple on a blue background"
     backend: str = "auto"
     precision: str = "float32"
+    memory: str = "fast"
     picture_floor_db: float = 60.0
     unet_floor_db: float = 80.0
 
@@ -47,9 +49,10 @@ class Case:
             raise UsageError(f"case {self.name!r}: {low[0]} = {getattr(self, low[0])}; allowed is 1 or more")
         if not all(map(math.isfinite, (self.guidance, self.picture_floor_db, self.unet_floor_db))):
             raise UsageError(f"case {self.name!r}: guidance and floors are finite numbers")
-        if self.precision not in PRECISIONS:
-            allowed = choices(self.precision, PRECISIONS)
-            raise UsageError(f"case {self.name!r}: precision = {self.precision!r}; allowed: {allowed}")
+        for field, allowed in (("precision", PRECISIONS), ("memory", MEMORY)):
+            value = getattr(self, field)
+            if value not in allowed:
+                raise UsageError(f"case {self.name!r}: {field} = {value!r}; allowed: {choices(value, allowed)}")
 
     @property
     def guided(self) -> bool:

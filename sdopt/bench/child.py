@@ -52,13 +52,14 @@ def _sdopt(name: str, message: Message) -> tuple[Message, Draw]:
 
     imported = time.perf_counter()
     case = Case.from_json(message["case"])
-    pipe = pipeline.load(message["bundle"], case.backend, threads=message["threads"])
-    for component in pipe.bundle.components:
+    how = {"precision": case.precision, "memory": case.memory, "threads": message["threads"]}
+    pipe = pipeline.load(message["bundle"], case.backend, **how)
+    for component in pipe.bundle.components if case.memory == "fast" else ():
         if component != "vae_encoder":
             pipe.engine(component)
     loaded = time.perf_counter()
     latents = np.load(message["latents"])
-    return _answer(started, imported, loaded, pipe.backend, case.precision, {"sdopt": __version__}), (
+    return _answer(started, imported, loaded, pipe.backend, pipe.precision, {"sdopt": __version__}), (
         lambda: picture(pipe, case, latents)
     )
 

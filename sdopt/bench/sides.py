@@ -68,8 +68,9 @@ class SdoptSide:
 
     def __init__(self, case: Case, bundle: Path, threads: int) -> None:
         self._case = case
-        self._pipe = Pipeline(Bundle.open(bundle), case.backend, threads=threads)
-        self.backend, self.precision = self._pipe.backend, case.precision
+        how = {"precision": case.precision, "memory": case.memory, "threads": threads}
+        self._pipe = Pipeline(Bundle.open(bundle), case.backend, **how)
+        self.backend, self.precision = self._pipe.backend, self._pipe.precision
         self.versions: Mapping[str, str] = {}
         self.engine_bytes: Mapping[str, int] = {
             name: self._pipe.bundle.nbytes(name) for name in self._pipe.bundle.components
@@ -85,9 +86,10 @@ class SdoptSide:
         texts = [case.prompt, ""] if case.guided and not zeros else [case.prompt]
         loop = _Loop(self.bundle, np.zeros_like(inputs.unet["sample"]))
         embeds, steps = _embeds(case, inputs), len(loop_steps(loop, case, inputs))
+        unet = _once(self.bundle, inputs.unet, case.batch)
         return {
             "text_encoder": timed(lambda: pipe.encode(texts)),
-            "unet": timed(lambda: pipe.engine("unet")(**inputs.unet)["noise_pred"]),
+            "unet": timed(lambda: pipe.engine("unet")(**unet)["noise_pred"]),
             "loop_step": timed(
                 lambda: loop(None, output_type="latent", latents=inputs.latents, **_options(case), **embeds).images,
                 per=steps,
@@ -130,6 +132,12 @@ def _embeds(case: Case, inputs: Inputs) -> Any:
     return {name: cond for name, (_, cond) in halves.items()} | {
         f"negative_{name}": uncond for name, (uncond, _) in halves.items()
     }
+
+
+def _once(bundle: Bundle, arrays: Mapping[str, Float32], images: int) -> dict[str, Float32]:
+    """The UNet's inputs, those that both halves of guidance share only once where its graph takes them so."""
+    shared = {spec.name for spec in bundle.component("unet").inputs if spec.shape[0] == "images"}
+    return {name: array[:images] if name in shared else array for name, array in arrays.items()}
 
 
 class _Loop(Pipeline):
