@@ -23,12 +23,13 @@ import numpy as np
 from sdopt import images as pictures
 from sdopt.bundle import Bundle, embedded
 from sdopt.conditioning import TextEncoders
-from sdopt.engine import Engine, choose_backend, open_engine
-from sdopt.errors import NumericsError, UsageError, choices
+from sdopt.engine import Engine, built_components, choose_backend, open_engine
+from sdopt.errors import UsageError, choices
 from sdopt.guidance import Denoiser
 from sdopt.noise import batch, generator
 from sdopt.request import Options, Plan, make_plan
 from sdopt.specs import Float32, Scalar
+from sdopt.stepper import Step, fused_component, fused_steps, host_steps, refuse_nan
 from sdopt.tasks import begin
 from sdopt.tiling import decode_tiled
 
@@ -36,21 +37,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 OUTPUT_TYPES = ("pil", "np", "latent")
-
-
-@dataclass(frozen=True)
-class Step:
-    """What `denoise` yields after each call of the UNet; `sample` is live: writing into it steers the loop.
-
-    Shapes: sample and denoised [images, channels, latent_height, latent_width] float32.
-    """
-
-    index: int
-    of: int
-    timestep: float
-    sigma: float
-    sample: Float32
-    denoised: Float32
 
 
 @dataclass(frozen=True)
@@ -71,22 +57,27 @@ def load(
     *,
     threads: int | None = None,
     verify: bool = True,
+    trust_engines: bool = False,
 ) -> Pipeline:
     """The pipeline of the bundle at `path`; the embedded text-to-emoji model if None.
 
+    Engines that `sdopt build` made are loaded if this user built them; `trust_engines` takes anybody's: they are code.
     Raises: BundleError for a bundle that is damaged or unsafe; BackendError if no engine library is installed.
     """
     bundle = Bundle.open(embedded() if path is None else path, verify=verify)
-    return Pipeline(bundle, backend, threads=threads)
+    return Pipeline(bundle, backend, threads=threads, trust_engines=trust_engines)
 
 
 class Pipeline:
     """A bundle and its engines, each loaded when first needed and kept until `release`."""
 
-    def __init__(self, bundle: Bundle, backend: str = "auto", *, threads: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, backend: str = "auto", *, threads: int | None = None, trust_engines: bool = False
+    ) -> None:
         self.bundle = bundle
         self.backend = choose_backend(backend)
-        self.threads = threads
+        self.threads, self.trust_engines = threads, trust_engines
+        self._built = built_components(bundle, self.backend)
         self._engines: dict[str, Engine] = {}
         self._text = TextEncoders(bundle, self.engine)
 
@@ -106,12 +97,13 @@ class Pipeline:
         if output_type not in OUTPUT_TYPES:
             raise UsageError(f"output_type = {output_type!r}; allowed are {choices(output_type, OUTPUT_TYPES)}")
         plan = make_plan(self.bundle, prompt, options)
-        sample = np.empty(0, np.float32)
+        step = None
         for step in self.steps(plan):
             if callback_on_step_end is not None:
                 changed = callback_on_step_end(self, step.index, step.timestep, {"latents": step.sample}) or {}
                 step.sample[...] = changed.get("latents", step.sample)
-            sample = step.sample
+        assert step is not None  # a table has rows
+        sample = step.sample
         images = sample if output_type == "latent" else self.decode(sample, output_type, vae_tile=plan.vae_tile)
         return Result(images, plan.seeds, tuple(plan.parameters(i) for i in range(len(plan.seeds))))
 
@@ -121,20 +113,17 @@ class Pipeline:
 
     def steps(self, plan: Plan) -> Iterator[Step]:
         """The loop: predict the noise, take the sampler's row, move the sample."""
-        table, draw = plan.table, self._drawing(plan)
+        draw = self._drawing(plan)
         cond, negative = self._text.conditions(plan)
-        unet = self.engine("unet")
-        canvas = begin(plan, _joins(unet, self.bundle), draw, self._posterior)
-        denoiser = Denoiser(unet, cond, negative, canvas.extra, plan.guidance_batch, plan.guidance_rescale)
-        sample, history = canvas.sample, tuple[Float32, ...]()
-        c_in: list[Scalar] = table.c_in.tolist()
-        for k, timestep in enumerate(table.timestep):
-            output = denoiser(sample * c_in[k], timestep, plan.guidance[k])
-            _refuse_nan(output, f"unet, step {k + 1} of {len(table)}")
-            denoised = table.clean(k, sample, output)
-            sample, history = table.advance(k, sample, output, history, draw() if table.draws[k] else None)
-            sample = canvas.hold(table, k, sample)
-            yield Step(k, len(table), float(timestep), float(table.sigma[k]), sample, denoised)
+        canvas = begin(plan, self._joins, draw, self._posterior)
+        fused = fused_component(plan, negative is not None, self._built)
+        if fused is None:
+            denoiser = Denoiser(
+                self.engine("unet"), cond, negative, canvas.extra, plan.guidance_batch, plan.guidance_rescale
+            )
+            yield from host_steps(plan, canvas, denoiser, draw)
+        else:
+            yield from fused_steps(plan, canvas, self.engine(fused), cond, negative, draw)
 
     def encode(self, prompts: Sequence[str], prompt_style: str = "plain", clip_skip: int = 0) -> Float32:
         """The prompts' embeddings, [prompts, tokens, features]; equal prompts are encoded once."""
@@ -152,13 +141,15 @@ class Pipeline:
 
     def _decoded(self, latents: Float32) -> Float32:
         decoded = self.engine("vae_decoder")(latent_sample=latents)["sample"]
-        _refuse_nan(decoded, "vae_decoder")
+        refuse_nan(decoded, "vae_decoder")
         return decoded
 
     def engine(self, component: str) -> Engine:
         """The engine of a component, loaded if it is not."""
         if component not in self._engines:
-            self._engines[component] = open_engine(self.bundle, component, self.backend, threads=self.threads)
+            self._engines[component] = open_engine(
+                self.bundle, component, self.backend, threads=self.threads, trust=self.trust_engines
+            )
         return self._engines[component]
 
     def release(self, component: str) -> None:
@@ -186,24 +177,16 @@ class Pipeline:
         generators = [generator(seed, plan.rng) for seed in plan.seeds]
         return lambda: batch(generators, shape)
 
+    @property
+    def _joins(self) -> bool:
+        """Whether the UNet takes more channels than the latents have: a mask and a masked picture beside them."""
+        return self.bundle.component("unet").inputs[0].shape[1] != self.bundle.manifest["latents"]["channels"]
+
     def _posterior(self, images: Float32) -> tuple[Float32, Float32]:
         """Mean and standard deviation of the scaled latents of pictures in -1..1."""
         entry = self.bundle.manifest["latents"]
         posterior = self.engine("vae_encoder")(sample=images)
-        _refuse_nan(posterior["mean"], "vae_encoder")
+        refuse_nan(posterior["mean"], "vae_encoder")
         scale: Scalar = entry["scaling_factor"]
         mean, half = posterior["mean"] - entry["shift_factor"], posterior["logvar"] / 2
         return mean * scale, np.exp(half) * scale
-
-
-def _joins(unet: Engine, bundle: Bundle) -> bool:
-    """Whether the UNet takes more channels than the latents have: a mask and a masked picture beside them."""
-    return bool(unet.inputs) and unet.inputs[0].shape[1] != bundle.manifest["latents"]["channels"]
-
-
-def _refuse_nan(array: Float32, where: str) -> None:
-    if not np.isfinite(array).all():
-        raise NumericsError(
-            f"{where}: the output has NaN or infinity. On a half-precision engine try float32 for this component; "
-            "otherwise the weights or the inputs are damaged."
-        )

@@ -41,6 +41,14 @@ class Device:
                 self._lost = error
                 raise
 
+    def wait(self, event: int) -> None:
+        """Let this thread sleep until the GPU has come to `event`; others may queue meanwhile."""
+        try:
+            self.cuda.wait(event)
+        except LostContextError as error:
+            self._lost = error
+            raise
+
     def allocate(self, owner: str, nbytes: int) -> int:
         """The address of `nbytes` for `owner`.
 

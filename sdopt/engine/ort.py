@@ -26,7 +26,9 @@ ONNX_TYPES = {
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}  # best first
 
 
-def open_component(bundle: Bundle, name: str, threads: int | None, device: str | None = None) -> OrtEngine:
+def open_component(
+    bundle: Bundle, name: str, threads: int | None, device: str | None, trust: bool, backend: str
+) -> OrtEngine:
     """The engine of component `name` on `device`; its graph must take and give what the manifest says."""
     return OrtEngine(bundle.component(name), threads, device)
 

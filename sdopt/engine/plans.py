@@ -16,7 +16,9 @@ import hmac
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -167,7 +169,7 @@ def _read(path: Path) -> tuple[Record, bool] | None:
         entry = cast(dict[str, Any], json.loads(path.read_bytes()))
         signature = entry.pop("signature")
         return Record.from_json(entry), hmac.compare_digest(str(signature), _signature(entry))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 
@@ -180,16 +182,15 @@ def _key() -> bytes:
     """This user's signing key, made when it is first needed."""
     path = _user_folder("XDG_STATE_HOME", ".local/state") / "engine-key"
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        key = path.read_bytes()
-        if len(key) != 32:
-            raise BackendError(f"{path} is not a signing key; remove it and build the engines again") from None
-        return key
-    with os.fdopen(descriptor, "wb") as stream:
-        key = secrets.token_bytes(32)
-        stream.write(key)
+    if not path.exists():
+        with tempfile.NamedTemporaryFile(dir=path.parent) as stream:  # readable by its owner alone
+            stream.write(secrets.token_bytes(32))
+            stream.flush()
+            with suppress(FileExistsError):  # another process was first
+                os.link(stream.name, path)
+    key = path.read_bytes()
+    if len(key) != 32:
+        raise BackendError(f"{path} is not a signing key; remove it and build the engines again")
     return key
 
 

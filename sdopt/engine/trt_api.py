@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdopt.engine.cuda import Cuda
+from sdopt.engine.cuda import Cuda, Gpu
 from sdopt.errors import BackendError
 from sdopt.specs import Profile, TensorSpec
 
@@ -159,7 +159,33 @@ class Context:
         """The shape of a tensor, once all inputs have theirs."""
         return tuple(self.context.get_tensor_shape(name))
 
+    def capturable(self, stream: int) -> bool:
+        """Whether a run can become a graph, where the library can tell; elsewhere the capture itself tells."""
+        ask = getattr(self.context, "is_stream_capturable", None)
+        return ask is None or bool(ask(stream))
+
     def enqueue(self, stream: int) -> None:
         """Queue one run."""
         if not self.context.execute_async_v3(stream):
             raise BackendError("TensorRT did not queue the run; its log has the reason")
+
+
+def environment(lib: TensorRT, gpu: Gpu | None, options: Mapping[str, Any]) -> dict[str, str]:
+    """What an engine depends on beside its sources, as a build with these options records it.
+
+    An engine runs where its build's TensorRT, GPU and driver are. With `version_compatible` any build of the same major
+    version will do, with `hardware_compatible` any GPU from Ampere on. TensorRT-RTX compiles for the GPU when it loads.
+    """
+    version = lib.version.split(".")[0] + ".x" if options["version_compatible"] else lib.version
+    told = {lib.trt.__name__: version}
+    capabilities = getattr(lib.trt, "ComputeCapability", None)
+    if capabilities is not None:
+        known = [n[2:] for n in capabilities.__members__ if n.startswith("SM")]
+        takes = gpu is None or gpu.compute_capability.replace(".", "") in known
+        return {**told, "compute capability": " ".join(known) if takes or gpu is None else gpu.compute_capability}
+    if gpu is None:
+        raise BackendError(f"{lib.trt.__name__} builds engines on the GPU that will run them, and there is none here")
+    told["driver"] = f"CUDA {gpu.driver // 1000}"
+    if options["hardware_compatible"] and float(gpu.compute_capability) >= 8:
+        return {**told, "GPU": "Ampere or newer"}
+    return {**told, "GPU": gpu.name, "compute capability": gpu.compute_capability}
