@@ -89,7 +89,7 @@ def fuse_step(
     if guided:
         _forget(unet, str(batch))
     negatives = [_value(f"negative_{name_of(c)}", c.shape, c.dtype or F32) for c in conditions] if guided else []
-    before = Writer(unet, PREFIX, next(iter(graph)))
+    before = Writer(unet, PREFIX, before=next(iter(graph)))
     row = _columns(before, ends.row, history)
     redirect(inner, _doubled(before, _input(before, ends, row), guided), unless=_ours)
     redirect(times, _times(before, ends.sample, row["timestep"], guided), unless=_ours)

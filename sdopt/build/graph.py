@@ -36,6 +36,8 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     nested = {node.op_type for node in model.graph for a in node.attributes.values() if a.type in _GRAPHS}
     if nested or model.functions:
         raise UsageError(f"{path}: it has nested graphs or functions ({', '.join(sorted(nested)) or 'functions'})")
+    for i, node in enumerate(model.graph):
+        node.name = node.name or f"node_{i}"
     return model
 
 
@@ -117,13 +119,15 @@ def converted(tensor: ir.TensorProtocol, dtype: ir.DataType, name: str) -> ir.Te
 
 
 class Writer:
-    """Writes nodes into a graph, in front of `before` or, if that is None, at its end.
+    """Writes nodes into a graph: in front of `before`, behind `after`, or at its end.
 
     Names of nodes and values begin with `prefix`; an equal constant is stored once.
     """
 
-    def __init__(self, model: ir.Model, prefix: str, before: ir.Node | None = None) -> None:
-        self._graph, self._prefix, self._before = model.graph, prefix, before
+    def __init__(
+        self, model: ir.Model, prefix: str, *, before: ir.Node | None = None, after: ir.Node | None = None
+    ) -> None:
+        self._graph, self._prefix, self._before, self._after = model.graph, prefix, before, after
 
     def __call__(
         self,
@@ -147,10 +151,13 @@ class Writer:
 
     def insert(self, node: ir.Node) -> ir.Node:
         """Put a node where this writer writes."""
-        if self._before is None:
-            self._graph.append(node)
-        else:
+        if self._before is not None:
             self._graph.insert_before(self._before, node)
+        elif self._after is not None:
+            self._graph.insert_after(self._after, node)
+            self._after = node
+        else:
+            self._graph.append(node)
         return node
 
     def constant(self, name: str, array: Any, dtype: ir.DataType) -> ir.Value:
@@ -165,9 +172,10 @@ class Writer:
         return value
 
 
-def replace_input(node: ir.Node, index: int, value: ir.Value | None) -> None:
-    """Let a node read another value."""
-    node.replace_input_with(index, value)
+def behind(model: ir.Model, value: ir.Value) -> Writer:
+    """Writes where `value` is there to be read: behind the node that makes it, or first for an input."""
+    maker = value.producer()
+    return Writer(model, "", before=next(iter(model.graph))) if maker is None else Writer(model, "", after=maker)
 
 
 def redirect(old: ir.Value, new: ir.Value, unless: Callable[[ir.Node], bool] = lambda node: False) -> None:
@@ -175,11 +183,6 @@ def redirect(old: ir.Value, new: ir.Value, unless: Callable[[ir.Node], bool] = l
     for user, index in tuple(old.uses()):
         if not unless(user):
             user.replace_input_with(index, new)
-
-
-def remove(model: ir.Model, node: ir.Node) -> None:
-    """Take out a node whose outputs nobody reads any more."""
-    model.graph.remove(node, safe=True)
 
 
 def drop_unused(model: ir.Model) -> None:
@@ -191,8 +194,3 @@ def drop_unused(model: ir.Model) -> None:
     for name, value in list(model.graph.initializers.items()):
         if not value.uses() and value not in kept:
             del cast(Any, model.graph.initializers)[name]
-
-
-def copy_shape(value: ir.Value) -> ir.Shape | None:
-    """A copy, so that a change to one value's shape leaves the other's."""
-    return None if value.shape is None else value.shape.copy()
