@@ -26,9 +26,7 @@ def row_width(history: int = HISTORY) -> int:
     return len(SCALARS) + history + 3
 
 
-def packed(
-    table: SamplerTable, guidance: Sequence[float], rescale: float = 0.0, *, history: int = HISTORY
-) -> Float32:
+def packed(table: SamplerTable, guidance: Sequence[float], rescale: float = 0.0, *, history: int = HISTORY) -> Float32:
     """The rows of `table` for a graph that keeps `history` earlier values; `guidance` has one scale per call.
 
     Shapes: [calls, row_width(history)].
