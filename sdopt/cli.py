@@ -16,6 +16,7 @@ from sdopt.errors import SdoptError
 
 COMMANDS = {
     "export": "a diffusers checkpoint into a bundle of ONNX graphs, checked against PyTorch",
+    "build": "engines of a bundle for this machine's GPU, in half precision",
     "generate": "a prompt into a picture",
     "inspect": "what is in a bundle",
     "samplers": "the samplers, their tables and plots",

@@ -55,6 +55,10 @@ class TensorSpec:
                 allowed = f"{want} = {known}" if isinstance(want, str) and length else f"{want}"
                 raise UsageError(f"{got}; it takes [{', '.join(map(str, self.shape))}] with {allowed}")
 
+    def sized(self, dims: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape where the named dimensions have these lengths."""
+        return tuple(dims[d] if isinstance(d, str) else d for d in self.shape)
+
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
 
@@ -75,6 +79,26 @@ def check_inputs(owner: str, specs: Sequence[TensorSpec], arrays: Mapping[str, A
     dims: dict[str, int] = {}
     for spec in specs:
         spec.check(arrays[spec.name], dims, owner)
+    return dims
+
+
+def check_begin(
+    owner: str, specs: Sequence[TensorSpec], arrays: Mapping[str, Array], tables: Mapping[str, Array]
+) -> dict[str, int]:
+    """As `check_inputs`, for a run that begins with some of the inputs, and takes others row by row from `tables`.
+
+    Raises: UsageError for an unknown name, a wrong dtype or a wrong shape, or a dimension that nothing tells.
+    """
+    known = {s.name: s for s in specs}
+    unknown = (set(arrays) | set(tables)) - set(known)
+    if unknown:
+        raise UsageError(f"{owner}: unknown input {', '.join(sorted(unknown))}; it takes {', '.join(known)}")
+    dims: dict[str, int] = {}
+    for name, array in (*arrays.items(), *((name, table[0]) for name, table in tables.items())):
+        known[name].check(array, dims, owner)
+    missing = {d for s in specs for d in s.shape if isinstance(d, str)} - set(dims)
+    if missing:
+        raise UsageError(f"{owner}: nothing tells {', '.join(sorted(missing))}; give the inputs that have it")
     return dims
 
 

@@ -99,7 +99,7 @@ def engines_folder(bundle: Bundle) -> Path:
         raise BundleError(f"{inside} is a symbolic link; a bundle's engines are a plain folder. Remove the link.")
     if inside.is_dir() or os.access(bundle.path, os.W_OK):
         return inside
-    return _user_folder("XDG_CACHE_HOME", ".cache") / FOLDER / bundle.digest
+    return user_folder("XDG_CACHE_HOME", ".cache") / FOLDER / bundle.digest
 
 
 def stored(bundle: Bundle, backend: str) -> list[Stored]:
@@ -180,7 +180,7 @@ def _signature(entry: Mapping[str, Any]) -> str:
 
 def _key() -> bytes:
     """This user's signing key, made when it is first needed."""
-    path = _user_folder("XDG_STATE_HOME", ".local/state") / "engine-key"
+    path = user_folder("XDG_STATE_HOME", ".local/state") / "engine-key"
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not path.exists():
         with tempfile.NamedTemporaryFile(dir=path.parent) as stream:  # readable by its owner alone
@@ -194,6 +194,7 @@ def _key() -> bytes:
     return key
 
 
-def _user_folder(variable: str, below_home: str) -> Path:
+def user_folder(variable: str, below_home: str) -> Path:
+    """This user's folder of state or cache, as the XDG base directories name it."""
     base = os.environ.get(variable) or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
     return (Path(base) if base else Path.home() / below_home) / "sdopt"

@@ -23,7 +23,7 @@ from sdopt.engine.lane import Lane
 from sdopt.engine.plans import Record, find
 from sdopt.engine.trt_api import LoadedPlan, TensorRT, environment
 from sdopt.errors import BackendError, UsageError
-from sdopt.specs import Array, TensorSpec, check_inputs
+from sdopt.specs import Array, check_begin, check_inputs
 
 PLAN = "engine.plan"
 MAX_IDLE = 4  # lanes that an engine keeps for shapes that may come again
@@ -92,13 +92,7 @@ class TrtEngine:
 
         Raises: UsageError for an unknown name, a wrong dtype or a wrong shape; before anything runs.
         """
-        specs = {s.name: s for s in self.inputs}
-        unknown = (set(arrays) | set(tables)) - set(specs)
-        if unknown:
-            raise UsageError(f"{self.name}: unknown input {', '.join(sorted(unknown))}; it takes {', '.join(specs)}")
-        dims = check_inputs(self.name, [specs[n] for n in arrays], arrays)
-        for name, table in tables.items():
-            specs[name].check(table[0], dims, self.name)
+        dims = check_begin(self.name, self.inputs, arrays, tables)
         lane = self._take(dims)
         try:
             lane.settle()
@@ -141,8 +135,7 @@ class TrtEngine:
 
     def _new_lane(self, plan: LoadedPlan, dims: Mapping[str, int]) -> Lane:
         profile = self._profile(dims)
-        shapes = {s.name: tuple(dims[d] if isinstance(d, str) else d for d in s.shape) for s in self.inputs}
-        inputs = {s.name: (s, shapes[s.name], plan.dtype(s.name)) for s in self.inputs}
+        inputs = {s.name: (s, s.sized(dims), plan.dtype(s.name)) for s in self.inputs}
         outputs = {s.name: (s, plan.dtype(s.name)) for s in self.outputs}
         return Lane(self.device, self.name, plan.context(), profile, inputs, outputs, self.carry)
 
