@@ -107,7 +107,7 @@ Range = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Profile:
-    """A range per dimension name: smallest, best and largest, e.g. {"batch": (1, 1, 4)}. One profile shapes every tensor.
+    """A range per dimension name, {"batch": (1, 1, 4)}: smallest, best, largest; it shapes every tensor.
 
     Raises: UsageError for a range that is not 1 <= smallest <= best <= largest.
     """

@@ -31,7 +31,8 @@ class Step:
     """What `denoise` yields after each call of the UNet; `sample` is live: writing into it steers the loop.
 
     Shapes: sample and denoised [images, channels, latent_height, latent_width] float32.
-    Raises: NumericsError where they hold NaN or infinity; UsageError for data on a device that the loop has left behind.
+    Raises: NumericsError where they hold NaN or infinity; UsageError for data on a device that the loop has left
+    behind.
     """
 
     index: int

@@ -30,8 +30,10 @@ ALLOWED = {
     "tasks": {"request", "samplers", "specs", "errors"},
     "conditioning": {"engine", "bundle", "prompts", "request", "tokenizer", "specs", "errors"},
     "guidance": {"engine", "specs"},
+    "stepper": {"engine", "guidance", "request", "tasks", "samplers", "specs", "errors"},
     "pipeline": {
         "guidance",
+        "stepper",
         "conditioning",
         "engine",
         "bundle",

@@ -1,9 +1,9 @@
-"""`sdopt build`: a bundle's graphs into engines for this machine, each built once and kept under the bundle's `engines/`.
+"""`sdopt build`: a bundle's graphs into engines for this machine, each built once, kept under its `engines/`.
 
     graph --fuse_step, half, lower--> typed graph --TensorRT--> engine.plan + record.json     in one rename
 
-The folder's name is a digest of all that changes the engine. One process builds an engine at a time; another that wants the
-same waits for it. What is stale is told in a sentence, built again and removed.
+The folder's name is a digest of all that changes the engine. One process builds an engine at a time; another that
+wants the same waits for it. What is stale is told in a sentence, built again and removed.
 """
 
 from __future__ import annotations
@@ -150,6 +150,7 @@ class Job:
             sources={name: files[name]["sha256"] for name in names if name in files},
             options=self.options,
             command=self.command or f"sdopt build {self.bundle.path} --backend {self.target.backend}",
+            asked=tuple(map(str, self.ranges)),
         )
 
     @property
@@ -157,7 +158,7 @@ class Job:
         return engines_folder(self.bundle) / self.record.key
 
     def is_done(self, report: Report) -> bool:
-        """Whether the engine is there, whole and this user's own; if something else stands in its place, it is removed."""
+        """Whether the engine is there, whole and this user's own; what else stands in its place is removed."""
         if not self.folder.exists():
             return False
         found = next((s for s in stored(self.bundle, self.target.backend) if s.folder == self.folder), None)
@@ -300,5 +301,3 @@ def _lock(stream: Any, wait: bool) -> bool:
     except BlockingIOError:
         return False
     return True
-
-

@@ -1,7 +1,7 @@
-"""Recipes: which engines a bundle becomes, and from a profile in pictures and pixels the ranges of each one's dimensions.
+"""Recipes: which engines a bundle becomes, and the ranges of each one's dimensions, from sizes in pixels.
 
-    profile  batch=1:1:4 height=512:512:768 width=512 tokens=77      as it is typed, for all engines
-    unet     batch=1:1:4 latent_height=64:64:96 latent_width=64 tokens=77
+profile  batch=1:1:4 height=512:512:768 width=512 tokens=77      as it is typed, for all engines
+unet     batch=1:1:4 latent_height=64:64:96 latent_width=64 tokens=77
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def read_recipe(path: Path | None = None) -> Recipe:
 def _part(name: str, entry: Mapping[str, Any]) -> Part:
     known = {f.name for f in fields(Part)} - {"name"}
     if set(entry) - known:
-        raise UsageError(f"recipe, engine {name}: {', '.join(set(entry) - known)} is unknown; there are {sorted(known)}")
+        raise UsageError(
+            f"recipe, engine {name}: {', '.join(set(entry) - known)} is unknown; there are {sorted(known)}"
+        )
     return Part(name=name, **{**entry, "islands": tuple(entry.get("islands", ()))})
 
 

@@ -50,8 +50,10 @@ class Builder:
     progress: Progress | None = None
     report: Callable[[str], None] = print
 
-    def build(self, graph: Path, plan: Path, inputs: Sequence[TensorSpec], profiles: Sequence[Profile]) -> dict[str, int]:
-        """Write `plan`, smaller workspaces being tried where a large one finds no memory; how many layers have each type.
+    def build(
+        self, graph: Path, plan: Path, inputs: Sequence[TensorSpec], profiles: Sequence[Profile]
+    ) -> dict[str, int]:
+        """Write `plan`, with less workspace where there is no memory; how many layers have each type.
 
         Raises: BackendError with what TensorRT's log means.
         """
@@ -107,7 +109,9 @@ class Builder:
         most = asked if self.free is None else min(asked or self.free, int(0.9 * self.free))
         return [None] if most is None else [most, most // 2, most // 4]
 
-    def _config(self, builder: Any, inputs: Sequence[TensorSpec], profiles: Sequence[Profile], workspace: int | None) -> Any:
+    def _config(
+        self, builder: Any, inputs: Sequence[TensorSpec], profiles: Sequence[Profile], workspace: int | None
+    ) -> Any:
         trt, config = self.lib.trt, builder.create_builder_config()
         if workspace is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
@@ -149,7 +153,9 @@ class Builder:
         """Build, straight to disk where the library can."""
         if hasattr(builder, "build_serialized_network_to_stream"):
             with plan.open("wb") as stream:
-                return bool(builder.build_serialized_network_to_stream(network, config, make_writer(self.lib.trt, stream)))
+                return bool(
+                    builder.build_serialized_network_to_stream(network, config, make_writer(self.lib.trt, stream))
+                )
         memory = builder.build_serialized_network(network, config)
         if memory is not None:
             plan.write_bytes(memory)

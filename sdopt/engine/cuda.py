@@ -269,5 +269,3 @@ def bytes_text(nbytes: int) -> str:
         if nbytes >= size:
             return f"{nbytes / size:.2f} {unit}"
     return f"{nbytes} bytes"
-
-

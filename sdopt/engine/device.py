@@ -1,7 +1,7 @@
 """What all engines on one GPU share: a stream, an arena of scratch memory, and the account of who holds what.
 
-Everything runs on the one stream, in the order in which it is queued. So one arena, as large as the hungriest call needs,
-serves all engines and threads in turn, and two threads need a lock only while they queue.
+Everything runs on the one stream, in the order in which it is queued. So one arena, as large as the hungriest call
+needs, serves all engines and threads in turn, and two threads need a lock only while they queue.
 """
 
 from __future__ import annotations

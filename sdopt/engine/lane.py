@@ -130,7 +130,7 @@ class Lane:
         self.device.cuda.record(self.uploaded, self.device.stream)
 
     def stream_in(self, k: int, name: str, array: Array) -> None:
-        """Queue an input of call `k` alone, from a staging place of its own, so that nothing waits for the one before."""
+        """Queue an input of call `k` from a staging place of its own: nothing waits for the one before."""
         place = self.places[name]
         slot = rounded(place.nbytes)
         self.streamed.reserve(slot * self._slots)

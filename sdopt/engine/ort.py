@@ -32,7 +32,10 @@ GRAPH = "graph.onnx"  # what `sdopt build --backend ort` makes
 PROVIDERS: dict[str, tuple[str, dict[str, str]]] = {
     "cuda": ("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC", "cudnn_conv_use_max_workspace": "1"}),
     "cpu": ("CPUExecutionProvider", {}),
-    "tensorrt": ("TensorrtExecutionProvider", {"trt_engine_cache_enable": "1", "trt_fp16_enable": "0"}),  # only if named
+    "tensorrt": (
+        "TensorrtExecutionProvider",
+        {"trt_engine_cache_enable": "1", "trt_fp16_enable": "0"},
+    ),  # only if named
 }
 
 

@@ -4,9 +4,10 @@
         record.json     what the engine takes and gives, all that it was made from, sizes and hashes; signed
         engine.plan
 
-An engine is code. So a record is signed (HMAC-SHA256) with a key that only this user's state folder has, and the engine's
-hash is checked before the first byte reaches a library: what came with somebody else's bundle is not loaded unless the
-caller trusts it. An engine that was made from something else than what is here now is stale; a sentence says what changed.
+An engine is code. So a record is signed (HMAC-SHA256) with a key that only this user's state folder has, and the
+engine's hash is checked before the first byte reaches a library: what came with somebody else's bundle is not loaded
+unless the caller trusts it. An engine that was made from something else than what is here now is stale; a sentence
+says what changed.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Record:
     environment: Mapping[str, str]  # library, GPU, driver: what must be the same where it runs
     sources: Mapping[str, str]  # file of the bundle -> its SHA-256
     options: Mapping[str, Any]  # every option of the build, by name
-    command: str  # what builds it again
+    command: str  # what builds it again, but for its profiles
+    asked: tuple[str, ...] = ()  # its profiles as they are typed, in pictures and pixels
     notes: Mapping[str, Any] = field(default_factory=lambda: dict[str, Any]())  # what was found in the finished engine
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: dict[str, Mapping[str, Any]]())
 
@@ -58,6 +60,11 @@ class Record:
         made_from = [parts, sorted(self.environment.items()), sorted(self.sources.items()), self.options]
         text = json.dumps(made_from, sort_keys=True)
         return f"{self.component}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+    @property
+    def again(self) -> str:
+        """The command that builds it again."""
+        return " ".join([self.command, *(f'--profile "{text}"' for text in self.asked)])
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -71,7 +78,7 @@ class Record:
     def from_json(entry: Mapping[str, Any]) -> Record:
         specs = {k: tuple(map(TensorSpec.from_json, entry[k])) for k in ("inputs", "outputs")}
         profiles = tuple(map(Profile.parse, entry["profiles"]))
-        return Record(**{**entry, **specs, "profiles": profiles})
+        return Record(**{**entry, **specs, "profiles": profiles, "asked": tuple(entry["asked"])})
 
 
 @dataclass(frozen=True)
@@ -86,9 +93,9 @@ class Stored:
         """The path of one file of the engine, after its size and hash were found to be those of the record."""
         path, entry = self.folder / name, self.record.files[name]
         if path.is_symlink() or not path.is_file() or path.stat().st_size != entry["bytes"]:
-            raise BackendError(f"{path} is missing, truncated or a link; build it again: {self.record.command}")
+            raise BackendError(f"{path} is missing, truncated or a link; build it again: {self.record.again}")
         if sha256(path) != entry["sha256"]:
-            raise BackendError(f"{path} is damaged: its SHA-256 is another one; build it again: {self.record.command}")
+            raise BackendError(f"{path} is damaged: its SHA-256 is another one; build it again: {self.record.again}")
         return path
 
 
@@ -131,7 +138,7 @@ def find(bundle: Bundle, component: str, backend: str, environment: Environment,
     fresh = [s for s, change in changes if not change]
     if not fresh:
         newest, change = changes[0]
-        raise BackendError(f"the {backend} engine of {component} is stale: {change}. Build it: {newest.record.command}")
+        raise BackendError(f"the {backend} engine of {component} is stale: {change}. Build it: {newest.record.again}")
     return fresh[0]
 
 

@@ -4,9 +4,9 @@
     GPU                                  v                    |
               inputs | rows --> [ one CUDA graph: the engine, then carried outputs back to their inputs ] --> outputs
 
-An engine keeps a lane (`sdopt.engine.lane`) for every set of shapes that it was called with, so that a shape that was seen
-before costs nothing. Scratch memory is the device's arena, which all engines share. Between `launch`es the host waits for
-nothing.
+An engine keeps a lane (`sdopt.engine.lane`) for every set of shapes that it was called with, so that a shape that was
+seen before costs nothing. Scratch memory is the device's arena, which all engines share. Between `launch`es the host
+waits for nothing.
 """
 
 from __future__ import annotations
@@ -39,12 +39,17 @@ def open_component(
     Raises: BackendError for what is missing here: library, driver, GPU or engine.
     """
     if device is not None and not device.isdecimal():
-        raise UsageError(f"backend '{backend}:{device}' is not known; there are {backend}, {backend}:0, {backend}:1, ...")
+        raise UsageError(
+            f"backend '{backend}:{device}' is not known; there are {backend}, {backend}:0, {backend}:1, ..."
+        )
     gpu = shared_device(int(device or 0))  # before TensorRT: its runtime would end a process without a driver
     lib = TensorRT(backend)
     stored = find(bundle, name, backend, lambda record: environment(lib, gpu.cuda.gpu, record.options), trust)
     plan: Any = np.memmap(stored.checked(PLAN), np.uint8, "r")
-    units = {"latent_height": bundle.manifest["latents"]["factor"], "latent_width": bundle.manifest["latents"]["factor"]}
+    units = {
+        "latent_height": bundle.manifest["latents"]["factor"],
+        "latent_width": bundle.manifest["latents"]["factor"],
+    }
     return TrtEngine(lib, gpu, plan, stored.record, units)
 
 
@@ -70,7 +75,9 @@ class TrtEngine:
         for inputs, specs in ((True, self.inputs), (False, self.outputs)):
             found = set(loaded.names(inputs))
             if found != {s.name for s in specs}:
-                raise BackendError(f"{self.name}: the engine has {sorted(found)}, its record says otherwise; build again")
+                raise BackendError(
+                    f"{self.name}: the engine has {sorted(found)}, its record says otherwise; build again"
+                )
         self._plan, self.profiles = loaded, loaded.profiles(self.inputs)
 
     def __call__(self, **arrays: Array) -> dict[str, Array]:

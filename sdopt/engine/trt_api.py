@@ -1,8 +1,8 @@
 """The one thin layer over TensorRT's Python bindings: 8.6, 10, 11 and TensorRT-RTX, told apart by what they have.
 
-Libraries are imported by name, features found with `hasattr`, enum members by name: their values differ between versions,
-and versions are never compared. `tests/engine/test_trt_api.py` holds every call made here and in `sdopt.build.trt_build`
-against what each version's bindings offer.
+Libraries are imported by name, features found with `hasattr`, enum members by name: their values differ between
+versions, and versions are never compared. `tests/engine/test_trt_api.py` holds every call made here and in
+`sdopt.build.trt_build` against what each version's bindings offer.
 """
 
 from __future__ import annotations

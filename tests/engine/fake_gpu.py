@@ -1,7 +1,8 @@
 """A GPU of NumPy arrays, and a TensorRT whose plans are ONNX graphs that ONNX Runtime runs in its memory.
 
-The GPU is as lazy as a real one: what is queued runs when somebody waits, and reads staging memory only then. So code that
-writes there too early, reads too early, frees what is in use or forgets a copy gives a wrong picture here as it does there.
+The GPU is as lazy as a real one: what is queued runs when somebody waits, and reads staging memory only then. So code
+that writes there too early, reads too early, frees what is in use or forgets a copy gives a wrong picture here as it
+does there.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 import onnxruntime
 
 from sdopt.engine.cuda import CaptureError, Gpu, LostContextError, OutOfMemoryError
+from sdopt.engine.trt_api import SEVERITIES
 from sdopt.specs import Array
 
 Work = Callable[[], None]
@@ -177,7 +179,7 @@ def fake_tensorrt(cuda: FakeCuda, modern: bool = True) -> ModuleType:
     trt.__spec__ = ModuleSpec("tensorrt", None)
     trt.__dict__.update(
         __version__="fake",
-        ILogger=type("ILogger", (), {n: i for i, n in enumerate(("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE"))}),
+        ILogger=type("ILogger", (), {name: i for i, name in enumerate(SEVERITIES)}),
         Runtime=lambda log: FakeRuntime(cuda, modern),
     )  # fmt: skip
     if modern:

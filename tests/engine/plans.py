@@ -35,7 +35,7 @@ def stock(source: Path, target: Path, profiles: Sequence[str], parts: Sequence[s
         part = recipe.parts[name]
         options = _for_part(Options(precision="fp32"), part, bundle)
         job = Job(bundle, part, FakeTarget("tensorrt", None, FAKE, None), options, ranges, "sdopt build BUNDLE")
-        model, notes = derive(bundle, part, options)
+        model, _ = derive(bundle, part, options)
         inputs, outputs = graph.specs(model)
         shapes = [part_profile(bundle, part, inputs, r) for r in ranges]
         graphs = target.parent / f"{target.name}-graphs"
@@ -47,5 +47,3 @@ def stock(source: Path, target: Path, profiles: Sequence[str], parts: Sequence[s
             record = job.record
             write_record(folder, type(record)(**{**vars(record), "inputs": inputs, "outputs": outputs}), [PLAN])
     return target
-
-
