@@ -21,6 +21,14 @@ F32, F16, BF16, I64, BOOL = (
     ir.DataType.BOOL,
 )
 FLOATS = (F32, F16, BF16)
+SHORT = {
+    F32: "float32",
+    F16: "float16",
+    BF16: "bfloat16",
+    I64: "int64",
+    ir.DataType.INT32: "int32",
+    BOOL: "bool",
+}
 SMALL = 256  # bytes: a smaller weight is written into the graph itself
 
 
@@ -67,7 +75,7 @@ def _spec(value: ir.Value) -> TensorSpec:
     assert value.dtype is not None
     assert value.shape is not None
     shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
-    return TensorSpec(name_of(value), np.dtype(value.dtype.numpy()).name, shape)
+    return TensorSpec(name_of(value), SHORT[value.dtype], shape)
 
 
 def weights(model: ir.Model) -> list[ir.Value]:
@@ -115,7 +123,7 @@ def converted(tensor: ir.TensorProtocol, dtype: ir.DataType, name: str) -> ir.Te
         with np.errstate(over="ignore"):
             return ir.Tensor(tensor.numpy().astype(dtype.numpy()), dtype=dtype, name=name)
 
-    return ir.LazyTensor(convert, dtype, ir.Shape(tensor.shape), name=name)
+    return ir.LazyTensor(convert, dtype, cast(ir.Shape, tensor.shape), name=name)
 
 
 class Writer:

@@ -3,14 +3,14 @@
 Every node computes in one type, the islands in float32 and all others in half; a Cast stands exactly where a value
 crosses, once for each value and direction. Weights are converted when they are written, never all at once.
 
-| stays float32                                       | because                                                         |
-|-----------------------------------------------------|-----------------------------------------------------------------|
-| `step/...`: guidance and the sampler's row          | the sample is float32 for the whole loop                        |
-| Sin, Cos and what leads to them                     | float16 has steps of 0.5 at timestep 999                        |
-| norms that do not compute in float32 themselves     | a mean of squares leaves float16's range at |x| = 256           |
-| readers of a weight outside float16's range         | it would be infinity, or 0                                      |
-| Resize, in bfloat16                                 | TensorRT has none                                               |
-| what the caller names                               | SD 2.1's attention, the SDXL VAE                                |
+| stays float32                                   | because                                             |
+|-------------------------------------------------|-----------------------------------------------------|
+| `step/...`: guidance and the sampler's row      | the sample is float32 for the whole loop            |
+| Sin, Cos and what leads to them                 | float16 has steps of 0.5 at timestep 999            |
+| norms that do not compute in float32 themselves | a square leaves float16's range at 256              |
+| readers of a weight outside float16's range     | it would be infinity, or 0                          |
+| Resize, in bfloat16                             | TensorRT has none                                   |
+| what the caller names                           | the attention of SD 2.1, blocks that `diagnose` found |
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ from sdopt.build.graph import (
     BF16,
     F16,
     F32,
-    FLOATS,
+    SHORT,
     Writer,
     attribute,
     behind,
-    constant_of,
     converted,
     drop_unused,
     is_float,
@@ -41,7 +40,6 @@ from sdopt.build.graph import (
 from sdopt.errors import UsageError, choices
 
 TYPES = {"float16": F16, "bfloat16": BF16}
-SHORT = {F16: "float16", BF16: "bfloat16", F32: "float32"}
 LARGEST, SMALLEST = 65504.0, 2.0**-25  # of float16; half of the smallest subnormal rounds to 0
 MINUS_INFINITY = -1e30  # a constant below this stands for it, in a mask
 OWN_FLOAT32 = ("GroupNormalization", "LayerNormalization", "RMSNormalization")  # with stash_type 1
@@ -79,9 +77,9 @@ def half(
 ) -> HalfReport:
     """`model`, changed in place to compute in `dtype` ("float16" or "bfloat16"); doing it again changes nothing.
 
-    `attention=True` keeps attention in float32 (SD 2.1); `islands` are patterns, as in a shell, for the names or operators
-    of further nodes: "*up_blocks.3*", "Softmax". Inputs and outputs stay float32 with a Cast inside, but for those whose
-    names match `half_edges`.
+    `attention=True` keeps attention in float32 (SD 2.1); `islands` are patterns, as in a shell, for the names or
+    operators of further nodes: "node_conv2d_4*", "Softmax". Inputs and outputs stay float32 with a Cast inside, but for
+    those whose names match `half_edges`. A component in the manifest's `float16_unsafe` is the caller's to leave alone.
     Raises: UsageError for an unknown dtype, and for a pattern that matches nothing.
     """
     if dtype not in TYPES:
@@ -120,7 +118,7 @@ def _forget_casts(model: ir.Model) -> None:
             model.graph.outputs[list(model.graph.outputs).index(target)] = source
             redirect(target, source)
             model.graph.remove(node, safe=True)
-            source.name, source.dtype, source.shape = name, target.dtype, target.shape
+            source.name, source.shape = name, target.shape
 
 
 def _islands(model: ir.Model, dtype: str, patterns: Sequence[str], attention: bool) -> dict[str, str]:
@@ -176,12 +174,12 @@ def _outside(model: ir.Model, kept: dict[str, str]) -> tuple[dict[str, float], t
         tensor = value.const_value
         if tensor is None or tensor.dtype not in (F32, BF16) or not value.uses():
             continue
-        array = np.abs(np.asarray(tensor.numpy(), np.float32))
-        largest = float(array[np.isfinite(array)].max(initial=0.0))
+        array = np.asarray(tensor.numpy(), np.float32)
+        largest = float(np.abs(array[np.isfinite(array)]).max(initial=0.0))
         vanishes = array.size == 1 and 0 < largest < SMALLEST
-        if array.size == 1 and float(np.asarray(tensor.numpy(), np.float32).reshape(())) <= MINUS_INFINITY:
+        if array.size == 1 and array.item() <= MINUS_INFINITY:
             clamped.append(name_of(value))
-            value.const_value = ir.Tensor(np.full(tuple(tensor.shape), -LARGEST, np.float32), name=value.name)
+            value.const_value = ir.Tensor(np.full(array.shape, -LARGEST, np.float32), name=value.name)
         elif largest >= LARGEST + 16 or vanishes:  # LARGEST + 16 is where rounding goes to infinity
             readers = [user for user, index in value.uses() if index not in FLOAT32_INPUTS.get(user.op_type, ())]
             fresh = [name_of(user) for user in readers if name_of(user) not in kept]

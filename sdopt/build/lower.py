@@ -1,18 +1,18 @@
 """A graph of opset 18 to 23 in the operators of opset 17, which is what TensorRT 8.6 parses.
 
-The source is the bundle's own graph (opset 23): one node per concept, so that each is lowered in one place. After `half`
-the norms compute in float32 between two Casts, as their `stash_type` says, and attention scores are half.
+The source is the bundle's own graph (opset 23): one node per concept, so that each is lowered in one place. After
+`half`, norms compute in float32 between two Casts, as their `stash_type` says, and attention scores are half.
 
-| opset 23                            | becomes                                                                          |
-|-------------------------------------|----------------------------------------------------------------------------------|
-| Attention                           | Softmax(scale Q K^T, with a mask Where or Add) V; Q is scaled first, for float16  |
-| GroupNormalization                  | (x - mean) / sqrt(mean of squares + epsilon) in float32, scale and bias            |
-| InstanceNormalization (also of 17)  | the same: 8.6 makes it a cuDNN plugin                                             |
-| RMSNormalization                    | x / sqrt(mean of squares + epsilon) in float32, scale                             |
-| Gelu                                | x/2 (1 + Erf(x / sqrt 2)), or with Tanh                                           |
-| ReduceMean and its like             | axes as an attribute                                                              |
-| Shape with start or end (also of 17)| Shape, Slice                                                                      |
-| Split, Resize, Reshape, Cast        | without the attributes that came later, where they say nothing                    |
+| opset 23                             | becomes                                                                 |
+|--------------------------------------|-------------------------------------------------------------------------|
+| Attention                            | Softmax(Q K^T, masked) V; Q is scaled first, which helps float16        |
+| GroupNormalization                   | (x - mean) / sqrt(variance + epsilon) in float32, then scale and bias   |
+| InstanceNormalization (also of 17)   | the same: 8.6 makes it a cuDNN plugin                                   |
+| RMSNormalization                     | x / sqrt(mean of squares + epsilon) in float32, then scale              |
+| Gelu                                 | x/2 (1 + Erf(x / sqrt 2)), or with Tanh                                 |
+| ReduceMean and its like              | axes as an attribute                                                    |
+| Shape with start or end (also of 17) | Shape, Slice                                                            |
+| Split, Resize, Reshape, Cast         | without the attributes that came later, where they say nothing          |
 """
 
 from __future__ import annotations

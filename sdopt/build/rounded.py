@@ -1,8 +1,8 @@
 """A half graph as float32 arithmetic that rounds like half: what a half engine computes, on any machine.
 
-ONNX Runtime's CPU provider runs a float16 graph by casting around each node, and drops the casts that meet, also those
-that the graph asks for. Nothing is rounded then and nothing overflows, so a parity measured that way says nothing. Here
-every half value is float32 that was cast to half and back, which that provider keeps as long as its optimizations are off.
+ONNX Runtime's CPU provider runs a float16 graph by casting around each node, and drops casts where they meet. Little is
+rounded then and nothing overflows, so a parity measured that way is too good. Here every half value is float32 that was
+cast to half and back by the graph itself, which that provider keeps as long as its optimizations are off.
 
 Inside a node the arithmetic is float32: as on tensor cores, which multiply half numbers and add in float32. `lower`
 first, and attention scores are values that round too.

@@ -40,9 +40,9 @@ def packed(table: SamplerTable, guidance: Sequence[float], rescale: float = 0.0,
             f"{table.name} looks back {depth - 1} calls, this graph keeps {history}; fuse it again with more history"
         )
     rows = np.zeros((len(table), row_width(history)), np.float32)
-    scalars = (table.timestep, guidance, rescale, table.c_in, table.c_skip, table.c_out, *table.denoised.T)
-    for column, values in enumerate(scalars):
-        rows[:, column] = values
+    rows[:, 0], rows[:, 1], rows[:, 2] = table.timestep, guidance, rescale
+    rows[:, 3], rows[:, 4], rows[:, 5] = table.c_in, table.c_skip, table.c_out
+    rows[:, 6:8] = table.denoised
     width = min(table.order + 1, history + 2)
     rows[:, len(SCALARS) : len(SCALARS) + width] = table.update[:, :width]
     rows[:, -1] = table.update[:, -1]

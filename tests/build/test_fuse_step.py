@@ -19,7 +19,7 @@ from sdopt.guidance import Denoiser
 from sdopt.samplers import SAMPLERS, SamplerTable, sampler_table
 from sdopt.samplers.packed import HISTORY, packed, row_width
 from sdopt.specs import Array
-from tests.build.common import example, psnr, run, session
+from tests.build.common import psnr, run, session
 from tests.conftest import EMOJI_BUNDLE
 
 UNET = EMOJI_BUNDLE / "unet.onnx"
