@@ -130,8 +130,9 @@ class _Current:
             )
         if name not in self._kept:
             self._kept[name] = self._run.fetch(name)
-        refuse_nan(self._kept[name], f"unet, step {k + 1} of {self._of}")
-        return self._kept[name].copy()
+        kept = self._kept[name]
+        refuse_nan(kept, f"unet, step {k + 1} of {self._of}")
+        return np.array(kept)
 
     def steer(self, sample: Float32 | None = None) -> None:
         """Send the sample back if somebody changed it; `sample` is what to change it to."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -274,7 +274,7 @@ def _check_half(name: str, precision: str, layers: Mapping[str, int], plan: Path
 
 
 @contextmanager
-def _one_builder(folder: Path, report: Report) -> Iterator[None]:
+def _one_builder(folder: Path, report: Report) -> Generator[None]:
     """Hold the lock of an engine's key; the system lets go of it when a process ends, however it ends."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f".{folder.name}.lock").open("w") as stream:

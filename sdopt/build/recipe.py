@@ -77,7 +77,8 @@ def _part(name: str, entry: Mapping[str, Any]) -> Part:
         raise UsageError(
             f"recipe, engine {name}: {', '.join(set(entry) - known)} is unknown; there are {sorted(known)}"
         )
-    return Part(name=name, **{**entry, "islands": tuple(entry.get("islands", ()))})
+    values: dict[str, Any] = {**entry, "islands": tuple(entry.get("islands", ()))}
+    return Part(name=name, **values)
 
 
 def _toml() -> Any:

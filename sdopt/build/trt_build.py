@@ -60,7 +60,7 @@ class Builder:
         builder = self.lib.trt.Builder(self.lib.log)
         network = builder.create_network(self._network_flags())
         parser = self._parsed(network, graph)
-        types = layer_types(network)
+        types, errors = layer_types(network), ""
         for workspace in self._workspaces():
             self.lib.log.lines.clear()
             config = self._config(builder, inputs, profiles, workspace)
@@ -96,7 +96,7 @@ class Builder:
             errors = [parser.get_error(i) for i in range(parser.num_errors)]
             told = "; ".join(f"{getattr(e, 'node_name', str)() or f'node {e.node()}'}: {e.desc()}" for e in errors)
             raise BackendError(f"{graph.stem}: {self.lib.backend} {self.lib.version} cannot parse it: {told}")
-        for i in range(network.num_layers):
+        for i in range(network.num_layers if hasattr(self.lib.trt, "IAttentionInputLayer") else 0):
             layer = network.get_layer(i)
             if layer.type.name == "ATTENTION_INPUT":  # where no kernel fits, e.g. float32, its parts will do
                 layer.__class__ = self.lib.trt.IAttentionInputLayer
@@ -133,13 +133,13 @@ class Builder:
             sources = trt.TacticSource
             config.set_tactic_sources(1 << int(sources.EDGE_MASK_CONVOLUTIONS) | 1 << int(sources.JIT_CONVOLUTIONS))
         self._set_timing(config)
-        if self.progress is not None and hasattr(trt, "IProgressMonitor"):
+        if self.progress is not None and hasattr(config, "progress_monitor"):
             config.progress_monitor = make_monitor(trt, self.progress)
         for profile in profiles:
-            shapes = builder.create_optimization_profile()
+            optimization = builder.create_optimization_profile()
             for spec in inputs:
-                shapes.set_shape(spec.name, *(profile.shape(spec, i) for i in range(3)))
-            if config.add_optimization_profile(shapes) < 0:
+                optimization.set_shape(spec.name, *(profile.shape(spec, i) for i in range(3)))
+            if config.add_optimization_profile(optimization) < 0:
                 raise UsageError(f"profile {profile}: TensorRT refuses it")
         return config
 

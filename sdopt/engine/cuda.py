@@ -197,7 +197,8 @@ class CudaBindings:
 
     def pinned(self, nbytes: int) -> Array:
         address = int(self._do("cudaMallocHost", nbytes))
-        return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), np.uint8)
+        memory: Any = (ctypes.c_uint8 * nbytes).from_address(address)
+        return np.frombuffer(memory, np.uint8)
 
     def unpin(self, memory: Array) -> None:
         self._do("cudaFreeHost", memory.ctypes.data)

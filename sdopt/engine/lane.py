@@ -59,7 +59,8 @@ class Memory:
     def upload(self, offset: int, array: Array, target: int | None = None) -> None:
         """Queue the upload of `array` from its staging place; nobody may write there until the GPU has read it."""
         staged = self.staging[offset : offset + array.nbytes]
-        np.copyto(staged.view(array.dtype).reshape(array.shape), array)
+        placed: Array = staged.view(array.dtype).reshape(array.shape)
+        np.copyto(placed, array)
         self.device.cuda.upload(self.address + offset if target is None else target, staged, self.device.stream)
 
 

@@ -76,9 +76,12 @@ class Record:
 
     @staticmethod
     def from_json(entry: Mapping[str, Any]) -> Record:
-        specs = {k: tuple(map(TensorSpec.from_json, entry[k])) for k in ("inputs", "outputs")}
-        profiles = tuple(map(Profile.parse, entry["profiles"]))
-        return Record(**{**entry, **specs, "profiles": profiles, "asked": tuple(entry["asked"])})
+        values: dict[str, Any] = dict(entry)
+        for kind in ("inputs", "outputs"):
+            values[kind] = tuple(map(TensorSpec.from_json, entry[kind]))
+        values["profiles"] = tuple(map(Profile.parse, entry["profiles"]))
+        values["asked"] = tuple(entry["asked"])
+        return Record(**values)
 
 
 @dataclass(frozen=True)
