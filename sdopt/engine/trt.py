@@ -12,12 +12,14 @@ waits for nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from sdopt.bundle import Bundle
+from sdopt.engine.cuda import LostContextError
 from sdopt.engine.device import Device, shared_device
 from sdopt.engine.lane import Lane
 from sdopt.engine.plans import Record, find
@@ -117,12 +119,12 @@ class TrtEngine:
         """Free the engine, its lanes and their memory."""
         if self._plan is None:
             return
-        with self.device.queueing():
+        with suppress(LostContextError), self.device.queueing():  # with its context the memory is gone already
             for lane in (lane for lanes in self._idle.values() for lane in lanes):
                 lane.close()
-            self._idle.clear()
-            self._plan = self._runtime = None
-            self.device.account(self.name, -self._bytes)
+        self._idle.clear()
+        self._plan = self._runtime = None
+        self.device.account(self.name, -self._bytes)
 
     def __enter__(self) -> TrtEngine:
         return self

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from threading import RLock
 from types import ModuleType
 from typing import Any
 
@@ -33,6 +34,7 @@ class FakeCuda:
     def __init__(self, total: int = TOTAL) -> None:
         self.gpu = Gpu(0, "Fake GPU", "9.0", 13000, total)
         self.calls: list[str] = []
+        self._lock = RLock()  # a real one takes calls of several threads
         self.blocks: dict[int, Array] = {}
         self.pinned_blocks: dict[int, Array] = {}
         self.capturable = True
@@ -59,7 +61,7 @@ class FakeCuda:
 
     def free(self, address: int) -> None:
         self.calls.append("free")
-        self._run(len(self._queue))
+        self._run(self._all())
         del self.blocks[address]
 
     def pinned(self, nbytes: int) -> Array:
@@ -105,15 +107,15 @@ class FakeCuda:
         self._enqueue("compute", work)
 
     def record(self, event: int, stream: int) -> None:
-        self._events[event] = self._done + len(self._queue)
+        self._events[event] = self._all()
 
     def wait(self, event: int) -> None:
         self.calls.append("wait")
-        self._run(self._events.get(event, 0) - self._done)
+        self._run(self._events.get(event, 0))
 
     def synchronize(self, stream: int) -> None:
         self.calls.append("synchronize")
-        self._run(len(self._queue))
+        self._run(self._all())
 
     def capture(self, work: Callable[[], None], stream: int) -> int:
         if not self.capturable:
@@ -130,8 +132,8 @@ class FakeCuda:
         return graph
 
     def launch(self, graph: int, stream: int) -> None:
-        for work in self._graphs[graph]:
-            self._queue.append(work)
+        with self._lock:
+            self._queue.extend(self._graphs[graph])
         self.calls.append("launch")
 
     def drop(self, graph: int) -> None:
@@ -144,6 +146,10 @@ class FakeCuda:
         """Lose the context, as after an illegal address."""
         self.fail = LostContextError("cudaStreamSynchronize: CUDA error 700, an illegal memory access")
 
+    def _all(self) -> int:
+        with self._lock:
+            return self._done + len(self._queue)
+
     def _new(self) -> int:
         self._handle += 1
         return self._handle
@@ -153,12 +159,15 @@ class FakeCuda:
             self._captured.append(work)
         else:
             self.calls.append(name)
-            self._queue.append(work)
+            with self._lock:
+                self._queue.append(work)
 
-    def _run(self, count: int) -> None:
-        for _ in range(max(0, count)):
-            self._queue.pop(0)()
-            self._done += 1
+    def _run(self, until: int) -> None:
+        """Run what was queued, up to the work of this number."""
+        with self._lock:
+            while self._done < until and self._queue:
+                self._queue.pop(0)()
+                self._done += 1
 
 
 class DataType(IntEnum):
