@@ -8,10 +8,9 @@ wants the same waits for it. What is stale is told in a sentence, built again an
 
 from __future__ import annotations
 
-import os
+import re
 import shutil
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from sdopt import __version__
 from sdopt.build import graph
 from sdopt.build.fuse_step import CARRIED, fuse_step
 from sdopt.build.half import half
+from sdopt.build.lock import one_builder
 from sdopt.build.lower import lower
 from sdopt.build.recipe import Part, Recipe, part_profile, read_recipe, user_profiles
 from sdopt.build.trt_build import Builder, Progress
@@ -180,7 +180,7 @@ class Job:
         stale = self._stale()
         for old, change in stale:
             report(f"{self.part.name}: built again, because {change} ({old.folder.name} is removed afterwards)")
-        with _one_builder(self.folder, report):
+        with one_builder(self.folder, report):
             if self.folder.exists() and self.is_done(report):  # another process was first
                 return self.folder
             with new_folder(self.folder, needed_bytes=3 * self.bundle.nbytes(self.part.graph)) as folder:
@@ -211,6 +211,10 @@ class Job:
             name, names = PLAN, [PLAN]
             record = replace(record, profiles=tuple(shapes))
             _check_half(self.part.name, self.options["precision"], notes["layers"], folder / PLAN, weights)
+            if self.target.gpu is not None:
+                notes["inspected"] = inspected(_layers(builder.lib, folder / PLAN))
+                if notes["inspected"] and not builder.strongly_typed:  # here the library may have chosen otherwise
+                    _check_half(self.part.name, self.options["precision"], notes["inspected"], folder / PLAN, weights)
         record = replace(record, inputs=inputs, outputs=outputs, notes={**notes, "weight_bytes": weights})
         write_record(folder, record, names)
         report(f"{self.part.name}: {bytes_text((folder / name).stat().st_size)}")
@@ -273,31 +277,14 @@ def _check_half(name: str, precision: str, layers: Mapping[str, int], plan: Path
         )
 
 
-@contextmanager
-def _one_builder(folder: Path, report: Report) -> Generator[None]:
-    """Hold the lock of an engine's key; the system lets go of it when a process ends, however it ends."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as stream:
-        if not _lock(stream, wait=False):
-            report(f"{folder.name}: another process is building it; waiting")
-            _lock(stream, wait=True)
-        yield
+def inspected(layers: str) -> dict[str, int]:
+    """How many tensors of each type a finished engine's layers take and give, as its inspector tells in JSON."""
+    words = {"HALF": "Half|FP16", "FLOAT": "Float|FP32"}
+    counts = {name: len(re.findall(rf'"Format/Datatype": "[^"]*\b({word})\b', layers)) for name, word in words.items()}
+    return {name: count for name, count in counts.items() if count}
 
 
-def _lock(stream: Any, wait: bool) -> bool:
-    if os.name == "nt":
-        import msvcrt
-
-        lock: Any = msvcrt
-        try:
-            lock.locking(stream.fileno(), lock.LK_LOCK if wait else lock.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    return True
+def _layers(lib: TensorRT, plan: Path) -> str:
+    device = shared_device()
+    with device.queueing():
+        return lib.load(lib.runtime(device.cuda), plan.read_bytes(), plan.parent.name).layers()

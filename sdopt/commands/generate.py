@@ -49,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vae-tile", type=int, metavar="LATENTS", help="decode in tiles, in the memory of one tile")
     add("--size", type=size, metavar="WxH", help="pixels, e.g. 512x768 (default: the bundle's)")
     add("-n", "--number", type=int, default=1, metavar="N", help="how many pictures (default: 1)")
-    add("--backend", default="auto", help="ort, or ort:cpu, ort:cuda (default: the best one installed)")
+    add("--backend", default="auto", help="ort, ort:cpu, ort:cuda, tensorrt, tensorrt-rtx (default: ort)")
+    add("--trust-engines", action="store_true", help="load engines that somebody else built; they are code")
     add("--threads", type=int, help="threads of the engine (default: what this process may use)")
     add("--replay", type=Path, metavar="PNG", help="make the picture in PNG again, from the parameters it carries")
     add("--no-metadata", action="store_true", help="do not write the parameters into the PNG")
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     prompt, options, replayed = _request(args)
     paths = images.numbered(args.output, args.number)
     _check_output(paths[0])
-    with pipeline.load(args.model, args.backend, threads=args.threads) as pipe:
+    with pipeline.load(args.model, args.backend, threads=args.threads, trust_engines=args.trust_engines) as pipe:
         if replayed is not None:
             _same_model(args.replay, replayed, pipe.bundle)
         sample, plan = _denoise(pipe, prompt, options)

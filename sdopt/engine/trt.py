@@ -72,6 +72,8 @@ class TrtEngine:
                 raise device.full(self.name, len(plan))
             self._runtime = lib.runtime(device.cuda)
             loaded = lib.load(self._runtime, plan, self.name)
+            if record.options.get("weight_streaming"):
+                lib.stream_weights(loaded)
             self._bytes = max(0, free - device.cuda.memory()[0])
             device.account(self.name, self._bytes)
         for inputs, specs in ((True, self.inputs), (False, self.outputs)):

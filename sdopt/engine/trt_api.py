@@ -52,6 +52,14 @@ class TensorRT:
             raise BackendError(f"{what}: {self.backend} {self.version} cannot load the engine: {self.log.errors()}")
         return LoadedPlan(self.trt, engine)
 
+    def stream_weights(self, loaded: LoadedPlan) -> None:
+        """Keep as many weights on the GPU as there is room for, and stream the others; before any context is made."""
+        engine = loaded.engine
+        if hasattr(engine, "get_weight_streaming_automatic_budget"):
+            engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
+        else:
+            engine.weight_streaming_budget = 0  # the library's own choice
+
 
 def make_log(trt: Any) -> Any:
     """A logger that keeps the last lines instead of printing them."""

@@ -144,6 +144,13 @@ def test_a_plan_that_is_not_half_is_refused(tmp_path: Path) -> None:
         plans._check_half("unet", "fp16", {"HALF": 9}, tmp_path / "plan", 200 << 20)
 
 
+def test_the_inspectors_types_are_counted() -> None:
+    layers = """{"Layers": [{"Inputs": [{"Name": "x", "Format/Datatype": "Row major linear FP32"}],
+        "Outputs": [{"Name": "Half", "Format/Datatype": "Half"}, {"Format/Datatype": "Channel major FP16 format"}]}]}"""
+    assert plans.inspected(layers) == {"HALF": 2, "FLOAT": 1}
+    assert plans.inspected("") == {}
+
+
 # ---- engines for ONNX Runtime: derived graphs, which need no other library
 
 

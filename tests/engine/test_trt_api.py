@@ -33,6 +33,8 @@ IMPLIED = {
     "ICudaEngine.device_memory_size": ("ICudaEngine.device_memory_size_v2", False),
     "IExecutionContext.device_memory": ("IExecutionContext.set_device_memory", False),
     "IStreamWriter": ("Builder.build_serialized_network_to_stream", True),
+    "ICudaEngine.weight_streaming_budget_v2": ("ICudaEngine.get_weight_streaming_automatic_budget", True),
+    "ICudaEngine.weight_streaming_budget": ("ICudaEngine.weight_streaming_budget", True),  # 8.6 has no such flag
     "IProgressMonitor": ("IBuilderConfig.progress_monitor", True),
     "IBuilderConfig.progress_monitor": ("IBuilderConfig.progress_monitor", True),
     "Builder.build_serialized_network_to_stream": ("Builder.build_serialized_network_to_stream", True),
