@@ -18,6 +18,7 @@ COMMANDS = {
     "export": "a diffusers checkpoint into a bundle of ONNX graphs, checked against PyTorch",
     "generate": "a prompt into a picture",
     "inspect": "what is in a bundle",
+    "diagnose": "where half precision leaves float32, layer by layer",
     "samplers": "the samplers, their tables and plots",
 }
 
