@@ -19,6 +19,7 @@ COMMANDS = {
     "build": "engines of a bundle for this machine's GPU, in half precision",
     "generate": "a prompt into a picture",
     "inspect": "what is in a bundle",
+    "diagnose": "where half precision leaves float32, layer by layer",
     "samplers": "the samplers, their tables and plots",
 }
 

@@ -49,14 +49,36 @@ ALLOWED = {
         "errors",
     },
     "export": {"engine", "bundle", "samplers", "schedules", "noise", "specs", "errors", ""},
-    "build": {"engine", "bundle", "specs", "errors", ""},
+    "build": {"engine", "bundle", "samplers", "specs", "errors", ""},
     "bench": {"pipeline", "engine", "bundle", "images", "specs", "errors", ""},
-    "commands": {"export", "build", "bench", "pipeline", "request", "samplers", "images", "bundle", "errors", ""},
+    "commands": {
+        "export",
+        "build",
+        "bench",
+        "pipeline",
+        "request",
+        "samplers",
+        "images",
+        "bundle",
+        "specs",
+        "errors",
+        "",
+    },
     "cli": {"commands", "errors", ""},
     "__main__": {"cli"},
     "": {"pipeline", "engine", "bundle", "samplers", "errors"},  # sdopt/__init__.py, lazily
 }
-NOT_AT_RUN_TIME = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "scipy", "matplotlib", "huggingface_hub")
+NOT_AT_RUN_TIME = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "scipy",
+    "matplotlib",
+    "huggingface_hub",
+)
 
 
 def part_of(module: str) -> str:

@@ -8,6 +8,6 @@ lower      opset 23 in the primitives of opset 17
 diagnose   where a half graph leaves the float32 one
 
 A pass takes an `onnx_ir.Model`, changes it in place and returns it or what it did. The order is fuse_step, half, lower;
-each may be left out. `fuse_step` computes the sampler in float32 under names that `half` keeps, and `lower` takes either
-precision, so that a norm that `half` leaves whole is computed in float32 when it is taken apart.
+each may be left out. `fuse_step` computes the sampler in float32 under names that `half` keeps, and `lower` takes
+either precision, so that a norm that `half` leaves whole is computed in float32 when it is taken apart.
 """

@@ -38,8 +38,8 @@ guidance is ignored), same carried tensors. It is the one to launch in the calls
 loop may change between the two from call to call.
 
 Left out: the mask of inpainting with a four-channel UNet (`Canvas.hold`), which changes the sample between calls; such
-a request uses the UNet alone, or gives `sample` anew for each call. `rescale` (Lin et al. 2024) is in the graph only when
-asked for (`rescale=True`); otherwise that column is ignored, and a request that rescales uses the UNet alone.
+a request uses the UNet alone, or gives `sample` anew for each call. `rescale` (Lin et al. 2024) is in the graph only
+when asked for (`rescale=True`); otherwise that column is ignored, and a request that rescales uses the UNet alone.
 Ref: Ho & Salimans 2022, arXiv:2207.12598, eq. 6.
 """
 

@@ -1,55 +1,53 @@
-"""Graphs run as they stand, on ONNX Runtime, without its optimizations where rounding matters."""
+"""Passes in the tests: small sizes, one thread, files that go away."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import onnx
 import onnx_ir as ir
-import onnxruntime
 
 from sdopt.build import graph
-from sdopt.specs import Array, TensorSpec
+from sdopt.build.diagnose import example
+from sdopt.build.rounded import outputs_of, psnr, rounded, session
+from sdopt.specs import Array
+
+SIZES = {"batch": 2, "tokens": 7, "latent_height": 8, "latent_width": 6, "height": 64, "width": 48}
 
 
-def session(model: ir.Model | Path, folder: Path | None = None, *, optimize: bool = True) -> Any:
-    """An ONNX Runtime session of a model, on one thread."""
-    path = model
-    if not isinstance(model, Path):
-        assert folder is not None
-        path = folder / f"{model.graph.name}-{id(model)}.onnx"
-        graph.save(model, path)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 3, 1
-    if not optimize:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+def checked(model: ir.Model, folder: Path) -> Path:
+    """The file of a model that the checker has accepted."""
+    path = folder / f"{model.graph.name}-{id(model)}.onnx"
+    graph.save(model, path)
+    onnx.checker.check_model(path, full_check=True)
+    return path
 
 
-def run(given: Any, arrays: Mapping[str, Array]) -> dict[str, Array]:
-    names = [output.name for output in given.get_outputs()]
-    return dict(zip(names, given.run(names, dict(arrays)), strict=True))
+def opened(model: ir.Model, folder: Path, *, optimize: bool = True) -> Any:
+    """An ONNX Runtime session of a model."""
+    return session(checked(model, folder), optimize=optimize, threads=1)
 
 
-def example(inputs: tuple[TensorSpec, ...], sizes: Mapping[str, int], seed: int = 0) -> dict[str, Array]:
-    """Random arrays of these shapes: normal, but for a timestep and for token ids."""
-    rng, arrays = np.random.default_rng(seed), dict[str, Array]()
-    for spec in inputs:
-        shape = tuple(d if isinstance(d, int) else sizes[d] for d in spec.shape)
-        if spec.dtype.startswith("int"):
-            arrays[spec.name] = rng.integers(0, 50, shape).astype(spec.dtype)
-        elif spec.name == "timestep":
-            arrays[spec.name] = np.linspace(400.5, 700, *shape, dtype=np.float32)
-        else:
-            arrays[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
-    return arrays
+def inputs_of(path: Path, sizes: Mapping[str, int] = SIZES) -> dict[str, Array]:
+    return example(graph.specs(graph.load(path))[0], sizes)
 
 
-def psnr(reference: Array, other: Array) -> float:
-    """20 log10(max |reference| / RMSE) in dB; 200 where they are equal, -inf where one is not finite."""
-    error = np.sqrt(np.mean(np.square(np.subtract(other, reference, dtype=np.float64))))
-    if not np.isfinite(error):
-        return -np.inf
-    return float(min(200.0, 20 * np.log10(np.abs(reference).max() / error))) if error else 200.0
+def outputs(model: ir.Model, arrays: Mapping[str, Array], folder: Path) -> dict[str, Array]:
+    return outputs_of(opened(model, folder), arrays)
+
+
+def half_outputs(model: ir.Model, arrays: Mapping[str, Array], folder: Path) -> dict[str, Array]:
+    """The outputs of a graph that `half` made, with every rounding."""
+    checked(model, folder)
+    return outputs_of(opened(rounded(model), folder, optimize=False), arrays)
+
+
+def parity(source: Path, change: Callable[[ir.Model], Any], folder: Path, *, half: bool = False) -> float:
+    """dB between a graph and what `change` makes of it, the worst of its outputs."""
+    arrays, model = inputs_of(source), graph.load(source)
+    change(model)
+    wanted = outputs(graph.load(source), arrays, folder)
+    found = (half_outputs if half else outputs)(model, arrays, folder)
+    return min(psnr(wanted[name], found[name]) for name in wanted)

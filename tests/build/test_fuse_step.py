@@ -12,14 +12,17 @@ import pytest
 
 import sdopt
 from sdopt.build import graph
+from sdopt.build.diagnose import example
 from sdopt.build.fuse_step import CARRIED, fuse_step
+from sdopt.build.rounded import outputs_of, psnr
+from sdopt.bundle import Component
 from sdopt.engine.ort import OrtEngine
 from sdopt.errors import UsageError
 from sdopt.guidance import Denoiser
 from sdopt.samplers import SAMPLERS, SamplerTable, sampler_table
 from sdopt.samplers.packed import HISTORY, packed, row_width
 from sdopt.specs import Array
-from tests.build.common import psnr, run, session
+from tests.build.common import opened
 from tests.conftest import EMOJI_BUNDLE
 
 UNET = EMOJI_BUNDLE / "unet.onnx"
@@ -31,7 +34,7 @@ LATENT = (2, 4, 8, 6)
 def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Any]:
     """The fused emoji UNet: with both halves of guidance, and with the conditional one alone."""
     folder = tmp_path_factory.mktemp("steps")
-    return {guided: session(fuse_step(graph.load(UNET), guided=guided), folder) for guided in (True, False)}
+    return {guided: opened(fuse_step(graph.load(UNET), guided=guided), folder) for guided in (True, False)}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +84,7 @@ def fused(
     for k, row in enumerate(rows):
         given = {n: a for n, a in conditions.items() if guidance[k] > 1 or not n.startswith("negative_")}
         drawn = noise[k] if table.draws[k] else np.zeros_like(sample)
-        outputs = run(steps[guidance[k] > 1], {**carried, **given, **more, "noise": drawn, "row": row})
+        outputs = outputs_of(steps[guidance[k] > 1], {**carried, **given, **more, "noise": drawn, "row": row})
         carried = {given: outputs[output] for output, given in CARRIED.items()}
         results.append((outputs["next_sample"], outputs["denoised"]))
     return results
@@ -130,7 +133,7 @@ def test_a_table_that_looks_further_back_than_the_graph_is_refused() -> None:
 @pytest.mark.parametrize("history", [1, 3])
 def test_a_graph_may_keep_less(history: int, unet: Any, tmp_path: Path) -> None:
     table = table_of("dpmpp_2m" if history == 1 else "lms")
-    one = session(fuse_step(graph.load(UNET), history=history), tmp_path)
+    one = opened(fuse_step(graph.load(UNET), history=history), tmp_path)
     noise, guidance = [random(*LATENT, seed=k) for k in range(7)], [2.0] * 6
     found = fused({True: one}, table, guidance, conditions(), noise, history=history)
     assert worst(unfused(unet, table, guidance, conditions(), noise), found) >= FLOOR_DB
@@ -138,7 +141,7 @@ def test_a_graph_may_keep_less(history: int, unet: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.7])
 def test_guidance_rescale_is_in_the_graph_when_asked_for(share: float, unet: Any, tmp_path: Path) -> None:
-    one = session(fuse_step(graph.load(UNET), rescale=True), tmp_path)
+    one = opened(fuse_step(graph.load(UNET), rescale=True), tmp_path)
     table, guidance = table_of("euler"), [4.0] * 6
     noise = [random(*LATENT, seed=k) for k in range(7)]
     expected = unfused(unet, table, guidance, conditions(), noise, rescale=share)
@@ -172,3 +175,31 @@ def test_what_is_no_unet_is_refused() -> None:
         fuse_step(graph.load(EMOJI_BUNDLE / "vae_decoder.onnx"))
     with pytest.raises(UsageError, match="latent_channels = 5 of the UNet's 4"):
         fuse_step(graph.load(UNET), latent_channels=5)
+
+
+SIZES = {"batch": 2, "tokens": 7, "latent_height": 8, "latent_width": 6}
+
+
+def both_ways(path: Path, table: SamplerTable, folder: Path, latent_channels: int | None = None) -> float:
+    """dB between the loop and the fused steps of a UNet with inputs of its own."""
+    model = fuse_step(graph.load(path), latent_channels=latent_channels)
+    inputs, given = graph.specs(model)[0], example(graph.specs(model)[0], SIZES)
+    own = {s.name for s in inputs} - {"sample", "history", "noise", "row", "extra"}
+    extra = given.get("extra")
+    noise, guidance = [random(*LATENT, seed=k) for k in range(len(table) + 1)], [3.0] * len(table)
+    component = Component("unet", path, *graph.specs(graph.load(path)))
+    conditions = {name: array for name, array in given.items() if name in own}
+    with OrtEngine(component, threads=1) as engine:
+        expected = unfused(engine, table, guidance, conditions, noise, extra)
+    more = {} if extra is None else {"extra": extra}
+    return worst(expected, fused({True: opened(model, folder)}, table, guidance, conditions, noise, **more))
+
+
+def test_the_conditions_of_sdxl_are_joined(sdxl_unet: Path, tmp_path: Path) -> None:
+    names = {s.name for s in graph.specs(fuse_step(graph.load(sdxl_unet)))[0]}
+    assert {"text_embeds", "time_ids", "negative_text_embeds", "negative_time_ids"} <= names
+    assert both_ways(sdxl_unet, table_of("dpmpp_2m_sde"), tmp_path) >= FLOOR_DB
+
+
+def test_the_further_channels_of_inpainting_are_joined_behind_the_scale(nine_channels: Path, tmp_path: Path) -> None:
+    assert both_ways(nine_channels, table_of("euler"), tmp_path, latent_channels=4) >= FLOOR_DB
