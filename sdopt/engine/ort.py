@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime
 
 from sdopt.bundle import Bundle, Component
-from sdopt.engine.plans import built_components, find
+from sdopt.engine.plans import built_components, find, user_folder
 from sdopt.errors import BackendError, BundleError, UsageError
 from sdopt.specs import Array, TensorSpec, check_begin, check_inputs
 
@@ -32,10 +32,7 @@ GRAPH = "graph.onnx"  # what `sdopt build --backend ort` makes
 PROVIDERS: dict[str, tuple[str, dict[str, str]]] = {
     "cuda": ("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC", "cudnn_conv_use_max_workspace": "1"}),
     "cpu": ("CPUExecutionProvider", {}),
-    "tensorrt": (
-        "TensorrtExecutionProvider",
-        {"trt_engine_cache_enable": "1", "trt_fp16_enable": "0"},
-    ),  # only if named
+    "tensorrt": ("TensorrtExecutionProvider", {"trt_engine_cache_enable": "1"}),  # only if named
 }
 
 
@@ -156,7 +153,11 @@ def _providers(device: str | None) -> list[tuple[str, dict[str, str]]]:
             f"backend 'ort:{device}': this onnxruntime has {', '.join(available)}. "
             'For NVIDIA GPUs: pip uninstall onnxruntime && pip install "sdopt[cuda]"'
         )
-    return [PROVIDERS[device], *([PROVIDERS["cuda"]] if device == "tensorrt" else [])]
+    if device != "tensorrt":
+        return [PROVIDERS[device]]
+    name, options = PROVIDERS[device]
+    cache = user_folder("XDG_CACHE_HOME", ".cache") / "ort-tensorrt"  # not the folder where a process happens to run
+    return [(name, {**options, "trt_engine_cache_path": str(cache)}), PROVIDERS["cuda"]]
 
 
 def _session(graph: Path, threads: int | None, providers: list[tuple[str, dict[str, str]]]) -> Any:

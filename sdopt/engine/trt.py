@@ -88,6 +88,7 @@ class TrtEngine:
         dims = check_inputs(self.name, self.inputs, arrays)
         lane = self._take(dims)
         try:
+            lane.settle()
             with self.device.queueing():
                 for name, array in arrays.items():
                     lane.put(name, array)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import onnxruntime
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from sdopt import engine as engines
 from sdopt.bundle import Bundle
 from sdopt.engine import BACKENDS, Engine, choose_backend, installed_backends, open_engine
+from sdopt.engine import ort as ort_engine
 from sdopt.errors import BackendError, BundleError, UsageError
 from tests.conftest import EMOJI_BUNDLE
 from tests.engine.contract import CONTRACT, unet_inputs
@@ -74,3 +76,16 @@ def test_a_graph_that_is_not_what_the_manifest_says_is_refused(bundle_copy: obje
     )
     with pytest.raises(BundleError, match=r"vae_decoder.onnx: its inputs are .*latent_sample.* the manifest says"):
         open_engine(Bundle(bundle.path, dict(bundle.manifest, components=swapped)), "unet")
+
+
+def test_providers_are_named_with_their_options_and_cuda_stands_behind_tensorrt(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    there = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: there)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert [name for name, _ in ort_engine._providers(None)] == there[1:]
+    assert [name for name, _ in ort_engine._providers("cuda")] == ["CUDAExecutionProvider"]
+    (first, options), (second, _) = ort_engine._providers("tensorrt")
+    assert [first, second] == there[:2]
+    assert options["trt_engine_cache_path"] == str(tmp_path / "sdopt/ort-tensorrt")
