@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 
@@ -59,7 +60,7 @@ class Memory:
     def upload(self, offset: int, array: Array, target: int | None = None) -> None:
         """Queue the upload of `array` from its staging place; nobody may write there until the GPU has read it."""
         staged = self.staging[offset : offset + array.nbytes]
-        placed: Array = staged.view(array.dtype).reshape(array.shape)
+        placed: Array = cast(Any, staged).view(array.dtype).reshape(array.shape)
         np.copyto(placed, array)
         self.device.cuda.upload(self.address + offset if target is None else target, staged, self.device.stream)
 
