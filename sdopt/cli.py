@@ -15,20 +15,24 @@ from sdopt import __version__
 from sdopt.errors import SdoptError
 
 COMMANDS = {
+    "bench": "sdopt beside PyTorch and its peers; compare and report the results",
     "export": "a diffusers checkpoint into a bundle of ONNX graphs, checked against PyTorch",
     "build": "engines of a bundle for this machine's GPU, in half precision",
     "generate": "a prompt into a picture",
     "inspect": "what is in a bundle",
     "diagnose": "where half precision leaves float32, layer by layer",
+    "doctor": "what this machine has, and which engine and precision it would use",
     "samplers": "the samplers, their tables and plots",
 }
+# command -> (the word that may be left out, all of its words): `sdopt bench BUNDLE` is `sdopt bench run BUNDLE`
+IMPLIED = {"bench": ("run", ("run", "compare", "report", "-h", "--help"))}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        args = _parser(argv[0] if argv else None).parse_args(argv)
+        args = _parser(argv[0] if argv else None).parse_args(_spelled_out(argv))
         return importlib.import_module(f"sdopt.commands.{args.command}").run(args)
     except SdoptError as error:
         print(f"sdopt: error: {error}", file=sys.stderr)
@@ -39,6 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("sdopt: interrupted", file=sys.stderr)
         return 130
+
+
+def _spelled_out(argv: list[str]) -> list[str]:
+    """The arguments with the word that was left out."""
+    implied, words = IMPLIED.get(argv[0] if argv else "", ("", ()))
+    return [argv[0], implied, *argv[1:]] if implied and argv[1:] and argv[1] not in words else argv
 
 
 def _parser(typed: str | None) -> argparse.ArgumentParser:

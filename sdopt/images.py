@@ -32,34 +32,49 @@ def to_pil(decoded: Array) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in pixels]
 
 
-def size_of(image: Any) -> tuple[int, int]:
-    """(height, width) of a picture, or of the first of several."""
+def is_latents(image: Any) -> bool:
+    """Whether `image` is latents [images, channels, h, w], not a picture."""
+    return hasattr(image, "shape") and len(image.shape) == 4
+
+
+def size_of(image: Any, name: str = "image", factor: int = 0) -> tuple[int, int]:
+    """(height, width) in pixels of a picture, of the first of several, or of latents of `factor` pixels."""
+    if is_latents(image) and factor:
+        return int(image.shape[2]) * factor, int(image.shape[3]) * factor
     first: Any = cast(Sequence[Any], image)[0] if isinstance(image, (list, tuple)) else image
     if isinstance(first, Image.Image):
         return first.height, first.width
     if hasattr(first, "shape") and first.ndim in (2, 3):
         return int(first.shape[0]), int(first.shape[1])
-    raise UsageError(f"image: got {type(first)}; allowed are PIL images and arrays [height, width, 3] in 0..1")
+    raise UsageError(f"{name}: got {type(first)}; allowed are PIL images and arrays [height, width, 3] in 0..1")
 
 
 def to_array(image: Any, height: int, width: int, count: int) -> Float32:
     """Pictures as float32 [count, 3, height, width] in -1..1, resized as diffusers resizes (Lanczos)."""
-    unit = np.stack([_unit(one, height, width, "RGB") for one in _each("image", image, count)])
+    unit = np.stack([_unit(one, height, width, "RGB") for one in each("image", image, count)])
     return np.ascontiguousarray(np.transpose(unit, (0, 3, 1, 2))) * 2 - 1
 
 
 def to_mask(mask: Any, height: int, width: int, count: int) -> Float32:
     """Masks as float32 [count, 1, height, width]: 1 where the picture is painted anew, 0 where it stays."""
-    unit = np.stack([_unit(one, height, width, "L") for one in _each("mask_image", mask, count)])
+    unit = np.stack([_unit(one, height, width, "L") for one in each("mask_image", mask, count)])
     return (unit[:, None] >= 0.5).astype(np.float32)
 
 
-def _each(name: str, given: Any, count: int) -> Sequence[Any]:
+def each(name: str, given: Any, count: int) -> Sequence[Any]:
     """One picture for each of `count` images: all the same, or as many as there are."""
     several = list(cast(Sequence[Any], given)) if isinstance(given, (list, tuple)) else [given]
     if len(several) not in (1, count):
         raise UsageError(f"{name}: {len(several)} pictures for {count} images; give one, or one per image")
     return several * (count if len(several) == 1 else 1)
+
+
+def as_pil(image: Any, mode: str) -> Image.Image:
+    """One picture, PIL or array, as a PIL image of that mode."""
+    if isinstance(image, Image.Image):
+        return image.convert(mode)
+    unit = _unit(image, *size_of(image), mode)
+    return Image.fromarray(np.round(unit * 255).astype(np.uint8))
 
 
 def _unit(image: Any, height: int, width: int, mode: str) -> Float32:

@@ -13,30 +13,34 @@ Ref: Rombach et al. 2022, arXiv:2112.10752.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sdopt import images as pictures
+from sdopt import previews
+from sdopt.arguments import Options
 from sdopt.bundle import Bundle, embedded
 from sdopt.conditioning import TextEncoders
 from sdopt.engine import Engine, built_components, choose_backend, open_engine
 from sdopt.errors import UsageError, choices
 from sdopt.guidance import Denoiser
 from sdopt.noise import batch, generator
-from sdopt.request import Options, Plan, make_plan
-from sdopt.specs import Float32, Scalar
+from sdopt.request import Plan, make_plan
+from sdopt.specs import Array, Float32
 from sdopt.stepper import Step, fused_component, fused_steps, host_steps, refuse_nan
-from sdopt.tasks import begin
-from sdopt.tiling import decode_tiled
+from sdopt.tasks import Posterior, begin
+from sdopt.tiling import decode_tiled, encode_tiled, sliced
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 OUTPUT_TYPES = ("pil", "np", "latent")
+MEMORY = ("fast", "low")
 
 
 @dataclass(frozen=True)
@@ -55,28 +59,42 @@ def load(
     path: str | os.PathLike[str] | None = None,
     backend: str = "auto",
     *,
+    precision: str = "auto",
+    memory: str = "fast",
     threads: int | None = None,
     verify: bool = True,
     trust_engines: bool = False,
 ) -> Pipeline:
     """The pipeline of the bundle at `path`; the embedded text-to-emoji model if None.
 
+    `precision`: "float32", or "bf16" where the processor has it; "auto" is float32, so that pictures are diffusers'.
+    `memory`: "fast" keeps every component that was loaded; "low" frees each when its part of the picture is done.
     Engines that `sdopt build` made are loaded if this user built them; `trust_engines` takes anybody's: they are code.
     Raises: BundleError for a bundle that is damaged or unsafe; BackendError if no engine library is installed.
     """
     bundle = Bundle.open(embedded() if path is None else path, verify=verify)
-    return Pipeline(bundle, backend, threads=threads, trust_engines=trust_engines)
+    how = {"precision": precision, "memory": memory}
+    return Pipeline(bundle, backend, **how, threads=threads, trust_engines=trust_engines)
 
 
 class Pipeline:
     """A bundle and its engines, each loaded when first needed and kept until `release`."""
 
     def __init__(
-        self, bundle: Bundle, backend: str = "auto", *, threads: int | None = None, trust_engines: bool = False
+        self,
+        bundle: Bundle,
+        backend: str = "auto",
+        *,
+        precision: str = "auto",
+        memory: str = "fast",
+        threads: int | None = None,
+        trust_engines: bool = False,
     ) -> None:
+        if memory not in MEMORY:
+            raise UsageError(f"memory = {memory!r}; allowed are {choices(memory, MEMORY)}")
         self.bundle = bundle
-        self.backend = choose_backend(backend)
-        self.threads, self.trust_engines = threads, trust_engines
+        self.backend, self.precision = choose_backend(backend, precision)
+        self.memory, self.threads, self.trust_engines = memory, threads, trust_engines
         self._built = built_components(bundle, self.backend)
         self._engines: dict[str, Engine] = {}
         self._text = TextEncoders(bundle, self.engine)
@@ -89,7 +107,7 @@ class Pipeline:
         callback_on_step_end: Callback | None = None,
         **options: Unpack[Options],
     ) -> Result:
-        """Pictures of `prompt`; `sdopt.request.Options` lists the other keywords.
+        """Pictures of `prompt`; `sdopt.arguments.Options` lists the other keywords.
 
         `callback_on_step_end(pipe, index, timestep, {"latents": sample})` may return other latents, as in diffusers.
         Raises: UsageError for a wrong argument; NumericsError rather than a black picture.
@@ -97,15 +115,16 @@ class Pipeline:
         if output_type not in OUTPUT_TYPES:
             raise UsageError(f"output_type = {output_type!r}; allowed are {choices(output_type, OUTPUT_TYPES)}")
         plan = make_plan(self.bundle, prompt, options)
+        if plan.overlays and output_type != "pil":
+            raise UsageError(f"output_type = {output_type!r}; with padding_mask_crop pictures are PIL images: 'pil'")
         step = None
         for step in self.steps(plan):
             if callback_on_step_end is not None:
                 changed = callback_on_step_end(self, step.index, step.timestep, {"latents": step.sample}) or {}
                 step.sample[...] = changed.get("latents", step.sample)
         assert step is not None  # a table has rows
-        sample = step.sample
-        images = sample if output_type == "latent" else self.decode(sample, output_type, vae_tile=plan.vae_tile)
-        return Result(images, plan.seeds, tuple(plan.parameters(i) for i in range(len(plan.seeds))))
+        images = step.sample if output_type == "latent" else self.finish(plan, step.sample, output_type)
+        return Result(images, plan.seeds, tuple(self.parameters(plan, i) for i in range(len(plan.seeds))))
 
     def denoise(self, prompt: str | Sequence[str] | None = None, **options: Unpack[Options]) -> Iterator[Step]:
         """The steps of one call, one by one; takes what `__call__` takes."""
@@ -115,12 +134,11 @@ class Pipeline:
         """The loop: predict the noise, take the sampler's row, move the sample."""
         draw = self._drawing(plan)
         cond, negative = self._text.conditions(plan)
-        canvas = begin(plan, self._joins, draw, self._posterior)
+        canvas = begin(plan, self._joins, draw, partial(self._posterior, plan))
         fused = fused_component(plan, negative is not None, self._built)
         if fused is None:
-            denoiser = Denoiser(
-                self.engine("unet"), cond, negative, canvas.extra, plan.guidance_batch, plan.guidance_rescale
-            )
+            options = (plan.guidance_batch, plan.guidance_rescale, plan.guidance_embedding)
+            denoiser = Denoiser(self.engine("unet"), cond, negative, canvas.extra, *options)
             yield from host_steps(plan, canvas, denoiser, draw)
         else:
             yield from fused_steps(plan, canvas, self.engine(fused), cond, negative, draw)
@@ -129,14 +147,48 @@ class Pipeline:
         """The prompts' embeddings, [prompts, tokens, features]; equal prompts are encoded once."""
         return self._text.encode(prompts, prompts, prompt_style, clip_skip)[0]
 
-    def decode(self, sample: Float32, output_type: str = "pil", *, vae_tile: int | None = None) -> Any:
+    def load_embedding(
+        self, source: str | os.PathLike[str] | Array | Mapping[str, Array], token: str | None = None
+    ) -> str:
+        """The token that prompts may use from now on: a textual inversion from a .safetensors file, or an array
+        [n, width] (for SDXL `{"clip_l": ..., "clip_g": ...}`).
+
+        Without `token` it is the one that the file names, or the file's own name (see `sdopt.embeddings`).
+        Raises: UsageError for a file that is not what it should be, a token that is taken, or a bundle that takes none.
+        """
+        return self._text.add(source, token)
+
+    def parameters(self, plan: Plan, image: int) -> dict[str, Any]:
+        """What makes image `image` of a plan again, alone; embeddings by token and digest."""
+        found = plan.parameters(image)
+        text = " ".join(str(value) for key, value in found.items() if "prompt" in key and value).lower()
+        used = {token: entry.digest for token, entry in self._text.embeddings.items() if token.lower() in text}
+        return {**found, "embeddings": used} if used else found
+
+    def finish(self, plan: Plan, sample: Float32, output_type: str = "pil") -> Any:
+        """The pictures of a plan's last sample: decoded and, with `padding_mask_crop`, laid over their originals."""
+        images = self.decode(sample, output_type, vae_tile=plan.vae_tile, vae_slice=plan.vae_slice)
+        return [o.over(image) for o, image in zip(plan.overlays, images, strict=True)] if plan.overlays else images
+
+    def preview(self, latents: Float32, scale: int = 1, output_type: str = "pil") -> Any:
+        """Small pictures of latents such as `step.denoised`, without the decoder: a pixel, or `scale` a side, for each.
+
+        PIL images or, with output_type="np", uint8 [images, height, width, 3].
+        Raises: BundleError for a bundle that has no map for it.
+        """
+        if output_type not in OUTPUT_TYPES[:2]:
+            raise UsageError(f"output_type = {output_type!r}; allowed are {choices(output_type, OUTPUT_TYPES[:2])}")
+        colours = previews.rgb(latents, previews.matrix_of(self.bundle))
+        return previews.to_pil(colours, scale) if output_type == "pil" else colours.repeat(scale, 1).repeat(scale, 2)
+
+    def decode(
+        self, sample: Float32, output_type: str = "pil", *, vae_tile: int | None = None, vae_slice: bool = False
+    ) -> Any:
         """The pictures of latents [images, channels, latent_height, latent_width]; see `vae_tile` in Options."""
         entry = self.bundle.manifest["latents"]
-        scaled = sample / entry["scaling_factor"] + entry["shift_factor"]
-        if vae_tile is None:
-            decoded = self._decoded(scaled)
-        else:
-            decoded = decode_tiled(self._decoded, scaled, vae_tile, entry["factor"])
+        scaled = sample / _by_channel(entry["scaling_factor"]) + _by_channel(entry["shift_factor"])
+        run = sliced(self._decoded) if vae_slice else self._decoded
+        decoded = run(scaled) if vae_tile is None else decode_tiled(run, scaled, vae_tile, entry["factor"])
         return pictures.to_pil(decoded) if output_type == "pil" else pictures.to_unit(decoded)
 
     def _decoded(self, latents: Float32) -> Float32:
@@ -148,7 +200,12 @@ class Pipeline:
         """The engine of a component, loaded if it is not."""
         if component not in self._engines:
             self._engines[component] = open_engine(
-                self.bundle, component, self.backend, threads=self.threads, trust=self.trust_engines
+                self.bundle,
+                component,
+                self.backend,
+                threads=self.threads,
+                precision=self.precision,
+                trust=self.trust_engines,
             )
         return self._engines[component]
 
@@ -182,11 +239,24 @@ class Pipeline:
         """Whether the UNet takes more channels than the latents have: a mask and a masked picture beside them."""
         return self.bundle.component("unet").inputs[0].shape[1] != self.bundle.manifest["latents"]["channels"]
 
-    def _posterior(self, images: Float32) -> tuple[Float32, Float32]:
-        """Mean and standard deviation of the scaled latents of pictures in -1..1."""
+    def _posterior(self, plan: Plan, images: Float32) -> Posterior:
+        """Mean and, where the encoder gives one, standard deviation of the scaled latents of pictures in -1..1."""
         entry = self.bundle.manifest["latents"]
+        run = sliced(self._encoded) if plan.vae_slice else self._encoded
+        tile = plan.vae_tile
+        moments = run(images) if tile is None else encode_tiled(run, images, tile, entry["factor"])
+        scale = _by_channel(entry["scaling_factor"])
+        mean, logvar = np.split(moments, [entry["channels"]], 1)
+        mean = (mean - _by_channel(entry["shift_factor"])) * scale
+        return mean, np.exp(logvar / 2) * scale if logvar.size else None
+
+    def _encoded(self, images: Float32) -> Float32:
+        """Mean and log-variance of the latents of pictures, beside each other in the channels."""
         posterior = self.engine("vae_encoder")(sample=images)
         refuse_nan(posterior["mean"], "vae_encoder")
-        scale: Scalar = entry["scaling_factor"]
-        mean, half = posterior["mean"] - entry["shift_factor"], posterior["logvar"] / 2
-        return mean * scale, np.exp(half) * scale
+        return np.concatenate([posterior["mean"], *([posterior["logvar"]] if "logvar" in posterior else [])], 1)
+
+
+def _by_channel(value: float | Sequence[float]) -> Float32:
+    """One number for all channels, or one for each, to be multiplied with latents [images, channels, h, w]."""
+    return np.asarray(value, np.float32).reshape(-1, 1, 1)

@@ -69,7 +69,7 @@ def host_steps(plan: Plan, canvas: Canvas, denoiser: Denoiser, draw: Draw) -> It
 
 def fused_component(plan: Plan, guided: bool, built: Collection[str]) -> str | None:
     """Which of the `built` components makes whole steps of this plan; None if the UNet alone is called."""
-    if plan.guidance_rescale and guided:  # a statistic of the whole output, which no row of numbers holds
+    if (plan.guidance_rescale and guided) or plan.guidance_embedding:  # what no row of numbers holds
         return None
     wanted = (STEP,) if guided else (STEP_ALONE, STEP)
     return next((name for name in wanted if name in built), None)

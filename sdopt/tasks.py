@@ -24,9 +24,8 @@ from sdopt.samplers import SamplerTable
 from sdopt.specs import Float32, Scalar
 
 Draw = Callable[[], Float32]  # standard normal noise in the shape of the latents, each image's from its own generator
-Encode = Callable[
-    [Float32], tuple[Float32, Float32]
-]  # pictures in -1..1 -> mean and standard deviation of their latents
+Posterior = tuple[Float32, Float32 | None]  # mean and standard deviation of latents; without the latter there is one
+Encode = Callable[[Float32], Posterior]  # of pictures in -1..1
 
 
 @dataclass(frozen=True)
@@ -68,27 +67,38 @@ def begin(plan: Plan, joins: bool, draw: Draw, encode: Encode) -> Canvas:
     table = plan.table
     if joins and plan.mask is None:
         raise UsageError("this bundle is an inpainting model: give image and mask_image")
-    if plan.image is None:
+    if plan.image is None and plan.image_latents is None:
         noise = draw() if plan.latents is None else plan.latents
         return Canvas(_pure(table, noise))
-    if plan.mask is None:
-        clean = _sampled(encode(plan.image), draw)
-        return Canvas(_start(table, clean, draw()))
-    return _inpaint(plan, plan.image, plan.mask, joins, draw, encode)
+    if plan.mask is not None:
+        return _inpaint(plan, plan.mask, joins, draw, encode)
+    clean = _clean(plan, draw, encode)
+    return Canvas(clean if plan.continues else _start(table, clean, draw()))
 
 
-def _inpaint(plan: Plan, image: Float32, mask: Float32, joins: bool, draw: Draw, encode: Encode) -> Canvas:
+def _inpaint(plan: Plan, mask: Float32, joins: bool, draw: Draw, encode: Encode) -> Canvas:
     table = plan.table
-    clean = _sampled(encode(image), draw) if not joins or plan.strength < 1 else None
+    clean = _clean(plan, draw, encode) if not joins or plan.strength < 1 or plan.continues else None
     noise = draw()
     sample = _pure(table, noise)
-    if clean is not None and plan.strength < 1:
-        sample = _start(table, clean, noise)
-    visible = _sampled(encode(image * (mask < 0.5)), draw)  # drawn also where it is not used, as diffusers does
+    if clean is not None and (plan.continues or plan.strength < 1):
+        sample = clean if plan.continues else _start(table, clean, noise)
     small = _nearest(mask, *sample.shape[2:])
+    if plan.image is None:
+        if joins:
+            raise UsageError("image: latents cannot be masked for this inpainting model; give the picture itself")
+        return Canvas(sample, mask=small, clean=clean, noise=noise)
+    visible = _sampled(encode(plan.image * (mask < 0.5)), draw)  # drawn also where it is not used, as diffusers does
     if joins:
         return Canvas(sample, extra=np.concatenate([small, visible], 1))
     return Canvas(sample, mask=small, clean=clean, noise=noise)
+
+
+def _clean(plan: Plan, draw: Draw, encode: Encode) -> Float32:
+    """The latents that the loop begins from: as they were given, or the picture's."""
+    if plan.image_latents is not None:
+        return plan.image_latents
+    return _sampled(encode(cast(Float32, plan.image)), draw)
 
 
 def _pure(table: SamplerTable, noise: Float32) -> Float32:
@@ -101,9 +111,9 @@ def _start(table: SamplerTable, clean: Float32, noise: Float32) -> Float32:
     return signal * clean + spread * noise
 
 
-def _sampled(posterior: tuple[Float32, Float32], draw: Draw) -> Float32:
+def _sampled(posterior: Posterior, draw: Draw) -> Float32:
     mean, deviation = posterior
-    return mean + deviation * draw()
+    return mean if deviation is None else mean + deviation * draw()
 
 
 def _nearest(mask: Float32, height: int, width: int) -> Float32:

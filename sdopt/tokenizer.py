@@ -30,13 +30,16 @@ class Tokenizer:
         self._backend: Any = _guarded(f"{path} cannot be read", lambda: Backend.from_file(str(path)))
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._first_row: int | None = entry.get("vocab_size")  # ids from here on are rows of extra embeddings
+        self._rows: dict[int, int] = {}  # the library's id of an added token -> ours
 
     def __call__(self, prompts: Sequence[str]) -> Array:
         return np.stack([self._ids(prompt) for prompt in prompts])
 
     def _ids(self, prompt: str) -> Array:
+        prompt = self._spelt_out(prompt)
         encoding = self._encoded(prompt)
-        ids: list[int] = encoding.ids
+        ids = self._ours(encoding.ids)
         room = self.max_length - 2
         if len(ids) > room:
             kept = encoding.offsets[room - 1][1]
@@ -49,7 +52,39 @@ class Tokenizer:
 
     def fragment(self, text: str) -> list[int]:
         """The ids of a piece of a prompt, neither begun nor ended."""
-        return self._encoded(text).ids
+        return self._ours(self._encoded(self._spelt_out(text)).ids)
+
+    def refuse_taken(self, token: str, count: int) -> None:
+        """Raises UsageError if `token` of `count` vectors cannot be added: it is there already, or too long."""
+        if count > self.max_length - 2:
+            raise UsageError(f"the embedding {token!r} has {count} vectors; a prompt has {self.max_length - 2} tokens")
+        for name in _names(token, max(count, 2)):
+            if self._backend.token_to_id(name) is not None:
+                raise UsageError(f"token {name!r} is a word that this model has already; choose another with token=...")
+
+    def add(self, token: str, count: int) -> None:
+        """Let `token` mean the next `count` rows of the extra embeddings, as diffusers names them."""
+        self.refuse_taken(token, count)
+        assert self._first_row is not None  # a bundle that takes extra embeddings has it
+        names = _names(token, count)
+        self._backend.add_tokens(names)
+        for name in names:
+            self._rows[self._backend.token_to_id(name)] = self._first_row + len(self._rows)
+
+    def _ours(self, ids: list[int]) -> list[int]:
+        return [self._rows.get(i, i) for i in ids]
+
+    def _spelt_out(self, prompt: str) -> str:
+        """The prompt with `<token> <token>_1 ...` in place of every added token of several vectors."""
+        if not self._rows:
+            return prompt
+        found = self._encoded(prompt)
+        for token in dict.fromkeys(t for t, i in zip(found.tokens, found.ids, strict=True) if i in self._rows):
+            names = [token]
+            while self._backend.token_to_id(f"{token}_{len(names)}") in self._rows:
+                names.append(f"{token}_{len(names)}")
+            prompt = prompt.replace(token, " ".join(names))
+        return prompt
 
     def framed(self, ids: Sequence[int]) -> Array:
         """`[max_length]` int32: the beginning, at most max_length - 2 ids, the end, and padding."""
@@ -64,6 +99,10 @@ class Tokenizer:
         return _guarded(
             f"the tokenizer fails on {prompt[:40]!r}", lambda: self._backend.encode(clean, add_special_tokens=False)
         )
+
+
+def _names(token: str, count: int) -> list[str]:
+    return [token, *(f"{token}_{i}" for i in range(1, count))]
 
 
 def _guarded(what: str, call: Any) -> Any:

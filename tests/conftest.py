@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests import tiny
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for a network
 
 ROOT = Path(__file__).parent.parent
@@ -20,45 +22,12 @@ EMOJI_BUNDLE = ROOT / "engines/emoji/bundle"
 
 def make_tiny_tokenizer() -> Any:
     """CLIP's kind of tokenizer, for letters, the word apple, and 7 tokens."""
-    from transformers import CLIPTokenizer
-
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{c}</w>" for c in letters)]
-    words += ["ap", "app", "appl", "apple</w>"]
-    vocab = {word: i for i, word in enumerate(words)}
-    merges = [("a", "p"), ("ap", "p"), ("app", "l"), ("appl", "e</w>")]
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=7)
+    return tiny.tokenizer()
 
 
 def make_tiny_checkpoint(folder: Path, in_channels: int = 4) -> Path:
-    """A random Stable Diffusion pipeline whose sizes are nobody's defaults: 7 tokens, factor 2."""
-    import torch
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    torch.manual_seed(0)
-    tokenizer = make_tiny_tokenizer()
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=20, intermediate_size=36, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=7, bos_token_id=0, eos_token_id=1, pad_token_id=1, projection_dim=20,
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=12, in_channels=in_channels, block_out_channels=(12, 28), layers_per_block=1, norm_num_groups=4,
-        cross_attention_dim=20, attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(6, 10), norm_num_groups=2, layers_per_block=1, sample_size=24, scaling_factor=0.7,
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-    )  # fmt: skip
-    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-    pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet,
-        scheduler=PNDMScheduler(skip_prk_steps=True, **config),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipeline.save_pretrained(folder)
-    return folder
+    """A random Stable Diffusion pipeline whose sizes are nobody's defaults."""
+    return tiny.sd(folder, unet=tiny.unet(in_channels=in_channels))
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +40,18 @@ def tiny_bundle(tiny_checkpoint: Path) -> Path:
     from sdopt.export import export
 
     return export(tiny_checkpoint, tiny_checkpoint.parent / "bundle", report=lambda line: None)
+
+
+@pytest.fixture(scope="session")
+def sdxl_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.sdxl(tmp_path_factory.mktemp("sdxl") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def sdxl_bundle(sdxl_checkpoint: Path) -> Path:
+    from sdopt.export import export
+
+    return export(sdxl_checkpoint, sdxl_checkpoint.parent / "bundle", report=lambda line: None)
 
 
 @pytest.fixture

@@ -106,7 +106,9 @@ def test_a_damaged_bundle_ends_with_exit_code_3(bundle_copy: Path, tmp_path: Pat
 
 def test_a_missing_engine_library_ends_with_exit_code_4(tmp_path: Path) -> None:
     blocked = "import sys, importlib.util as u; real = u.find_spec\n"
-    blocked += "u.find_spec = lambda name, *a: None if name == 'onnxruntime' else real(name, *a)\n"
+    blocked += (
+        "u.find_spec = lambda name, *a: None if name in ('onnxruntime', 'openvino', 'tensorrt') else real(name, *a)\n"
+    )
     blocked += f"from sdopt.cli import main; sys.exit(main(['generate', 'a', '-o', {str(tmp_path / 'a.png')!r}]))"
     done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 4

@@ -12,7 +12,7 @@ import pytest
 import sdopt
 from sdopt.errors import UsageError
 from sdopt.prompts import chunks, parse, weighted
-from sdopt.tiling import decode_tiled
+from sdopt.tiling import decode_tiled, encode_tiled
 from sdopt.tokenizer import Tokenizer
 from tests.conftest import EMOJI_BUNDLE, EMOJI_CHECKPOINT
 
@@ -125,6 +125,62 @@ def test_tiles_are_blended_as_diffusers_blends_them(
         np.testing.assert_allclose(found, np.clip(expected / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1), atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(42, 58), (24, 90)])
+def test_large_pictures_are_encoded_in_the_tiles_of_diffusers(
+    size: tuple[int, int], tiny_checkpoint: Path, tiny_bundle: Path
+) -> None:
+    import torch
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(tiny_checkpoint / "vae")
+    vae.enable_tiling()
+    pictures = np.random.default_rng(0).uniform(-1, 1, (2, 3, *size)).astype(np.float32)
+    with torch.no_grad():
+        posterior = vae.encode(torch.from_numpy(pictures)).latent_dist
+    with sdopt.load(tiny_bundle) as pipe:
+        found = encode_tiled(pipe._encoded, pictures, 12, 2)
+    np.testing.assert_allclose(found[:, :4], posterior.mean.numpy(), atol=1e-5)
+    np.testing.assert_allclose(found[:, 4:], posterior.logvar.numpy(), atol=1e-4)
+
+
+class Counted:
+    """An engine that keeps the shape of what it is given."""
+
+    def __init__(self, pipe: sdopt.Pipeline, name: str) -> None:
+        self._engine, self.seen = pipe.engine(name), list[tuple[int, ...]]()
+        self.inputs, self.outputs = self._engine.inputs, self._engine.outputs
+        pipe._engines[name] = self
+
+    def __call__(self, **arrays: Any) -> Any:
+        self.seen += [array.shape for array in arrays.values()]
+        return self._engine(**arrays)
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def test_a_large_picture_is_decoded_in_calls_of_a_tile(emoji: sdopt.Pipeline) -> None:
+    decoder = Counted(emoji, "vae_decoder")
+    latents = np.random.default_rng(0).standard_normal((1, 4, 112, 112), np.float32)
+    assert emoji.decode(latents, "np", vae_tile=32).shape == (1, 896, 896, 3)
+    assert len(decoder.seen) == 5 * 5
+    assert max(decoder.seen) == (1, 4, 32, 32)
+
+
+@pytest.mark.parametrize("tile", [None, 8])
+def test_slicing_gives_the_same_pictures_in_calls_of_one(tile: int | None, emoji: sdopt.Pipeline) -> None:
+    image = np.random.default_rng(0).uniform(0, 1, (96, 64, 3)).astype(np.float32)
+    options = {"num_images_per_prompt": 3, "seed": 1, "num_inference_steps": 2, "output_type": "np"}
+    options |= {"image": image, "vae_tile": tile}
+    expected = emoji("a cat", **options).images
+    coders = Counted(emoji, "vae_encoder"), Counted(emoji, "vae_decoder")
+    np.testing.assert_allclose(emoji("a cat", vae_slice=True, **options).images, expected, atol=1e-5)
+    edges = (64, 8) if tile else (96, 12)
+    for coder, edge in zip(coders, edges, strict=True):
+        assert {shape[0] for shape in coder.seen} == {1}
+        assert max(max(shape[2:]) for shape in coder.seen) == edge
+
+
 def test_no_call_decodes_more_than_a_tile() -> None:
     seen: list[tuple[int, ...]] = []
 
@@ -132,9 +188,9 @@ def test_no_call_decodes_more_than_a_tile() -> None:
         seen.append(part.shape[2:])
         return np.repeat(np.repeat(part[:, :3], 8, 2), 8, 3)
 
-    latents = np.ones((1, 4, 70, 50), np.float32)
-    assert decode_tiled(decode, latents, 16, 8).shape == (1, 3, 560, 400)
+    latents = np.ones((1, 4, 256, 256), np.float32)
+    assert decode_tiled(decode, latents, 16, 8).shape == (1, 3, 2048, 2048)
     assert max(max(shape) for shape in seen) == 16
-    np.testing.assert_array_equal(decode_tiled(decode, latents, 16, 8), np.ones((1, 3, 560, 400), np.float32))
+    np.testing.assert_array_equal(decode_tiled(decode, latents, 16, 8), np.ones((1, 3, 2048, 2048), np.float32))
     with pytest.raises(UsageError, match="vae_tile = 2; allowed are 4"):
         decode_tiled(decode, latents, 2, 8)

@@ -233,6 +233,24 @@ def test_latents_go_out_and_come_back_in(emoji: sdopt.Pipeline) -> None:
     np.testing.assert_array_equal(emoji.decode(latents, "np"), expected)
 
 
+def test_latents_may_take_the_place_of_the_picture(img2img: Any, emoji: sdopt.Pipeline) -> None:
+    import torch
+
+    latents = emoji(["a cat", "a dog"], seed=[1, 2], num_inference_steps=4, output_type="latent").images
+    options = {**OPTIONS, "strength": 0.5}
+    expected = img2img(
+        ["a cat", "a dog"], generator=generators(5, 9), image=torch.from_numpy(latents), **options
+    ).images
+    assert picture_psnr(expected, emoji(["a cat", "a dog"], seed=[5, 9], image=latents, **options).images) >= FLOOR_DB
+    one = emoji("a cat", image=latents[:1], num_images_per_prompt=2, seed=5, **options).images
+    assert picture_psnr(expected[0], one[0]) >= FLOOR_DB
+    for wrong in (latents[:, :3], latents.astype(np.float64), latents * np.float32(np.nan), np.repeat(latents, 2, 0)):
+        with pytest.raises(UsageError, match="image: got latents .*; allowed are finite float32"):
+            emoji(["a cat", "a dog"], image=wrong, **options)
+    with pytest.raises(UsageError, match="with mask_image give the picture itself"):
+        emoji("a cat", image=latents[:1], mask_image=mask_of(128), **options)
+
+
 @pytest.mark.parametrize("content", [b"", b"GIF89a", b"\x89PNG\r\n\x1a\nbroken"])
 def test_a_file_that_is_no_picture_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.png").write_bytes(content)

@@ -27,7 +27,7 @@ import sdopt
 
 COARSE = 32  # pixels a side when all emoji are compared
 REACH = 5  # coarse pixels that an emoji may be off the centre
-SIZES = (0.78, 0.82, 0.86)
+SIZES = (0.72, 0.78, 0.85, 0.92)
 FINALISTS = 6
 Pair = tuple[int, str]  # emoji, colour
 

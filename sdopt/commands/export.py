@@ -22,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--config", metavar="FOLDER", help="a diffusers folder of the same model, for a single file's configurations")
     add("--opset", type=int, default=23, help="18 for parsers that do not read 23 (default: 23)")
     add("--floor", type=float, default=80.0, metavar="DB", help="parity below this fails the export (default: 80)")
+    add("--steps", type=int, metavar="N", help="the bundle's default number of steps (default: the model's own)")
+    add("--guidance", type=float, metavar="SCALE", help="the bundle's default guidance (default: the model's own)")
     add("--no-verify", action="store_true", help="skip the parity gate; the manifest records it")
     add("--force", action="store_true", help="replace a bundle of this name")
 
@@ -42,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
         opset=args.opset,
         verify=not args.no_verify,
         floor_db=args.floor,
+        steps=args.steps,
+        guidance=args.guidance,
         force=args.force,
         report=lambda line: print(line, file=sys.stderr, flush=True),
     )

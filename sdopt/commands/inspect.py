@@ -15,17 +15,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from sdopt.bundle import Bundle, embedded
+    from sdopt.capabilities import capabilities
 
     bundle = Bundle.open(args.bundle or embedded())
+    able = capabilities(bundle)
     if args.json:
         sizes = {name: bundle.nbytes(name) for name in bundle.components}
-        print(json.dumps({"path": str(bundle.path), "digest": bundle.digest, "bytes": sizes, **bundle.manifest}))
+        derived = {"path": str(bundle.path), "digest": bundle.digest, "bytes": sizes, "capabilities": able}
+        print(json.dumps({**derived, **bundle.manifest}))
     else:
-        print("\n".join(_lines(bundle)))
+        print("\n".join(_lines(bundle, able)))
     return 0
 
 
-def _lines(bundle: Any) -> list[str]:
+def _lines(bundle: Any, able: dict[str, Any]) -> list[str]:
     manifest = bundle.manifest
     defaults, latents = manifest["defaults"], manifest["latents"]
     lines = [
@@ -39,6 +42,15 @@ def _lines(bundle: Any) -> list[str]:
         f"scaling {latents['scaling_factor']}",
         f"tokens     {', '.join(str(entry['max_length']) for entry in manifest['tokenizers'].values())}",
         "",
+        f"tasks      {', '.join(able['tasks'])}" + (f" ({able['inpaint']})" if able["inpaint"] else ""),
+        f"samplers   {able['samplers']}",
+        f"limits     sizes in multiples of {able['size_multiple']} up to {able['max_size']} pixels; "
+        f"{able['max_images']} pictures a call; {able['tokens_per_chunk']} tokens a chunk; clip_skip up to "
+        f"{able['max_clip_skip']}",
+        f"previews   {_fitted(able['preview'])}",
+        f"embeddings {_widths(able['embeddings'])}",
+        f"float16    unsafe in {', '.join(able['float16_unsafe']) or 'nothing'}",
+        "",
         f"{'component':<14}{'MB':>9}{'parity dB':>11}  inputs -> outputs",
     ]
     for name in bundle.components:
@@ -48,6 +60,14 @@ def _lines(bundle: Any) -> list[str]:
         signature = f"{'; '.join(map(str, component.inputs))} -> {'; '.join(map(str, component.outputs))}"
         lines.append(f"{name:<14}{bundle.nbytes(name) / 1e6:>9.1f}{shown:>11}  {signature}")
     return lines
+
+
+def _fitted(entry: dict[str, Any] | None) -> str:
+    return f"R2 {entry['r2']}, {entry['psnr_db']} dB" if entry else "none: export it again to have them"
+
+
+def _widths(entry: dict[str, int]) -> str:
+    return ", ".join(f"{name} [n, {width}]" for name, width in entry.items()) or "none: export it again to use them"
 
 
 def _pairs(entry: dict[str, Any]) -> str:

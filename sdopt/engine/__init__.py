@@ -13,8 +13,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from sdopt.bundle import Bundle
 from sdopt.engine import plans
@@ -68,53 +69,116 @@ class Carrying(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Backend:
+    """One row of the table; `module` has `open_component(bundle, name, how)` and `describe(backend)`.
+
+    Without `precisions` a backend runs engines that `sdopt build` made, in the precision that they were built in.
+    """
+
+    module: str
+    library: str
+    install: str
+    precisions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class How:
+    """How a component is opened: the backend's name, device and precision, threads, and whose engines to trust."""
+
+    backend: str
+    device: str | None = None
+    precision: str = "float32"
+    threads: int | None = None
+    trust: bool = False
+
+
 TRT = "sdopt.engine.trt"
-# name -> (module with `open_component`, the library it needs, how to get it); "auto" is the first that is installed
-BACKENDS = {
-    "ort": ("sdopt.engine.ort", "onnxruntime", 'pip install "sdopt[cpu]" (or "sdopt[cuda]" with an NVIDIA GPU)'),
-    "tensorrt": (TRT, "tensorrt", 'pip install "sdopt[tensorrt]", then `sdopt build BUNDLE --backend tensorrt`'),
-    "tensorrt-rtx": (
-        TRT, "tensorrt_rtx", 'pip install "sdopt[tensorrt-rtx]", then `sdopt build BUNDLE --backend tensorrt-rtx`',
+BACKENDS = {  # best first
+    "ort": Backend(
+        "sdopt.engine.ort",
+        "onnxruntime",
+        'pip install "sdopt[cpu]" (or "sdopt[cuda]" with an NVIDIA GPU)',
+        ("float32",),
     ),
-}  # fmt: skip
+    "openvino": Backend("sdopt.engine.openvino", "openvino", 'pip install "sdopt[openvino]"', ("float32", "bf16")),
+    "tensorrt": Backend(
+        TRT, "tensorrt", 'pip install "sdopt[tensorrt]", then `sdopt build BUNDLE --backend tensorrt`', ()
+    ),
+    "tensorrt-rtx": Backend(
+        TRT, "tensorrt_rtx", 'pip install "sdopt[tensorrt-rtx]", then `sdopt build BUNDLE --backend tensorrt-rtx`', ()
+    ),
+}
+PRECISIONS = ("auto", "float32", "bf16")
+IN_FLOAT32 = ("text_encoder", "text_encoder_2")  # they run once a prompt: nothing to gain, and every step sees the loss
 
 
 def installed_backends() -> tuple[str, ...]:
     """The backends whose library is installed, best first."""
-    return tuple(name for name, (_, library, _) in BACKENDS.items() if importlib.util.find_spec(library))
+    return tuple(name for name, entry in BACKENDS.items() if importlib.util.find_spec(entry.library))
 
 
-def choose_backend(backend: str = "auto") -> str:
-    """The name of the backend that `backend` means on this machine; "ort:cpu" and "ort:cuda" also name the device.
+def choose_backend(backend: str = "auto", precision: str = "auto") -> tuple[str, str]:
+    """The backend and the precision that these words mean on this machine; "ort:cuda" also names the device.
 
-    Raises: UsageError for an unknown name; BackendError if its library is not installed.
+    Where both are "auto", pictures are exact: float32, on the first backend that is installed. bf16 has to be asked
+    for, and finds a backend that computes in it.
+    Raises: UsageError for an unknown name; BackendError if the library is not installed.
     """
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision {precision!r} is not known; there are {choices(precision, PRECISIONS)}")
+    exact = "float32" if precision == "auto" else precision
     if backend == "auto":
-        found = installed_backends()
-        if not found:
-            ways = "; ".join(f"{name}: {how}" for name, (_, _, how) in BACKENDS.items())
-            raise BackendError(f"no engine library is installed. {ways}")
-        return found[0]
+        return _first_backend(exact), exact
     name = backend.partition(":")[0]
     if name not in BACKENDS:
         raise UsageError(f"backend {backend!r} is not known; there are auto, {choices(name, BACKENDS)}")
+    entry = BACKENDS[name]
+    if not entry.precisions and precision != "auto":
+        raise UsageError(f"precision {precision!r}: {backend} runs what was built: sdopt build --precision")
+    if entry.precisions and exact not in entry.precisions:
+        able = ", ".join(other for other, e in BACKENDS.items() if exact in e.precisions)
+        raise UsageError(f"backend {backend!r} computes in {', '.join(entry.precisions)}; for {exact} there is {able}")
     if name not in installed_backends():
-        raise BackendError(f"backend {backend!r} needs {BACKENDS[name][1]}: {BACKENDS[name][2]}")
-    return backend
+        raise BackendError(f"backend {backend!r} needs {entry.library}: {entry.install}")
+    return backend, exact if entry.precisions else "auto"
+
+
+def _first_backend(precision: str) -> str:
+    able = {name: entry for name, entry in BACKENDS.items() if precision in entry.precisions}
+    found = [name for name in installed_backends() if name in able]
+    if not found:
+        ways = "; ".join(f"{name}: {entry.install}" for name, entry in able.items())
+        raise BackendError(f"no engine library that computes in {precision} is installed. {ways}")
+    return found[0]
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What an installed backend can do here: its version, the precisions that it computes in natively, its devices."""
+    entry: dict[str, Any] = importlib.import_module(BACKENDS[name].module).describe(name)
+    return entry
 
 
 def open_engine(
-    bundle: Bundle, component: str, backend: str = "auto", *, threads: int | None = None, trust: bool = False
+    bundle: Bundle,
+    component: str,
+    backend: str = "auto",
+    *,
+    threads: int | None = None,
+    precision: str = "auto",
+    trust: bool = False,
 ) -> Engine:
     """The engine of one component; `threads=None` takes what the machine gives to this process.
 
-    `trust` also loads engines that somebody else built.
+    In bf16, text encoders stay in float32. `trust` also loads engines that somebody else built.
     """
     if threads is not None and threads < 1:
         raise UsageError(f"threads = {threads}; allowed is 1 or more, or None for all that this process may use")
-    name, _, device = choose_backend(backend).partition(":")
-    module = importlib.import_module(BACKENDS[name][0])
-    engine: Engine = module.open_component(bundle, component, threads, device or None, trust, name)
+    chosen, exact = choose_backend(backend, precision)
+    name, _, device = chosen.partition(":")
+    module = importlib.import_module(BACKENDS[name].module)
+    precision = "float32" if component in IN_FLOAT32 else exact
+    engine: Engine = module.open_component(bundle, component, How(name, device or None, precision, threads, trust))
     return engine
 
 

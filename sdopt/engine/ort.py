@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +11,8 @@ import numpy as np
 import onnxruntime
 
 from sdopt.bundle import Bundle, Component
+from sdopt.engine import How
+from sdopt.engine.cores import usable_cores
 from sdopt.engine.plans import built_components, find, user_folder
 from sdopt.errors import BackendError, BundleError, UsageError
 from sdopt.specs import Array, TensorSpec, check_begin, check_inputs
@@ -29,42 +30,53 @@ ONNX_TYPES = {
 GRAPH = "graph.onnx"  # what `sdopt build --backend ort` makes
 
 # device -> its provider and options; best first. Convolutions are tuned by rule rather than by trying each shape out.
-PROVIDERS: dict[str, tuple[str, dict[str, str]]] = {
+Providers = list[tuple[str, dict[str, str]]]
+PROVIDERS = {
     "cuda": ("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC", "cudnn_conv_use_max_workspace": "1"}),
-    "cpu": ("CPUExecutionProvider", {}),
+    "cpu": ("CPUExecutionProvider", dict[str, str]()),
     "tensorrt": ("TensorrtExecutionProvider", {"trt_engine_cache_enable": "1"}),  # only if named
 }
 
 
-def open_component(
-    bundle: Bundle, name: str, threads: int | None, device: str | None, trust: bool, backend: str
-) -> OrtEngine:
-    """The engine of component `name` on `device`; its graph must take and give what the manifest says.
+def open_component(bundle: Bundle, name: str, how: How) -> OrtEngine:
+    """The engine of component `name`, in float32; its graph must take and give what the manifest says.
 
     A graph that `sdopt build --backend ort` derived goes before the bundle's own.
     """
-    if name not in built_components(bundle, backend):
-        return OrtEngine(bundle.component(name), threads, device)
-    found = find(bundle, name, backend, lambda record: {}, trust)
+    if name not in built_components(bundle, how.backend):
+        return OrtEngine(bundle.component(name), how.threads, how.device)
+    found = find(bundle, name, how.backend, lambda record: {}, how.trust)
     for file in found.record.files:
         found.checked(file)
     component = Component(name, found.folder / GRAPH, found.record.inputs, found.record.outputs)
-    return OrtEngine(component, threads, device, found.record.carry)
+    return OrtEngine(component, how.threads, how.device, carry=found.record.carry)
+
+
+def describe(backend: str) -> dict[str, Any]:
+    """Version, precisions and devices, for `sdopt doctor`."""
+    available: list[str] = ort.get_available_providers()
+    devices = [device for device, (provider, _) in PROVIDERS.items() if provider in available]
+    return {"version": ort.__version__, "precisions": ["float32"], "devices": devices}
 
 
 class OrtEngine:
-    """One ONNX Runtime session behind the Engine contract, with runs whose carried tensors stay on its device."""
+    """One ONNX Runtime session behind the Engine contract, with runs whose carried tensors stay on its device.
+
+    `small`: less memory, and slower (see `_session`).
+    """
 
     def __init__(
         self,
         component: Component,
         threads: int | None = None,
         device: str | None = None,
+        *,
+        small: bool = False,
         carry: Mapping[str, str] | None = None,
     ) -> None:
         self.name, self.inputs, self.outputs = component.name, component.inputs, component.outputs
         self.carry: Mapping[str, str] = carry or {}
-        self._session: Any = _session(component.graph, threads, _providers(device))
+        self._session: Any = _session(component.graph, threads, _providers(device), small)
         for kind, specs, nodes in (
             ("input", self.inputs, self._session.get_inputs()),
             ("output", self.outputs, self._session.get_outputs()),
@@ -141,7 +153,7 @@ class OrtRun:
         self._values, self._outputs = {}, {}
 
 
-def _providers(device: str | None) -> list[tuple[str, dict[str, str]]]:
+def _providers(device: str | None) -> Providers:
     """The execution providers to try in turn: the one that `device` names, or CUDA and CPU where they are there."""
     available: list[str] = ort.get_available_providers()
     if device is None:
@@ -160,12 +172,20 @@ def _providers(device: str | None) -> list[tuple[str, dict[str, str]]]:
     return [(name, {**options, "trt_engine_cache_path": str(cache)}), PROVIDERS["cuda"]]
 
 
-def _session(graph: Path, threads: int | None, providers: list[tuple[str, dict[str, str]]]) -> Any:
+def _session(graph: Path, threads: int | None, providers: Providers, small: bool = False) -> Any:
+    """The session of a graph; `small` keeps one copy of the weights, in the precision of the file.
+
+    Without it, float16 weights also stand in memory in float32, and a third time in the order that the kernels like.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or usable_cores()
+    disabled = ["ConstantFolding"] if small else None
+    if small:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False
     try:
-        return ort.InferenceSession(graph, options, providers=providers)
+        return ort.InferenceSession(graph, options, providers=providers, disabled_optimizers=disabled)
     except Exception as error:  # the library raises its own classes for every kind of fault
         text = f"{graph}: ONNX Runtime {ort.__version__} cannot load it: {error}"
         if "opset" in str(error) or "NOT_IMPLEMENTED" in str(error):
@@ -178,21 +198,3 @@ def _check_signature(component: Component, kind: str, specs: tuple[TensorSpec, .
     found = {n.name: (ONNX_TYPES.get(n.type, n.type), len(n.shape)) for n in nodes}
     if wanted != found:
         raise BundleError(f"{component.graph}: its {kind}s are {found}, the manifest says {wanted}; export it again")
-
-
-def usable_cores() -> int:
-    """How many cores this process may use: 0 (the library's own choice) unless affinity or a CPU quota limits it.
-
-    ONNX Runtime starts a thread per physical core of the machine; in a container with a quota that is too many.
-    """
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limit = min(affinity, _cgroup_quota())
-    return limit if limit < (os.cpu_count() or 1) else 0
-
-
-def _cgroup_quota() -> int:
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, round(int(quota) / int(period)))
-    except (OSError, ValueError):  # no cgroup v2, or "max"
-        return 1 << 30

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from sdopt.bundle import Bundle
+from sdopt.engine import How
 from sdopt.engine.cuda import LostContextError
 from sdopt.engine.device import Device, shared_device
 from sdopt.engine.lane import Lane
@@ -33,26 +34,32 @@ MAX_IDLE = 4  # lanes that an engine keeps for shapes that may come again
 Dims = tuple[tuple[str, int], ...]
 
 
-def open_component(
-    bundle: Bundle, name: str, threads: int | None, device: str | None, trust: bool, backend: str
-) -> TrtEngine:
-    """The engine of component `name` that `sdopt build` made for this GPU; `device` is its index, "0" if None.
+def open_component(bundle: Bundle, name: str, how: How) -> TrtEngine:
+    """The engine of component `name` that `sdopt build` made for this GPU; `how.device` is its index, "0" if None.
 
     Raises: BackendError for what is missing here: library, driver, GPU or engine.
     """
+    backend, device = how.backend, how.device
     if device is not None and not device.isdecimal():
         raise UsageError(
             f"backend '{backend}:{device}' is not known; there are {backend}, {backend}:0, {backend}:1, ..."
         )
     gpu = shared_device(int(device or 0))  # before TensorRT: its runtime would end a process without a driver
     lib = TensorRT(backend)
-    stored = find(bundle, name, backend, lambda record: environment(lib, gpu.cuda.gpu, record.options), trust)
+    stored = find(bundle, name, backend, lambda record: environment(lib, gpu.cuda.gpu, record.options), how.trust)
     plan: Any = np.memmap(stored.checked(PLAN), np.uint8, "r")
-    units = {
-        "latent_height": bundle.manifest["latents"]["factor"],
-        "latent_width": bundle.manifest["latents"]["factor"],
-    }
-    return TrtEngine(lib, gpu, plan, stored.record, units)
+    factor: int = bundle.manifest["latents"]["factor"]
+    return TrtEngine(lib, gpu, plan, stored.record, {"latent_height": factor, "latent_width": factor})
+
+
+def describe(backend: str) -> dict[str, Any]:
+    """Version, precisions and the GPU, or what is missing for one, for `sdopt doctor`."""
+    told: dict[str, Any] = {"precisions": ["float32", "float16", "bfloat16"]}
+    try:
+        told["devices"] = [shared_device().cuda.gpu.name]
+        return {"version": TensorRT(backend).version, **told}
+    except BackendError as error:
+        return {"version": "installed", **told, "devices": [], "lacks": str(error)}
 
 
 class TrtEngine:

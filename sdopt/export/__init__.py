@@ -1,9 +1,11 @@
 """Export: a diffusers checkpoint into a Bundle. The only side of sdopt that imports torch.
 
 source      opens and checks the checkpoint
+families    what sets a model apart, as data
 components  what is traced, family by family
 trace       torch to ONNX
 parity      the gate that every graph has to pass
+presets     the defaults of a bundle
 schedule    the checkpoint's scheduler, as its pipeline reads it
 probe       any linear diffusers scheduler into its sampler table
 """
@@ -21,8 +23,8 @@ from typing import Any
 from sdopt import __version__
 from sdopt.bundle import new_folder, refuse_existing, write_manifest
 from sdopt.errors import CheckpointError
-from sdopt.export import components, parity, schedule, trace
-from sdopt.export.source import Checkpoint, open_checkpoint, read_json
+from sdopt.export import components, families, parity, presets, preview, schedule, trace
+from sdopt.export.source import Checkpoint, open_checkpoint
 
 HEADER = f"{'component':<14}{'seconds':>9}{'MB':>9}  {'weights':<8}{'parity dB':>10}{'max error':>11}"
 Report = Callable[[str], None]
@@ -39,12 +41,15 @@ def export(
     opset: int = 23,
     verify: bool = True,
     floor_db: float = parity.FLOOR_DB,
+    steps: int | None = None,
+    guidance: float | None = None,
     force: bool = False,
     report: Report = print,
 ) -> Path:
     """The folder of the bundle made from `source`; it appears whole, or not at all.
 
-    One component is in memory at a time; `report` is given a line for each.
+    One component is in memory at a time; `report` is given a line for each. `steps` and `guidance` are the bundle's
+    defaults in place of those that `presets` finds.
     Raises: CheckpointError, ParityError, BundleError (target exists, disk full), UsageError.
     """
     target = Path(target)
@@ -55,32 +60,27 @@ def export(
         ) as checkpoint,
         new_folder(target, force=force, needed_bytes=checkpoint.nbytes) as folder,
     ):
-        manifest = describe(checkpoint)
+        manifest = describe(checkpoint, steps, guidance)
+        if manifest["requires_safety_checker"]:
+            report("the safety checker is not exported: pictures are not filtered; that is left to the product")
         manifest.update(schedule.manifest_entries(checkpoint, folder, manifest["defaults"], report))
         report(HEADER)
-        for build in components.FAMILIES[checkpoint.family]:
-            name, entry = _component(build(checkpoint), folder, opset, floor_db if verify else None, report)
+        for name, build in components.builds(checkpoint).items():
+            entry = _component(build, checkpoint, folder, opset, floor_db if verify else None, report)
             manifest["components"][name] = entry
         for encoder in manifest["conditioning"]["encoders"]:
             manifest["tokenizers"][encoder["tokenizer"]] = _tokenizer(checkpoint, folder, encoder)
+        fitted = preview.fit(folder, manifest)
+        manifest.update({} if fitted is None else {"preview": fitted})
         manifest["verified"] = verify
         write_manifest(folder, manifest)
     return target
 
 
-def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+def describe(checkpoint: Checkpoint, steps: int | None = None, guidance: float | None = None) -> dict[str, Any]:
     """The manifest of a checkpoint, before its components are traced."""
-    vae, unet = checkpoint.config("vae"), checkpoint.config("unet")
-    factor = components.vae_factor(vae)
-    edge = unet["sample_size"] * factor
-    own = checkpoint.folder / "generation_config.json"
-    generation = read_json(own) if own.is_file() else {}
-    defaults = {
-        "height": generation.get("height", edge),
-        "width": generation.get("width", edge),
-        "num_inference_steps": generation.get("num_inference_steps", 50),
-        "guidance_scale": generation.get("guidance_scale", {"sd": 7.5, "sdxl": 5.0}[checkpoint.family]),
-    }
+    latents = families.latents(checkpoint)
+    asks = "StableDiffusionXL" not in checkpoint.pipeline and checkpoint.index().get("requires_safety_checker", True)
     return {
         "family": checkpoint.family,
         "source": {key: value for key, value in checkpoint.provenance.items() if value is not None},
@@ -88,29 +88,37 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
             "sdopt": __version__,
             **{p: importlib.metadata.version(p) for p in ("torch", "diffusers", "transformers")},
         },
-        "latents": {
-            "channels": vae["latent_channels"],
-            "factor": factor,
-            "scaling_factor": vae.get("scaling_factor", 0.18215),
-            "shift_factor": vae.get("shift_factor") or 0.0,
-        },
-        "defaults": defaults,
-        "conditioning": components.conditioning(checkpoint),
-        "float16_unsafe": ["vae_decoder", "vae_encoder"]
-        if vae.get("force_upcast") and checkpoint.family == "sdxl"
-        else [],
+        "latents": latents,
+        "defaults": presets.defaults(checkpoint, latents["factor"], steps, guidance),
+        "conditioning": families.conditioning(checkpoint),
+        "float16_unsafe": families.float16_unsafe(checkpoint),
+        "requires_safety_checker": asks,
         "tokenizers": {},
         "components": {},
     }
 
 
 def _component(
-    part: components.Part, folder: Path, opset: int, floor_db: float | None, report: Report
-) -> tuple[str, dict[str, Any]]:
+    build: components.Build,
+    checkpoint: Checkpoint,
+    folder: Path,
+    opset: int,
+    floor_db: float | None,
+    report: Report,
+) -> dict[str, Any]:
+    """Write one component, and its entry in the manifest.
+
+    The model is run first and let go before its graph is opened, so its weights are in memory once.
+    """
     started = time.perf_counter()
+    part = build(checkpoint)
+    references = parity.references(part) if floor_db is not None else []
+    model = trace.trace(part, opset)
+    part = part.without_module()
     graph = folder / f"{part.name}.onnx"
-    stored = trace.save(trace.trace(part, opset), graph)
-    results = parity.measure(part, graph) if floor_db is not None else []
+    stored = trace.save(model, graph)
+    del model
+    results = parity.measure(part, graph, references) if floor_db is not None else []
     size = sum(p.stat().st_size for p in folder.glob(f"{graph.name}*")) / 1e6
     worst = min((r.psnr_db for r in results), default=None)
     error = max((r.max_error for r in results), default=0.0)
@@ -118,7 +126,7 @@ def _component(
     report(f"{part.name:<14}{time.perf_counter() - started:>9.1f}{size:>9.1f}  {stored:<8}{shown}")
     if floor_db is not None:
         parity.gate(part, results, floor_db)
-    return part.name, {
+    return {
         "graph": graph.name,
         "opset": opset,
         "weights": stored,
@@ -136,8 +144,9 @@ def _tokenizer(checkpoint: Checkpoint, folder: Path, encoder: Mapping[str, Any])
     path.parent.mkdir()
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     path.write_text(json.dumps({**backend, "truncation": None, "padding": None}, ensure_ascii=False), encoding="utf-8")
-    length = min(tokenizer.model_max_length, checkpoint.config(encoder["component"])["max_position_embeddings"])
+    config = checkpoint.config(encoder["component"])
+    length = min(tokenizer.model_max_length, config["max_position_embeddings"])
     ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if None in ids.values():
         raise CheckpointError(f"{checkpoint.folder / name}: it names no {' or '.join(ids)}: {ids}")
-    return {"file": f"{name}/tokenizer.json", "max_length": length, **ids}
+    return {"file": f"{name}/tokenizer.json", "max_length": length, "vocab_size": config["vocab_size"], **ids}

@@ -6,13 +6,15 @@ A new family is a new entry in `FAMILIES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
 import torch
 
+from sdopt.export.families import conditioning, is_tiny, vae_factor
 from sdopt.export.source import Checkpoint
 from sdopt.specs import Array, TensorSpec
 
@@ -22,7 +24,8 @@ class Part:
     """One component, loaded and ready to be traced or run.
 
     `sizes`: the lengths of its named dimensions in the trace, then those of each parity check.
-    `limits`: exclusive upper bounds of integer inputs.
+    `limits`: exclusive upper bounds of integer inputs. `shared`: inputs that are the same for both halves of guidance;
+    their batch, "images", may be a part of the others' "batch".
     """
 
     name: str
@@ -31,6 +34,7 @@ class Part:
     outputs: tuple[TensorSpec, ...]
     sizes: tuple[Mapping[str, int], ...]
     limits: Mapping[str, int]
+    shared: tuple[str, ...] = ()
 
     def example(self, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Array]:
         """Seeded inputs of the given sizes: ids and timesteps in their range, everything else standard normal."""
@@ -42,6 +46,7 @@ class Part:
                 arrays[spec.name] = rng.uniform(0, 999, shape).astype(np.float32)
             elif spec.dtype == "int32":
                 arrays[spec.name] = rng.integers(0, self.limits[spec.name], shape, np.int32)
+                arrays[spec.name].flat[-1] = self.limits[spec.name] - 1  # the highest one is always among them
             else:
                 arrays[spec.name] = rng.standard_normal(shape, np.float32)
         return arrays
@@ -49,10 +54,34 @@ class Part:
     def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """What PyTorch computes in float32: the reference of the parity gate."""
         with torch.inference_mode():
-            given = [torch.from_numpy(arrays[s.name]) for s in self.inputs]
-            result = self.module(*given)
+            given = {s.name: torch.from_numpy(arrays[s.name]) for s in self.inputs}
+            whole = max(len(tensor) for tensor in given.values())
+            for name in self.shared:
+                given[name] = given[name].repeat(whole // len(given[name]), *[1] * (given[name].ndim - 1))
+            result = self.module(**given)
         tensors = cast(tuple[Any, ...], result if isinstance(result, tuple) else (result,))
         return {spec.name: tensor.numpy() for spec, tensor in zip(self.outputs, tensors, strict=True)}
+
+    def without_module(self) -> Part:
+        """The same without the model and its weights: what it takes and gives."""
+        return replace(self, module=torch.nn.Identity())
+
+
+@contextmanager
+def continued(table: Any, extra: torch.Tensor) -> Generator[None]:
+    """While it lasts, ids from the length of the token table on address the rows of `extra` (textual inversion)."""
+    last = table.num_embeddings - 1
+
+    def look_up(ids: torch.Tensor) -> torch.Tensor:
+        own = torch.nn.functional.embedding(ids.clamp(max=last), table.weight)
+        further = torch.nn.functional.embedding((ids - last - 1).clamp(min=0), extra)
+        return torch.where((ids > last)[..., None], further, own)
+
+    table.forward = look_up
+    try:
+        yield
+    finally:
+        del table.forward
 
 
 class TextEncoder(torch.nn.Module):
@@ -62,8 +91,9 @@ class TextEncoder(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        output = self.model(input_ids=input_ids, output_hidden_states=True)
+    def forward(self, input_ids: torch.Tensor, extra_embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with continued(self.model.get_input_embeddings(), extra_embeddings):
+            output = self.model(input_ids=input_ids, output_hidden_states=True)
         norm = getattr(self.model, "text_model", self.model).final_layer_norm  # transformers 5.6 dropped the wrapper
         return output.last_hidden_state, norm(torch.stack(output.hidden_states, 1))
 
@@ -75,27 +105,18 @@ class TextEncoderXL(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        output = self.model(input_ids=input_ids, output_hidden_states=True)
+    def forward(self, input_ids: torch.Tensor, extra_embeddings: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with continued(self.model.get_input_embeddings(), extra_embeddings):
+            output = self.model(input_ids=input_ids, output_hidden_states=True)
         states = torch.stack(output.hidden_states, 1)
         return (states, output.text_embeds) if hasattr(output, "text_embeds") else (states,)
 
 
 class UNet(torch.nn.Module):
-    """A noisy sample, its timestep and the text to the prediction that the checkpoint was trained for."""
+    """A noisy sample, its timestep and the text to the prediction that the checkpoint was trained for.
 
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
-    ) -> torch.Tensor:
-        return self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0]
-
-
-class UNetXL(torch.nn.Module):
-    """The same with SDXL's further conditions: the pooled text, and sizes and crop as six numbers."""
+    SDXL's takes the pooled text and sizes besides, LCM's the guidance scale as an embedding.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -106,11 +127,18 @@ class UNetXL(torch.nn.Module):
         sample: torch.Tensor,
         timestep: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
-        text_embeds: torch.Tensor,
-        time_ids: torch.Tensor,
+        text_embeds: torch.Tensor | None = None,
+        time_ids: torch.Tensor | None = None,
+        timestep_cond: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        added = {"text_embeds": text_embeds, "time_ids": time_ids}
-        return self.model(sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0]
+        return self.model(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            timestep_cond=timestep_cond,
+            added_cond_kwargs={"text_embeds": text_embeds, "time_ids": time_ids},
+            return_dict=False,
+        )[0]
 
 
 class VaeDecoder(torch.nn.Module):
@@ -125,15 +153,18 @@ class VaeDecoder(torch.nn.Module):
 
 
 class VaeEncoder(torch.nn.Module):
-    """A picture in -1..1 to the mean and log-variance of its posterior, so that the caller samples it."""
+    """A picture in -1..1 to the mean and log-variance of its posterior, so that the caller samples it.
+
+    A tiny autoencoder has no posterior: its latents are the mean, and nothing else is given.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        posterior = self.model.encode(sample, return_dict=False)[0]
-        return posterior.mean, posterior.logvar
+    def forward(self, sample: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        encoded = self.model.encode(sample, return_dict=False)[0]
+        return (encoded,) if isinstance(encoded, torch.Tensor) else (encoded.mean, encoded.logvar)
 
 
 # Traced at sizes that no power of two divides, so that upsampling follows the skip connection and one graph takes every
@@ -145,19 +176,33 @@ LATENT_SIZES = (
 )
 
 
+def _text_inputs(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs, sizes and limits of a text encoder; the parity checks address the first extra row too."""
+    lengths = [max(config["max_position_embeddings"] + cut, 3) for cut in (-1, 0)]
+    lengths.append(max(config["max_position_embeddings"] // 2, 3))
+    return {
+        "inputs": (
+            TensorSpec("input_ids", "int32", ("batch", "tokens")),
+            TensorSpec("extra_embeddings", "float32", ("extra_tokens", config["hidden_size"])),
+        ),
+        "sizes": tuple(
+            {"batch": b, "tokens": t, "extra_tokens": e} for b, t, e in zip((2, 1, 3), lengths, (3, 1, 2), strict=True)
+        ),
+        "limits": {"input_ids": config["vocab_size"] + 1},
+    }
+
+
 def text_encoder(checkpoint: Checkpoint) -> Part:
     config, model = checkpoint.config("text_encoder"), checkpoint.load("text_encoder")
-    tokens, width = config["max_position_embeddings"], config["hidden_size"]
+    width = config["hidden_size"]
     return Part(
-        "text_encoder",
-        TextEncoder(model),
-        (TensorSpec("input_ids", "int32", ("batch", "tokens")),),
-        (
+        name="text_encoder",
+        module=TextEncoder(model),
+        outputs=(
             TensorSpec("last_hidden_state", "float32", ("batch", "tokens", width)),
             TensorSpec("hidden_states", "float32", ("batch", config["num_hidden_layers"] + 1, "tokens", width)),
         ),
-        tuple({"batch": b, "tokens": t} for b, t in ((2, tokens - 1), (1, tokens), (3, max(tokens // 2, 3)))),
-        {"input_ids": config["vocab_size"]},
+        **_text_inputs(config),
     )
 
 
@@ -172,37 +217,50 @@ def text_encoder_2(checkpoint: Checkpoint) -> Part:
 
 def _states_of(checkpoint: Checkpoint, name: str, pooled: tuple[TensorSpec, ...]) -> Part:
     config, model = checkpoint.config(name), checkpoint.load(name)
-    tokens, layers = config["max_position_embeddings"], config["num_hidden_layers"]
+    layers = config["num_hidden_layers"]
     states = TensorSpec("hidden_states", "float32", ("batch", layers + 1, "tokens", config["hidden_size"]))
-    sizes = tuple({"batch": b, "tokens": t} for b, t in ((2, tokens - 1), (1, tokens), (3, max(tokens // 2, 3))))
-    ids = (TensorSpec("input_ids", "int32", ("batch", "tokens")),)
-    return Part(name, TextEncoderXL(model), ids, (states, *pooled), sizes, {"input_ids": config["vocab_size"]})
-
-
-def unet_xl(checkpoint: Checkpoint) -> Part:
-    part, width = unet(checkpoint), checkpoint.config("text_encoder_2")["projection_dim"]
-    pooled = TensorSpec("text_embeds", "float32", ("batch", width))
-    time_ids = TensorSpec("time_ids", "float32", ("batch", 6))
-    module = UNetXL(cast(Any, part.module).model)
-    return Part("unet", module, (*part.inputs, pooled, time_ids), part.outputs, part.sizes, part.limits)
+    return Part(name=name, module=TextEncoderXL(model), outputs=(states, *pooled), **_text_inputs(config))
 
 
 def unet(checkpoint: Checkpoint) -> Part:
     config, model = checkpoint.config("unet"), checkpoint.load("unet")
-    tokens = checkpoint.config("text_encoder")["max_position_embeddings"]
+    tokens = _tokens(checkpoint)
     latent = ("latent_height", "latent_width")
     return Part(
         "unet",
         UNet(model),
         (
-            TensorSpec("sample", "float32", ("batch", config["in_channels"], *latent)),
-            TensorSpec("timestep", "float32", ("batch",)),
+            TensorSpec("sample", "float32", ("images", config["in_channels"], *latent)),
+            TensorSpec("timestep", "float32", ("images",)),
             TensorSpec("encoder_hidden_states", "float32", ("batch", "tokens", config["cross_attention_dim"])),
+            *_further_inputs(checkpoint),
         ),
         (TensorSpec("noise_pred", "float32", ("batch", config["out_channels"], *latent)),),
-        tuple({**s, "tokens": t} for s, t in zip(LATENT_SIZES, (tokens, tokens, 2 * tokens), strict=True)),
+        (
+            {**LATENT_SIZES[0], "images": 2, "tokens": tokens},
+            {**LATENT_SIZES[1], "images": 1, "tokens": tokens},
+            {**LATENT_SIZES[2], "images": 2, "batch": 4, "tokens": 2 * tokens},
+        ),
         {},
+        shared=("sample", "timestep"),
     )
+
+
+def _further_inputs(checkpoint: Checkpoint) -> tuple[TensorSpec, ...]:
+    """What the UNet takes beside sample, timestep and text: pooled text and sizes (SDXL), the guidance scale (LCM)."""
+    wanted = conditioning(checkpoint)
+    widths: dict[str, int] = {}
+    if wanted["pooled"]:
+        numbers = sum(1 if name == "aesthetic_score" else 2 for name in wanted["time_ids"])
+        widths = {"text_embeds": checkpoint.config(wanted["pooled"])["projection_dim"], "time_ids": numbers}
+    if wanted["guidance_embedding"]:
+        widths["timestep_cond"] = wanted["guidance_embedding"]
+    return tuple(TensorSpec(name, "float32", ("batch", width)) for name, width in widths.items())
+
+
+def _tokens(checkpoint: Checkpoint) -> int:
+    """How many tokens the text encoders read."""
+    return checkpoint.config(conditioning(checkpoint)["encoders"][0]["component"])["max_position_embeddings"]
 
 
 def vae_decoder(checkpoint: Checkpoint) -> Part:
@@ -229,7 +287,7 @@ def vae_encoder(checkpoint: Checkpoint) -> Part:
         "vae_encoder",
         VaeEncoder(checkpoint.load("vae")),
         (TensorSpec("sample", "float32", ("batch", config["in_channels"], "height", "width")),),
-        (TensorSpec("mean", "float32", latent), TensorSpec("logvar", "float32", latent)),
+        tuple(TensorSpec(name, "float32", latent) for name in (("mean",) if is_tiny(config) else ("mean", "logvar"))),
         tuple(
             {"batch": s["batch"], "height": factor * s["latent_height"], "width": factor * s["latent_width"]}
             for s in LATENT_SIZES
@@ -238,28 +296,20 @@ def vae_encoder(checkpoint: Checkpoint) -> Part:
     )
 
 
-def vae_factor(config: Mapping[str, Any]) -> int:
-    """How many pixels a latent spans: each block of the VAE but the last halves the picture."""
-    return 2 ** (len(config["block_out_channels"]) - 1)
-
-
-FAMILIES: dict[str, tuple[Callable[[Checkpoint], Part], ...]] = {
-    "sd": (text_encoder, unet, vae_decoder, vae_encoder),
-    "sdxl": (text_encoder_xl, text_encoder_2, unet_xl, vae_decoder, vae_encoder),
+Build = Callable[[Checkpoint], Part]
+FAMILIES: dict[str, dict[str, Build]] = {
+    "sd": {"text_encoder": text_encoder, "unet": unet, "vae_decoder": vae_decoder, "vae_encoder": vae_encoder},
+    "sdxl": {
+        "text_encoder": text_encoder_xl,
+        "text_encoder_2": text_encoder_2,
+        "unet": unet,
+        "vae_decoder": vae_decoder,
+        "vae_encoder": vae_encoder,
+    },
 }
 
 
-def conditioning(checkpoint: Checkpoint) -> dict[str, Any]:
-    """How a family's texts condition its UNet, for the manifest.
-
-    `encoders`: their outputs stand side by side in the features of `encoder_hidden_states`; `skip` layers are left out.
-    `pooled`: the encoder whose `text_embeds` the UNet takes. `time_ids`: sizes and crop as six numbers.
-    `zeros_for_empty`: without a negative prompt the unconditional half is zeros, not the empty prompt.
-    """
-    if checkpoint.family == "sd":
-        encoders = [{"component": "text_encoder", "tokenizer": "tokenizer", "output": "last_hidden_state", "skip": 0}]
-        return {"encoders": encoders, "pooled": None, "time_ids": False, "zeros_for_empty": False}
-    pairs = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
-    encoders = [{"component": c, "tokenizer": t, "output": "hidden_states", "skip": 1} for c, t in pairs]
-    zeros = checkpoint.index().get("force_zeros_for_empty_prompt", True)
-    return {"encoders": encoders, "pooled": "text_encoder_2", "time_ids": True, "zeros_for_empty": zeros}
+def builds(checkpoint: Checkpoint) -> dict[str, Build]:
+    """How each component of the checkpoint is made, in order."""
+    table = FAMILIES[checkpoint.family]
+    return {name: build for name, build in table.items() if not name.startswith("text_encoder") or checkpoint.has(name)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from sdopt.export.components import Part
 from sdopt.specs import Array
 
 FLOOR_DB = 80.0
+Reference = dict[str, Array]  # the outputs of a component by name
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,22 @@ def psnr(reference: Array, other: Array) -> float:
     return float(min(200.0, 20 * np.log10(np.abs(reference).max() / error))) if error else 200.0
 
 
-def measure(part: Part, graph: Path) -> list[Parity]:
-    """The parity of every output, at every size that the part names for it."""
+def references(part: Part) -> list[Reference]:
+    """What PyTorch makes of seeded inputs, at every size that the part names for the gate."""
+    return [part.run(part.example(sizes, seed)) for seed, sizes in enumerate(part.sizes[1:])]
+
+
+def measure(part: Part, graph: Path, expected: Sequence[Reference] | None = None) -> list[Parity]:
+    """The parity of every output with `expected`, the part's own `references` unless they were made before.
+
+    With `expected` the part needs no module any more: a large model is then in memory once, as the graph.
+    """
+    expected = references(part) if expected is None else expected
     results: list[Parity] = []
-    with OrtEngine(Component(part.name, graph, part.inputs, part.outputs)) as engine:
-        for seed, sizes in enumerate(part.sizes[1:]):
-            arrays = part.example(sizes, seed)
-            outputs = engine(**arrays)
-            for name, reference in part.run(arrays).items():
+    with OrtEngine(Component(part.name, graph, part.inputs, part.outputs), small=True) as engine:
+        for seed, (sizes, wanted) in enumerate(zip(part.sizes[1:], expected, strict=True)):
+            outputs = engine(**part.example(sizes, seed))
+            for name, reference in wanted.items():
                 error = float(np.abs(outputs[name] - reference).max())
                 results.append(Parity(dict(sizes), name, round(psnr(reference, outputs[name]), 1), error))
     return results

@@ -16,8 +16,8 @@ from sdopt.samplers import SAMPLERS, sampler_table
 
 PROBED_STEPS = range(1, 51)
 TABLES = "sampler_tables.json"
-# what diffusers' StableDiffusionPipeline sets in every scheduler it is given, because old configurations are wrong
-CORRECTED = {"sd": {"steps_offset": 1, "clip_sample": False}, "sdxl": {}}
+# what diffusers' StableDiffusion*Pipeline (not XL) sets in every scheduler, because old configurations are wrong
+CORRECTED: dict[str, Any] = {"steps_offset": 1, "clip_sample": False}
 
 
 def manifest_entries(
@@ -37,9 +37,8 @@ def manifest_entries(
         raise CheckpointError(f"{where}: {name} is no scheduler of diffusers {diffusers.__version__}")
     raw = read_json(where / "scheduler_config.json")
     known: Mapping[str, Any] = scheduler_class.from_config(raw).config
-    corrected = {
-        key: value for key, value in CORRECTED[checkpoint.family].items() if key in known and known[key] != value
-    }
+    corrects = checkpoint.family == "sd" and checkpoint.pipeline.startswith("StableDiffusion")
+    corrected = {key: value for key, value in CORRECTED.items() if corrects and key in known and known[key] != value}
     for key, value in corrected.items():
         report(f"{name}: {key} {known[key]} is read as {value}, as StableDiffusionPipeline does")
     entries = {"scheduler": {**config, **corrected}, "prediction_type": known.get("prediction_type", "epsilon")}

@@ -29,6 +29,16 @@ PIPELINES = {
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusionXLImg2ImgPipeline": "sdxl",
     "StableDiffusionXLInpaintPipeline": "sdxl",
+    "LatentConsistencyModelPipeline": "sd",
+    "LatentConsistencyModelImg2ImgPipeline": "sd",
+}
+# a word in the class of another pipeline -> what to do with such a checkpoint
+OTHERS = {
+    "ControlNet": "a ControlNet is not exported; export the Stable Diffusion model that it was made for",
+    "StableDiffusion3": "its transformer is not exported; what is read has a UNet",
+    "Flux": "its transformer is not exported; what is read has a UNet",
+    "Pix2Pix": "its UNet takes a second guidance, which is not exported",
+    "Upscale": "its UNet takes the small picture, which is not exported",
 }
 # component of model_index.json -> the (library, class) pairs that are read
 KNOWN = {
@@ -37,10 +47,12 @@ KNOWN = {
     "tokenizer": {("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast")},
     "tokenizer_2": {("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast")},
     "unet": {("diffusers", "UNet2DConditionModel")},
-    "vae": {("diffusers", "AutoencoderKL")},
+    "vae": {("diffusers", "AutoencoderKL"), ("diffusers", "AutoencoderTiny")},
 }
 NOT_USED = ("scheduler", "safety_checker", "feature_extractor", "image_encoder")  # the scheduler is data: its config
 WEIGHTED = {"sd": ("text_encoder", "unet", "vae"), "sdxl": ("text_encoder", "text_encoder_2", "unet", "vae")}
+ABSENT = ("None", "None")  # null, null: a pipeline without this component
+OPTIONAL = {"sd": (), "sdxl": ("text_encoder", "tokenizer")}  # SDXL's refiner has the second ones alone
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 CONVERT = (
     "Pickle files can run code when they are opened, so only safetensors are read. Convert it where you trust it: "
@@ -69,15 +81,15 @@ class Checkpoint:
 
         Raises: CheckpointError if its weights cannot be read.
         """
-        from diffusers import AutoencoderKL, UNet2DConditionModel
+        import diffusers
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
         _silence()
         classes: dict[str, Any] = {
             "text_encoder": CLIPTextModel,
             "text_encoder_2": CLIPTextModelWithProjection,
-            "unet": UNet2DConditionModel,
-            "vae": AutoencoderKL,
+            "unet": diffusers.UNet2DConditionModel,
+            "vae": getattr(diffusers, self.class_name("vae")),
         }
         model_class = classes[component]
         options = {"dtype" if component.startswith("text_encoder") else "torch_dtype": torch.float32}
@@ -92,6 +104,25 @@ class Checkpoint:
     def index(self) -> dict[str, Any]:
         """model_index.json, as it is."""
         return read_json(self.folder / "model_index.json")
+
+    @property
+    def pipeline(self) -> str:
+        """The name of its pipeline class."""
+        return str(self.index().get("_class_name"))
+
+    def class_name(self, component: str) -> str:
+        """The name of a component's class."""
+        entry: Any = self.index().get(component)
+        return str(entry[1]) if isinstance(entry, list) else min(KNOWN[component])[1]
+
+    def has(self, component: str) -> bool:
+        """Whether it has a component of its family; SDXL's refiner has one text encoder of two."""
+        return component in self.index() and self.class_name(component) != ABSENT[1]
+
+    @property
+    def weighted(self) -> tuple[str, ...]:
+        """The components that have weights."""
+        return tuple(name for name in WEIGHTED[self.family] if self.has(name) or name not in OPTIONAL[self.family])
 
     def tokenizer(self, name: str = "tokenizer") -> Any:
         """The transformers tokenizer in folder `name`, backed by the `tokenizers` library."""
@@ -109,7 +140,7 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Bytes of all weights, as they are on disk."""
-        return sum(p.stat().st_size for c in WEIGHTED[self.family] for p in self.weight_files(c))
+        return sum(p.stat().st_size for c in self.weighted for p in self.weight_files(c))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -168,23 +199,31 @@ def open_checkpoint(
 def open_folder(folder: Path, variant: str | None, provenance: Mapping[str, Any]) -> Checkpoint:
     """A checked checkpoint in `folder`; every component must be of a known class, with safetensors weights."""
     if not (folder / "model_index.json").is_file():
-        raise CheckpointError(f"{folder} has no model_index.json, so it is not a diffusers checkpoint")
+        alone = read_json(folder / "config.json").get("_class_name") if (folder / "config.json").is_file() else None
+        what = f"one model, {alone}, and not a pipeline" if alone else "not a diffusers checkpoint"
+        raise CheckpointError(f"{folder} has no model_index.json, so it is {what}")
     index = read_json(folder / "model_index.json")
     name = str(index.get("_class_name"))
     if name not in PIPELINES:
-        raise CheckpointError(f"{folder}: pipeline class {name!r} is not known; known are {', '.join(PIPELINES)}")
+        advice = next((f" ({text})" for word, text in OTHERS.items() if word in name), "")
+        raise CheckpointError(
+            f"{folder}: pipeline class {name!r} is not known{advice}; known are {', '.join(PIPELINES)}"
+        )
+    family = PIPELINES[name]
     for component, entry in index.items():
         if component.startswith("_") or component in NOT_USED or not isinstance(entry, list):
             continue
         pair = tuple(map(str, cast(list[Any], entry)))
+        if pair == ABSENT and (component not in KNOWN or component in OPTIONAL[family]):
+            continue
         if pair not in KNOWN.get(component, ()):
             allowed = [".".join(p) for p in KNOWN.get(component, ())] or ["nothing under this name"]
             raise CheckpointError(
-                f"{folder / 'model_index.json'}: {component} is {'.'.join(pair)}; "
+                f"{folder / 'model_index.json'}: {component} is {'null' if pair == ABSENT else '.'.join(pair)}; "
                 f"sdopt reads {', '.join(sorted(allowed))}, and never runs a checkpoint's own code"
             )
-    checkpoint = Checkpoint(folder, PIPELINES[name], variant, dict(provenance, variant=variant))
-    for component in WEIGHTED[checkpoint.family]:
+    checkpoint = Checkpoint(folder, family, variant, dict(provenance, variant=variant))
+    for component in checkpoint.weighted:
         _check_weights(checkpoint, component)
     return checkpoint
 

@@ -16,6 +16,7 @@ import torch
 
 from sdopt.errors import CheckpointError, UsageError
 from sdopt.export.components import Part
+from sdopt.export.share import share_halves
 from sdopt.specs import TensorSpec
 
 OPSETS = (18, 19, 20, 21, 22, 23)
@@ -30,11 +31,11 @@ def trace(part: Part, opset: int = 23) -> ir.Model:
     if opset not in OPSETS:
         raise UsageError(f"opset {opset}; allowed are {', '.join(map(str, OPSETS))}")
     arrays = part.example(part.sizes[0])
-    inputs = tuple(torch.from_numpy(arrays[s.name]) for s in part.inputs)
+    inputs = {s.name: torch.from_numpy(arrays[s.name]) for s in part.inputs}
     try:
         with _quiet(), torch.no_grad():
             traced = torch.export.export(
-                part.module, inputs, dynamic_shapes=tuple(map(_dynamic, part.inputs)), strict=False
+                part.module, (), inputs, dynamic_shapes={s.name: _dynamic(s) for s in part.inputs}, strict=False
             )
             program = torch.onnx.export(
                 traced,
@@ -50,6 +51,8 @@ def trace(part: Part, opset: int = 23) -> ir.Model:
     model: ir.Model = program.model
     _strip(model)
     _name_dimensions(model, part)
+    if part.shared:
+        share_halves(model, part.shared)
     return model
 
 
@@ -66,7 +69,8 @@ def narrow(model: ir.Model) -> str:
     A float16 checkpoint so keeps its size, and no value changes. The dtype that most bytes end in is returned.
     """
     total = halved = 0
-    for name, value in list(model.graph.initializers.items()):
+    for name in list(model.graph.initializers):  # names alone, so that each wide tensor is freed once it is replaced
+        value = model.graph.initializers[name]
         tensor = value.const_value
         if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < NARROW_ABOVE:
             continue

@@ -75,10 +75,12 @@ def distilled_timesteps(r: Request) -> NDArray[np.int64]:
     if r.timesteps is not None:
         return np.array(custom_timesteps(r, whole=True), dtype=np.int64)
     original = int(r.options["original_inference_steps"])
-    if r.steps > original or original > r.train:
+    kept = int(original * r.share)
+    if r.steps > kept or original > r.train:
+        part = "" if r.share == 1 else f" and strength {r.share} leaves {kept} of them"
         raise UsageError(
             f"{r.name}: {r.steps} steps are too many; the model was distilled on original_inference_steps {original} "
-            f"of {r.train} timesteps. Use {min(original, r.train)} or fewer."
+            f"of {r.train} timesteps{part}. Use {min(kept, r.train)} or fewer."
         )
-    grid = np.arange(1, original + 1) * (r.train // original) - 1
-    return grid[::-1][np.floor(np.linspace(0, original, r.steps, endpoint=False)).astype(np.int64)]
+    grid = np.arange(1, kept + 1) * (r.train // original) - 1
+    return grid[::-1][np.floor(np.linspace(0, kept, r.steps, endpoint=False)).astype(np.int64)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sdopt.errors import UsageError, choices
@@ -20,6 +22,9 @@ def sampler_table(
     sampler: str | None = None,
     schedule: str | None = None,
     strength: float = 1.0,
+    strength_cuts: str = "steps",
+    denoising_start: float | None = None,
+    denoising_end: float | None = None,
     timesteps: Sequence[float] | None = None,
     sigmas: Sequence[float] | None = None,
     eta: float | None = None,
@@ -27,19 +32,28 @@ def sampler_table(
 ) -> SamplerTable:
     """The table of a checkpoint's sampler, from its scheduler_config.json, for a number of steps.
 
-    `sampler` and `schedule` replace the checkpoint's (see `find_sampler` and SCHEDULES); `strength` below 1 begins
-    where image to image does; `timesteps` or `sigmas` replace the spacing, and then decide the number of steps; `eta`
-    is the noise of DDIM and TCD (0 unless given, as in diffusers' pipelines); `mu` is the logarithm of the flow shift
-    that the size of the image asks for.
+    `sampler` and `schedule` replace the checkpoint's (see `find_sampler` and SCHEDULES). `strength` below 1 begins
+    where image to image does: with fewer steps or, where it cuts the "schedule" of a distilled model, with as many over
+    less of it. `denoising_start` and `denoising_end` keep what lies between these shares of the way. `timesteps` or
+    `sigmas` replace the spacing, and then decide the number of steps. `eta` is the noise of DDIM and TCD (0 unless
+    given, as in diffusers' pipelines). `mu` is the logarithm of the flow shift that the size of the image asks for.
 
     Raises: UsageError for unknown names, options that no table can express, and numbers that make no schedule.
     """
     entry, options, notes = resolve(config, sampler, schedule)
     steps = _count(entry, options, steps, timesteps, sigmas)
-    begin = _skipped(steps, strength) * entry.rows_per_step
     _check_eta(entry, eta)
-    request = Request(entry.name, options, steps, begin, timesteps, sigmas, eta, mu, notes)
-    return entry.function(request)
+    distilled = "original_inference_steps" in options and timesteps is None
+    skipped = 0
+    request = Request(entry.name, options, steps, 0, timesteps, sigmas, eta, mu, notes)
+    if denoising_start is not None:
+        skipped = _before(entry, entry.function(request), request.train, denoising_start)
+    elif strength_cuts == "schedule" and distilled:
+        request = replace(request, share=_share(strength))
+    else:
+        skipped = _skipped(steps, strength) * entry.rows_per_step
+    table = entry.function(replace(request, begin=skipped))
+    return table if denoising_end is None else _until(table, request.train, denoising_end)
 
 
 def resolve(
@@ -141,14 +155,48 @@ def _count(
     return steps
 
 
+def _cut(train: int, share: float) -> int:
+    """The timestep at which `share` of the way is done, as diffusers rounds it."""
+    return round(train - share * train)
+
+
+def _before(entry: Sampler, whole: SamplerTable, train: int, start: float) -> int:
+    """How many rows lie before `start` of the way; a step of two rows is not taken apart."""
+    left = int((whole.timestep < _cut(train, start)).sum())
+    if entry.rows_per_step == 2 and left % 2 == 0:
+        left += 1
+    if not left:
+        raise UsageError(
+            f"denoising_start {start} of {len(whole)} calls leaves nothing to do; use less, or more steps."
+        )
+    return len(whole) - left
+
+
+def _until(table: SamplerTable, train: int, end: float) -> SamplerTable:
+    """The rows up to `end` of the way."""
+    done = int((table.timestep >= _cut(train, end)).sum())
+    if not done:
+        raise UsageError(f"denoising_end {end} of {len(table)} calls leaves nothing to do; use more, or more steps.")
+    return table.first(done)
+
+
+def _share(strength: float) -> float:
+    """The strength, once it is one."""
+    if not 0 <= strength <= 1:
+        raise UsageError(f"strength {strength!r} is out of range; 0 keeps the image, 1 replaces it.")
+    return strength
+
+
 def _skipped(steps: int, strength: float) -> int:
     """How many steps image to image skips: strength 0.6 of 50 does the last 30.
 
     Raises: UsageError when strength is outside 0..1 or leaves nothing to do.
     """
-    if not 0 <= strength <= 1:
-        raise UsageError(f"strength {strength!r} is out of range; 0 keeps the image, 1 replaces it.")
-    done = min(int(steps * strength), steps)
+    done = min(int(steps * _share(strength)), steps)
     if done < 1:
-        raise UsageError(f"strength {strength} of {steps} steps leaves nothing to do; use {1 / steps:g} or more.")
+        more = f", or {math.ceil(1 / strength)} steps or more" if strength else ""
+        raise UsageError(
+            f"strength {strength} of {steps} steps leaves nothing to do: steps x strength must reach 1. "
+            f"Use strength {1 / steps:g} or more{more}."
+        )
     return steps - done

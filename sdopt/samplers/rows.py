@@ -29,6 +29,7 @@ class Request:
     eta: float | None = None
     mu: float | None = None
     notes: tuple[str, ...] = ()
+    share: float = 1.0  # of a distilled schedule, its noisy end left out
 
     @property
     def prediction(self) -> str:

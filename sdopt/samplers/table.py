@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -113,6 +113,10 @@ class SamplerTable:
         """Rows as Python floats: NumPy then keeps float32 arrays float32."""
         keep = zip(self.c_skip.tolist(), self.c_out.tolist(), strict=True)
         return [(kept, row[:-1], row[-1]) for kept, row in zip(keep, self.update.tolist(), strict=True)]
+
+    def first(self, calls: int) -> SamplerTable:
+        """The table that stops after so many calls."""
+        return replace(self, **{name: getattr(self, name)[:calls] for name in _ARRAYS})
 
     def advance(
         self, k: int, x: Float32, output: Float32, history: Sequence[Float32] = (), noise: Float32 | None = None

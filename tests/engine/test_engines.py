@@ -16,7 +16,7 @@ from sdopt.errors import BackendError, BundleError, UsageError
 from tests.conftest import EMOJI_BUNDLE
 from tests.engine.contract import CONTRACT, unet_inputs
 
-READY = [backend for backend in installed_backends() if backend == "ort"]  # the others need a build: test_trt.py
+READY = [name for name in installed_backends() if BACKENDS[name].precisions]  # the others need a build: test_trt.py
 
 
 @pytest.fixture(scope="module", params=READY)
@@ -28,6 +28,36 @@ def unet(request: pytest.FixtureRequest) -> Iterator[Engine]:
 @pytest.mark.parametrize("promise", CONTRACT, ids=lambda p: p.__name__)
 def test_contract(unet: Engine, promise: Callable[[Engine], None]) -> None:
     promise(unet)
+
+
+def test_bf16_is_near_float32_and_only_where_it_is_asked_for() -> None:
+    pytest.importorskip("openvino")
+    from sdopt.engine.openvino import native_bf16
+    from sdopt.export.parity import psnr
+
+    bundle = Bundle.open(EMOJI_BUNDLE)
+    if not native_bf16():
+        with pytest.raises(BackendError, match="does not compute in bfloat16"):
+            open_engine(bundle, "unet", "openvino", precision="bf16")
+        return
+    outputs = []
+    for precision in ("auto", "bf16"):
+        with open_engine(bundle, "unet", "openvino", precision=precision) as engine:
+            outputs.append(engine(**unet_inputs(engine))["noise_pred"])
+    with open_engine(bundle, "unet", "ort") as engine:
+        exact = engine(**unet_inputs(engine))["noise_pred"]
+    assert psnr(exact, outputs[0]) >= 100
+    assert 35 <= psnr(exact, outputs[1]) < 80
+
+
+def test_a_precision_finds_a_backend_that_has_it() -> None:
+    assert choose_backend() == ("ort", "float32")
+    with pytest.raises(UsageError, match=r"precision 'fp8' is not known; there are .*bf16"):
+        choose_backend("auto", "fp8")
+    with pytest.raises(UsageError, match=r"backend 'ort' computes in float32; for bf16 there is openvino"):
+        choose_backend("ort", "bf16")
+    if "openvino" in installed_backends():
+        assert choose_backend("auto", "bf16") == ("openvino", "bf16")
 
 
 @pytest.mark.parametrize("backend", READY)

@@ -9,17 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
-import sdopt
+import sdopt.export
 from sdopt.bundle import Bundle
 from sdopt.errors import BundleError, CheckpointError, ParityError, UsageError
 from sdopt.export import components, export, parity, trace
-from sdopt.export.source import open_checkpoint
+from sdopt.export.source import Checkpoint, open_checkpoint
 from tests.conftest import EMOJI_BUNDLE, EMOJI_CHECKPOINT, ROOT
 from tests.conftest import sdopt as command
 
@@ -32,7 +34,10 @@ def test_the_manifest_tells_where_a_bundle_came_from_and_how_well_it_matches(tin
     assert set(manifest["versions"]) == {"sdopt", "torch", "diffusers", "transformers"}
     assert manifest["scheduler"]["_class_name"] == "PNDMScheduler"
     assert manifest["latents"] == {"channels": 4, "factor": 2, "scaling_factor": 0.7, "shift_factor": 0.0}
-    assert manifest["defaults"] == {"height": 24, "width": 24, "num_inference_steps": 50, "guidance_scale": 7.5}
+    assert manifest["defaults"] == {
+        "height": 24, "width": 24, "num_inference_steps": 50, "guidance_scale": 7.5,
+        "strength": 0.8, "inpaint_strength": 1.0, "strength_cuts": "steps",
+    }  # fmt: skip
     for entry in manifest["components"].values():
         sizes = [tuple(p["sizes"].items()) for p in entry["parity"]]
         assert len(set(sizes)) == 2
@@ -99,7 +104,7 @@ def test_the_shipped_bundle_is_what_the_shipped_checkpoint_exports_to() -> None:
     bundle = Bundle.open(EMOJI_BUNDLE)
     with open_checkpoint(str(EMOJI_CHECKPOINT)) as checkpoint:
         assert bundle.manifest["scheduler"] == checkpoint.config("scheduler")
-        for build in components.FAMILIES["sd"]:
+        for build in components.FAMILIES["sd"].values():
             part = build(checkpoint)
             component = bundle.component(part.name)
             assert (component.inputs, component.outputs) == (part.inputs, part.outputs)
@@ -153,6 +158,29 @@ def test_a_graph_with_one_changed_weight_fails_the_gate(tmp_path: Path) -> None:
         parity.gate(part, parity.measure(part, graph))
 
 
+def test_a_model_is_let_go_before_its_graph_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a large model is in memory once: as PyTorch's, then as the graph."""
+    weights: list[weakref.ref] = []
+    alive: list[int] = []
+
+    def build(checkpoint: Checkpoint) -> components.Part:
+        part = components.text_encoder(checkpoint)
+        weights.extend(weakref.ref(parameter) for parameter in part.module.parameters())
+        return part
+
+    class Watched(parity.OrtEngine):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            alive.append(sum(weight() is not None for weight in weights))
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(parity, "OrtEngine", Watched)
+    with open_checkpoint(str(EMOJI_CHECKPOINT)) as checkpoint:
+        entry = sdopt.export._component(build, checkpoint, tmp_path, 23, parity.FLOOR_DB, lambda line: None)
+    assert entry["parity"]
+    assert len(weights) > 10
+    assert alive == [0]
+
+
 def test_nan_in_an_output_never_passes_the_gate() -> None:
     assert parity.psnr(np.ones(3), np.array([1, np.nan, 1])) == -np.inf
     assert parity.psnr(np.ones(3), np.ones(3)) == 200
@@ -199,6 +227,7 @@ def test_a_killed_export_leaves_no_bundle(tiny_checkpoint: Path, tmp_path: Path,
         (["owner/name", "--offline"], 3, "not in the local cache"),
         (["model.ckpt"], 3, "pickle checkpoint"),
         ([EMOJI_CHECKPOINT, "--opset", "9"], 2, "opset 9"),
+        ([EMOJI_CHECKPOINT, "--steps", "0"], 2, "steps = 0; allowed are whole numbers from 1"),
     ],
 )
 def test_the_command_fails_with_its_exit_code_and_a_sentence(

@@ -50,6 +50,19 @@ def test_a_folder_is_opened_and_loads_in_float32() -> None:
             "pipeline class 'EvilPipeline' is not known; known are StableDiffusionPipeline",
         ),
         ({"_class_name": ["custom", "Pipe"]}, "is not known"),
+        (
+            {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]},
+            r"'StableDiffusion3Pipeline' is not known \(its transformer is not exported.*; known are StableDiffusionPi",
+        ),
+        (
+            {"_class_name": "StableDiffusionControlNetPipeline", "controlnet": ["diffusers", "ControlNetModel"]},
+            r"ControlNetPipeline' is not known \(a ControlNet is not exported; export the Stable Diffusion model",
+        ),
+        (
+            {"controlnet": ["diffusers", "ControlNetModel"]},
+            "controlnet is diffusers.ControlNetModel; sdopt reads nothing",
+        ),
+        ({"text_encoder": [None, None]}, "text_encoder is null; sdopt reads transformers.CLIPTextModel"),
     ],
 )
 def test_an_unknown_class_is_refused_by_name(copy: Path, changes: dict, message: str) -> None:
@@ -125,6 +138,9 @@ def test_what_is_no_checkpoint_says_what_would_be(tmp_path: Path) -> None:
         opened(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="no such file"):
         opened(tmp_path / "nothing.safetensors")
+    (tmp_path / "config.json").write_text('{"_class_name": "ControlNetModel"}')
+    with pytest.raises(CheckpointError, match="it is one model, ControlNetModel, and not a pipeline"):
+        opened(tmp_path)
     (tmp_path / "broken.safetensors").write_bytes(b"\xff" * 100)
     with pytest.raises(CheckpointError, match="not a safetensors file"):
         opened(tmp_path / "broken.safetensors")

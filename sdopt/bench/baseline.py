@@ -1,0 +1,291 @@
+"""diffusers on PyTorch, as the baseline: eager or compiled, in the precisions that the device likes.
+
+Only this module of the harness imports torch, and only when a baseline is made. It sets none of the device's clocks,
+and none of torch's switches but the number of threads.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import inspect
+import json
+import time
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from sdopt.bench.cases import Case
+from sdopt.bench.sides import Inputs
+from sdopt.bench.timing import Call, Sample, timed
+from sdopt.errors import BackendError, CheckpointError, UsageError
+from sdopt.specs import Array, Float32
+
+REFERENCE = "eager-float32"
+DTYPES = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+COMPILE_MODES = {"cpu": ("default",), "cuda": ("max-autotune", "default")}  # the first that works
+DEFAULTS = {
+    "cpu": (REFERENCE, "eager-bf16-nhwc"),
+    "cuda": (REFERENCE, "eager-fp16", "eager-fp16-nhwc", "compile-fp16-nhwc"),
+}
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """MODE-DTYPE or MODE-DTYPE-nhwc: "eager-float32", "compile-bf16-nhwc" (channels last)."""
+
+    name: str
+    compiled: bool
+    dtype: str
+    nhwc: bool
+
+    @staticmethod
+    def parse(name: str) -> Baseline:
+        """Raises: UsageError for another name."""
+        mode, _, rest = name.partition("-")
+        dtype, _, layout = rest.partition("-")
+        if mode not in ("eager", "compile") or dtype not in DTYPES or layout not in ("", "nhwc"):
+            raise UsageError(
+                f"baseline {name!r} is not known; it is eager or compile, then -{', -'.join(DTYPES)}, "
+                "then nothing or -nhwc (channels last): eager-float32, compile-bf16-nhwc"
+            )
+        return Baseline(name, mode == "compile", DTYPES[dtype], layout == "nhwc")
+
+
+def find_device(device: str = "auto") -> str:
+    """ "cuda" or "cpu", as asked for or, for "auto", as PyTorch finds it.
+
+    Raises: BackendError if PyTorch is not there, or finds no GPU where one is asked for.
+    """
+    found = "cuda" if _torch().cuda.is_available() else "cpu"
+    if device == "cuda" != found:
+        raise BackendError("device cuda: PyTorch finds no NVIDIA GPU here; use --device cpu")
+    return found if device == "auto" else device
+
+
+class DiffusersSide:
+    """A diffusers pipeline of the checkpoint, in one way of running it.
+
+    Raises: BackendError without PyTorch and diffusers; CheckpointError for a folder that is no checkpoint.
+    """
+
+    kind = "diffusers"
+
+    def __init__(self, name: str, case: Case, checkpoint: Path, threads: int, device: str = "cpu") -> None:
+        self._baseline, self._case, self._device = Baseline.parse(name), case, device
+        self.name, self.precision, self.note = name, self._baseline.dtype, ""
+        self.backend = f"diffusers {device}"
+        self.versions: Mapping[str, str] = {}
+        self.engine_bytes: Mapping[str, int] = {}
+        self._torch = _torch()
+        self._torch.set_num_threads(threads)
+        self._dtype = getattr(self._torch, self._baseline.dtype)
+        self._pipe = _load(checkpoint, self._dtype).to(device)
+        if self._baseline.nhwc:
+            for module in (self._pipe.unet, self._pipe.vae):
+                module.to(memory_format=self._torch.channels_last)
+        if self._baseline.compiled:
+            self._compile()
+
+    def inputs(self, latents: Float32) -> Inputs:
+        """The UNet's inputs for the case: this side's embeddings, the latents, the timestep of the middle step."""
+        with self._torch.no_grad():
+            arrays = {k: v.float().cpu().numpy() for k, v in self._conditions().items()}
+        repeats = self._case.batch
+        unet = {k: np.repeat(v, repeats, 0) for k, v in arrays.items()}
+        sample = np.concatenate([latents] * (2 if self._case.guided else 1))
+        times = np.full(len(sample), float(self._timestep()), np.float32)
+        return Inputs(latents, {"sample": sample, "timestep": times, **unet})
+
+    def calls(self, inputs: Inputs) -> Mapping[str, Call]:
+        pipe, torch = self._pipe, self._torch
+        tensors = {k: self._tensor(v) for k, v in inputs.unet.items()}
+        sample, hidden = tensors["sample"], tensors["encoder_hidden_states"]
+        added = {k: tensors[k] for k in ("text_embeds", "time_ids") if k in tensors}
+        timestep, latents = self._timestep().to(self._device), self._tensor(inputs.latents)
+
+        def unet() -> Any:
+            return pipe.unet(
+                sample, timestep, encoder_hidden_states=hidden, added_cond_kwargs=added or None, return_dict=False
+            )[0]
+
+        def loop() -> Array:
+            with _instant(pipe.unet, torch.zeros_like(sample)):
+                return self._run(latents, "latent", **self._embeds(hidden, added)).float().cpu().numpy()
+
+        return {
+            "text_encoder": self._on_device(lambda: self._conditions()["encoder_hidden_states"]),
+            "unet": self._on_device(unet),
+            "loop_step": timed(loop, per=self._loop_calls()),
+            "vae_decoder": self._on_device(lambda: self._decode(latents)),
+            "picture": timed(lambda: self.picture(inputs.latents)),
+        }
+
+    def picture(self, latents: Float32) -> Array:
+        """The case's pictures, [batch, height, width, 3] in 0..1."""
+        return self._run(self._tensor(latents), "np", prompt=[self._case.prompt] * self._case.batch)
+
+    def close(self) -> None:
+        del self._pipe
+        gc.collect()
+        if self._baseline.compiled:
+            self._torch._dynamo.reset()
+        if self._device == "cuda":
+            self._torch.cuda.empty_cache()
+
+    def _run(self, latents: Any, output_type: str, **given: Any) -> Any:
+        case = self._case
+        return self._pipe(
+            num_inference_steps=case.steps, guidance_scale=case.guidance, height=case.height, width=case.width,
+            latents=latents, output_type=output_type, generator=self._generators(), **given,
+        ).images  # fmt: skip
+
+    def _generators(self) -> list[Any]:
+        """Of the noise that a sampler adds: image i's from seed i, as sdopt's."""
+        return [self._torch.Generator("cpu").manual_seed(i) for i in range(self._case.batch)]
+
+    def _tensor(self, array: Array) -> Any:
+        return self._torch.from_numpy(np.array(array)).to(self._device, self._dtype)
+
+    def _timestep(self) -> Any:
+        scheduler = self._pipe.scheduler
+        scheduler.set_timesteps(self._case.steps)
+        return scheduler.timesteps[len(scheduler.timesteps) // 2]
+
+    def _conditions(self) -> dict[str, Any]:
+        """One prompt's conditional inputs of the UNet, with guidance below the unconditional ones."""
+        case, torch = self._case, self._torch
+        encoded = self._pipe.encode_prompt(
+            prompt=case.prompt, device=self._device, num_images_per_prompt=1, do_classifier_free_guidance=case.guided
+        )
+
+        def both(cond: Any, uncond: Any) -> Any:
+            return torch.cat([uncond, cond]) if case.guided else cond
+
+        if len(encoded) == 2:
+            return {"encoder_hidden_states": both(*encoded)}
+        hidden, pooled = both(*encoded[:2]), both(*encoded[2:])
+        size = (case.height, case.width)
+        time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=hidden.dtype, device=hidden.device)
+        return {"encoder_hidden_states": hidden, "text_embeds": pooled, "time_ids": time_ids.repeat(len(hidden), 1)}
+
+    def _embeds(self, hidden: Any, added: Mapping[str, Any]) -> dict[str, Any]:
+        """The pipeline's arguments in place of a prompt."""
+        names = {"prompt_embeds": hidden}
+        if "text_embeds" in added:
+            names["pooled_prompt_embeds"] = added["text_embeds"]
+        if not self._case.guided:
+            return names
+        halves = {name: both.chunk(2) for name, both in names.items()}
+        return {name: cond for name, (_, cond) in halves.items()} | {
+            f"negative_{name}": uncond for name, (uncond, _) in halves.items()
+        }
+
+    def _decode(self, latents: Any) -> Any:
+        pipe, vae = self._pipe, self._pipe.vae
+        upcast = vae.config.force_upcast and vae.dtype == self._torch.float16  # as diffusers' SDXL pipelines do
+        if upcast:
+            vae.to(dtype=self._torch.float32)
+        decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        if upcast:
+            vae.to(dtype=self._torch.float16)
+        return pipe.image_processor.postprocess(decoded, output_type="pt")
+
+    def _loop_calls(self) -> int:
+        """How often the loop calls the UNet: some schedulers more often than they are asked to."""
+        self._pipe.scheduler.set_timesteps(self._case.steps)
+        return len(self._pipe.scheduler.timesteps)
+
+    def _on_device(self, call: Callable[[], Any]) -> Call:
+        """A timed call that ends with its tensor in NumPy; on a GPU, CUDA events time the device's part."""
+        torch = self._torch
+
+        def sample() -> Sample:
+            parts: dict[str, float] = {}
+            with torch.no_grad():
+                if self._device != "cuda":
+                    started = time.perf_counter()
+                    output = call().float().numpy()
+                    return Sample(time.perf_counter() - started, output, parts)
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda.synchronize()
+                started = time.perf_counter()
+                begin.record()
+                tensor = call()
+                end.record()
+                output = tensor.float().cpu().numpy()
+                seconds = time.perf_counter() - started
+                return Sample(seconds, output, {"device": begin.elapsed_time(end) / 1e3})
+
+        return sample
+
+    def _compile(self) -> None:
+        """Compile UNet and decoder with the first mode that runs; the first call, here, does the work."""
+        torch, pipe, errors = self._torch, self._pipe, list[str]()
+        for mode in COMPILE_MODES[self._device]:
+            pipe.unet.compile(mode=mode)
+            pipe.vae.decoder.compile(mode=mode)
+            try:
+                self._run(None, "np", prompt=[self._case.prompt] * self._case.batch)
+            except Exception as error:  # whatever the compiler raises
+                errors.append(f"{mode}: {error}")
+                torch._dynamo.reset()
+            else:
+                self.note = "; ".join([f"torch.compile mode {mode}", *errors])
+                return
+        raise BackendError(f"{self.name}: torch.compile works in no mode: {'; '.join(errors)}")
+
+
+@contextmanager
+def _instant(unet: Any, answer: Any) -> Generator[None]:
+    """Inside, the UNet answers at once."""
+    compiled, unet._compiled_call_impl = unet._compiled_call_impl, None
+
+    def forward(*args: Any, **keywords: Any) -> tuple[Any]:
+        return (answer,)
+
+    unet.forward = forward
+    try:
+        yield
+    finally:
+        del unet.forward
+        unet._compiled_call_impl = compiled
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise BackendError(f'a baseline needs PyTorch and diffusers: pip install "sdopt[export]" ({error})') from error
+    return cast(Any, torch)
+
+
+def _load(checkpoint: Path, dtype: Any) -> Any:
+    """The checkpoint's pipeline without safety checker and watermark, which sdopt has not either."""
+    import diffusers
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+    try:
+        index = json.loads((checkpoint / "model_index.json").read_text())
+        kind: Any = getattr(diffusers, index["_class_name"])
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint} is not a diffusers checkpoint folder: {error}") from error
+    parts = inspect.signature(kind.__init__).parameters
+    absent = {"safety_checker": None, "feature_extractor": None, "add_watermarker": False, "image_encoder": None}
+    given = {name: value for name, value in absent.items() if name in parts}
+    pipe = kind.from_pretrained(checkpoint, dtype=dtype, local_files_only=True, **given)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the baselines are made of."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}

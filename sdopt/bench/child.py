@@ -1,0 +1,99 @@
+"""`python -m sdopt.bench.child SIDE`: one side (sdopt, or a baseline such as eager-float32) that speaks `protocol`.
+
+It serves the cold start, and an sdopt of another version beside this one: run it with that one's interpreter, as
+`OTHER/bin/python -P -m sdopt.bench.child sdopt` (-P: not the sdopt in the working folder).
+Nothing is imported before it is asked for, so that the import can be timed.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from sdopt.bench.protocol import Message, memory, serve
+
+if TYPE_CHECKING:
+    from sdopt.specs import Array
+
+Draw = Callable[[], "Array"]
+
+
+def main(name: str) -> None:
+    """Serve the side of this name."""
+    draw: list[Draw] = []
+
+    def load(message: Message) -> Message:
+        answer, call = (_sdopt if name == "sdopt" else _diffusers)(name, message)
+        draw[:] = [call]
+        return {"note": "", "takes_latents": True, **answer}
+
+    def run(message: Message) -> Message:
+        import numpy as np
+
+        started = time.perf_counter()
+        picture = draw[0]()
+        seconds = time.perf_counter() - started
+        if message.get("picture"):
+            np.save(message["picture"], picture)
+        return {"seconds": seconds}
+
+    serve({"prepare": lambda message: {}, "load": load, "run": run, "memory": memory})
+
+
+def _sdopt(name: str, message: Message) -> tuple[Message, Draw]:
+    started = time.perf_counter()
+    import numpy as np
+
+    from sdopt import __version__, pipeline
+    from sdopt.bench.cases import Case
+    from sdopt.bench.sides import picture
+
+    imported = time.perf_counter()
+    case = Case.from_json(message["case"])
+    pipe = pipeline.load(message["bundle"], case.backend, threads=message["threads"])
+    for component in pipe.bundle.components:
+        if component != "vae_encoder":
+            pipe.engine(component)
+    loaded = time.perf_counter()
+    latents = np.load(message["latents"])
+    return _answer(started, imported, loaded, pipe.backend, case.precision, {"sdopt": __version__}), (
+        lambda: picture(pipe, case, latents)
+    )
+
+
+def _diffusers(name: str, message: Message) -> tuple[Message, Draw]:
+    from pathlib import Path
+
+    started = time.perf_counter()
+    import diffusers  # pyright: ignore[reportUnusedImport] # noqa: F401
+    import numpy as np
+    import torch  # pyright: ignore[reportUnusedImport] # noqa: F401
+
+    from sdopt.bench import baseline
+    from sdopt.bench.cases import Case
+
+    imported = time.perf_counter()
+    case = Case.from_json(message["case"])
+    side = baseline.DiffusersSide(name, case, Path(message["checkpoint"]), message["threads"], message["device"])
+    loaded = time.perf_counter()
+    latents = np.load(message["latents"])
+    return _answer(started, imported, loaded, side.backend, side.precision, baseline.versions()), (
+        lambda: side.picture(latents)
+    )
+
+
+def _answer(
+    started: float, imported: float, loaded: float, backend: str, precision: str, versions: dict[str, str]
+) -> dict[str, Any]:
+    return {
+        "parts": {"import": imported - started, "load": loaded - imported},
+        "backend": backend,
+        "precision": precision,
+        "versions": versions,
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

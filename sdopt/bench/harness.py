@@ -1,0 +1,260 @@
+"""One case on every side: open, prove the parity, take turns, start cold."""
+
+from __future__ import annotations
+
+import datetime
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdopt.bench import machine, record
+from sdopt.bench.baseline import REFERENCE, Baseline, DiffusersSide
+from sdopt.bench.cases import Case
+from sdopt.bench.peers import PeerSide, cold_start, command_of
+from sdopt.bench.sides import COMPONENTS, OURS, Inputs, SdoptSide, Side, latents_of
+from sdopt.bench.stats import psnr
+from sdopt.bench.timing import Call, Sample, Series, interleaved
+from sdopt.bundle import Bundle
+from sdopt.errors import BackendError, UsageError
+from sdopt.specs import Array, Float32
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is measured beside what, and how often. `peers`: the command of each, by its name."""
+
+    bundle: Path
+    checkpoint: Path
+    threads: int
+    baselines: Sequence[str] = (REFERENCE,)
+    peers: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
+    rounds: int = 5
+    warmup: int = 1
+    cold_rounds: int = 3
+    device: str = "cpu"
+    cache: Path = Path("build-out/peers")
+
+    def __post_init__(self) -> None:
+        for name in self.baselines:
+            Baseline.parse(name)
+        names = [OURS, *self.baselines, *self.peers]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise UsageError(f"{', '.join(twice)}: a side is named twice; they are {', '.join(names)}")
+        if min(self.rounds, self.warmup, self.threads) < 1 or self.cold_rounds < 0:
+            raise UsageError("allowed are 1 or more rounds, warm-up calls and threads, and 0 or more cold rounds")
+
+
+def new_record(command: str, results: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """A record of this machine, now."""
+    return {
+        "schema": record.SCHEMA,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "commit": machine.commit(),
+        "machine": machine.machine(),
+        "gpu": machine.gpu(),
+        "versions": machine.versions(),
+        "results": list(results),
+    }
+
+
+def run_case(case: Case, setup: Setup, report: Report = print) -> dict[str, Any]:
+    """The result of a case, as a record holds it.
+
+    Raises: what sdopt or the reference raise; another side that cannot be opened or called is an entry that says why.
+    """
+    report(f"{case.name}: {case.width}x{case.height}, {case.steps} steps, guidance {case.guidance}")
+    bundle = Bundle.open(setup.bundle)
+    with tempfile.TemporaryDirectory(prefix="sdopt-bench-") as folder:
+        latents, path = latents_of(case, bundle), Path(folder) / "latents.npy"
+        np.save(path, latents)
+        request = _request(case, setup, path)
+        entries = _together(case, setup, latents, request, report)
+        _cold([entry for entry in entries if _starts_cold(entry)], setup, request, report)
+    return {
+        "case": case.to_json(),
+        "bundle": {"digest": bundle.digest, "family": str(bundle.manifest["family"])},
+        "threads": setup.threads,
+        "device": setup.device,
+        "sides": entries,
+    }
+
+
+def _together(
+    case: Case, setup: Setup, latents: Float32, request: Mapping[str, Any], report: Report
+) -> list[dict[str, Any]]:
+    """The entries of all sides but for the cold start: open all, prove each, take turns, close all."""
+    with ExitStack() as stack:
+        ours = SdoptSide(case, setup.bundle, setup.threads)
+        stack.callback(ours.close)
+        reference = DiffusersSide(REFERENCE, case, setup.checkpoint, setup.threads, setup.device)
+        stack.callback(reference.close)
+        opened: dict[str, Side | str] = {OURS: ours, REFERENCE: reference}
+        for name in [*setup.baselines, *setup.peers]:
+            if name not in opened:
+                opened[name] = side = _open(name, case, setup, request, report)
+                if not isinstance(side, str):
+                    stack.callback(side.close)
+        inputs = reference.inputs(latents)
+        expected = _outputs(reference.calls(inputs))
+        proven = {name: _prove(name, side, inputs, expected, case, report) for name, side in opened.items()}
+        _refuse_failure(proven)
+        warm = _warm(proven, setup, report)
+        return [_entry(p, case, warm[name]) for name, p in proven.items()]
+
+
+@dataclass(frozen=True)
+class _Proven:
+    """A side after its first calls: how near their outputs are to the reference's, or why there are none."""
+
+    name: str
+    side: Side | None
+    calls: Mapping[str, Call]
+    parity: Mapping[str, float | None]
+    failed: str | None
+
+
+def _request(case: Case, setup: Setup, latents: Path) -> dict[str, Any]:
+    return {
+        "case": case.to_json(),
+        "checkpoint": str(setup.checkpoint.absolute()),
+        "bundle": str(setup.bundle.absolute()),
+        "cache": str(setup.cache.absolute()),
+        "latents": str(latents),
+        "threads": setup.threads,
+        "device": setup.device,
+    }
+
+
+def _open(name: str, case: Case, setup: Setup, request: Mapping[str, Any], report: Report) -> Side | str:
+    """The side, or why it cannot be opened."""
+    report(f"  opening {name}")
+    try:
+        if name in setup.peers:
+            return PeerSide(name, setup.peers[name], request)
+        return DiffusersSide(name, case, setup.checkpoint, setup.threads, setup.device)
+    except Exception as error:  # a library's own: what fails is told, and the others go on
+        report(f"  {name} cannot be measured: {error}")
+        return f"{type(error).__name__}: {error}"
+
+
+def _prove(
+    name: str, side: Side | str, inputs: Inputs, expected: Mapping[str, Array | None], case: Case, report: Report
+) -> _Proven:
+    """The first call of every component: it warms up, and its output tells the parity."""
+    unknown: dict[str, float | None] = {"picture_db": None, "unet_db": None}
+    if isinstance(side, str):
+        return _Proven(name, None, {}, unknown, side)
+    try:
+        calls = side.calls(inputs)
+        outputs = _outputs(calls)
+        parity = {
+            "picture_db": _parity(expected, outputs, "picture", peak=1.0),
+            "unet_db": _parity(expected, outputs, "unet"),
+        }
+    except Exception as error:  # a library's own: what fails is told, and the others go on
+        report(f"  {name} cannot be measured: {error}")
+        return _Proven(name, side, {}, unknown, f"{type(error).__name__}: {error}")
+    if not record.quotable(parity, case):
+        report(f"  {name}: {parity} is below the case's floor or cannot be compared; its speed is marked")
+    return _Proven(name, side, calls, parity, None)
+
+
+def _outputs(calls: Mapping[str, Call]) -> dict[str, Array | None]:
+    return {name: call().output for name, call in calls.items()}
+
+
+def _refuse_failure(proven: Mapping[str, _Proven]) -> None:
+    for name in (OURS, REFERENCE):
+        if proven[name].failed:
+            raise BackendError(f"{name} itself cannot be measured: {proven[name].failed}")
+
+
+def _warm(proven: Mapping[str, _Proven], setup: Setup, report: Report) -> dict[str, dict[str, Series]]:
+    """Series by side and component; the sides take turns within each component."""
+    series: dict[str, dict[str, Series]] = {name: {} for name in proven}
+    for component in COMPONENTS:
+        calls = {name: p.calls[component] for name, p in proven.items() if component in p.calls}
+        report(f"  {component}: {', '.join(calls)}")
+        for name, taken in interleaved(calls, setup.rounds, setup.warmup - 1).items():
+            series[name][component] = taken
+    return series
+
+
+def _entry(p: _Proven, case: Case, warm: Mapping[str, Series]) -> dict[str, Any]:
+    """A side of the result, but for the cold start."""
+    side = p.side
+    return {
+        "name": p.name,
+        "kind": side.kind if side else "",
+        "backend": side.backend if side else "",
+        "precision": side.precision if side else "",
+        "note": side.note if side else "",
+        "versions": dict(side.versions) if side else {},
+        "failed": p.failed,
+        "parity": dict(p.parity),
+        "quotable": p.failed is None and record.quotable(p.parity, case),
+        "seconds": {name: list(s.seconds) for name, s in warm.items()},
+        "parts": {f"{name}.{part}": list(v) for name, s in warm.items() for part, v in s.parts.items()},
+        "memory": {
+            "peak_rss_bytes": None,
+            "peak_device_bytes": None,
+            "engine_bytes": dict(side.engine_bytes) if side else {},
+        },
+    }
+
+
+def _parity(
+    expected: Mapping[str, Array | None], found: Mapping[str, Array | None], name: str, peak: float | None = None
+) -> float | None:
+    """dB, or None where there is nothing to compare."""
+    reference, output = expected.get(name), found.get(name)
+    return None if reference is None or output is None else round(psnr(reference, output, peak), 2)
+
+
+def _starts_cold(entry: dict[str, Any]) -> bool:
+    """Whether a side is started in fresh processes; a compiled one is not, and its note says so."""
+    compiled = entry["kind"] == "diffusers" and Baseline.parse(entry["name"]).compiled
+    if compiled:
+        entry["note"] = f"{entry['note']}; not started cold, compiling takes minutes".lstrip("; ")
+    return entry["failed"] is None and not compiled
+
+
+def _cold(entries: Sequence[dict[str, Any]], setup: Setup, request: Mapping[str, Any], report: Report) -> None:
+    """Add the cold starts and the memory of fresh processes to the entries."""
+    if not setup.cold_rounds or not entries:
+        return
+    report(f"  cold_start: {', '.join(e['name'] for e in entries)}")
+    peaks: dict[str, list[int]] = {e["name"]: [] for e in entries}
+
+    def start(name: str) -> Callable[[], Sample]:
+        def call() -> Sample:
+            sample, peak = cold_start(command_of(name, setup.peers), request)
+            peaks[name] += [peak] if peak is not None else []
+            return sample
+
+        return call
+
+    for entry in entries:
+        try:
+            start(entry["name"])()  # brings the files into memory
+        except BackendError as error:
+            del peaks[entry["name"]]
+            entry["note"] = f"{entry['note']}; cold start failed: {error}".lstrip("; ")
+            report(f"  {entry['name']}: {entry['note']}")
+    series = interleaved({name: start(name) for name in peaks}, setup.cold_rounds, warmup=0)
+    for entry in (e for e in entries if e["name"] in series):
+        taken = series[entry["name"]]
+        entry["seconds"]["cold_start"] = list(taken.seconds)
+        entry["parts"] |= {f"cold_start.{part}": list(v) for part, v in taken.parts.items()}
+        entry["memory"]["peak_rss_bytes"] = max(peaks[entry["name"]], default=None)
+        if setup.device != "cpu":
+            _, entry["memory"]["peak_device_bytes"] = machine.with_peak_device_bytes(start(entry["name"]))

@@ -1,0 +1,115 @@
+"""The machine that a record was made on, as far as it decides the figures. It is read, never set."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import os
+import platform
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sdopt import __version__
+
+PACKAGES = (
+    "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tokenizers", "torch", "diffusers",
+    "transformers",
+)  # fmt: skip
+GPU_FIELDS = (
+    "name", "driver_version", "memory.total", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "power.draw",
+    "temperature.gpu", "pstate",
+)  # fmt: skip
+POLL_SECONDS = 0.1
+T = TypeVar("T")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory, system, and how busy it was beforehand (processes that want to run, over a minute)."""
+    return {
+        "cpu": _cpu(),
+        "cores": usable_cores(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0,
+        "system": platform.system(),
+        "release": platform.platform(),
+        "architecture": platform.machine(),
+        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0,
+    }
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def versions() -> dict[str, str]:
+    """Python, sdopt, and the libraries that are installed."""
+    found = {"python": platform.python_version(), "sdopt": __version__}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The git commit of this sdopt, with "+" when files differ from it; None outside a checkout."""
+    folder = Path(__file__).parent
+    head = _output("git", "-C", str(folder), "rev-parse", "HEAD")
+    if head is None or _output("git", "-C", str(folder), "ls-files", "--error-unmatch", __file__) is None:
+        return None
+    changed = _output("git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no")
+    return head.strip() + ("+" if changed else "")
+
+
+def gpu() -> dict[str, str] | None:
+    """What nvidia-smi tells of the first GPU; None without one."""
+    text = _output("nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits", "--id=0")
+    rows = list(csv.reader((text or "").splitlines(), skipinitialspace=True))
+    return dict(zip(GPU_FIELDS, rows[0], strict=True)) if rows and len(rows[0]) == len(GPU_FIELDS) else None
+
+
+def device_bytes() -> int | None:
+    """Memory in use on the first GPU, by whomever; None without one."""
+    text = _output("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0")
+    return int(text) << 20 if text and text.strip().isdigit() else None
+
+
+def with_peak_device_bytes(run: Callable[[], T]) -> tuple[T, int | None]:
+    """`run()`, and by how much it raised the memory in use on the GPU at most: asked ten times a second."""
+    before = device_bytes()
+    if before is None:
+        return run(), None
+    seen, done = [before], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            seen.append(device_bytes() or 0)
+            time.sleep(POLL_SECONDS)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        return run(), max(seen) - before
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None

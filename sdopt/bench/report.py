@@ -1,0 +1,288 @@
+"""Tables (Markdown) and plots (SVG) from records. Every number here is computed from their raw timings.
+
+A speed-up is the other side's time divided by sdopt's, pair by pair: below 1 the other side is faster. It is quoted
+only where sdopt's parity is above the case's floors.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdopt.bench.record import Record
+from sdopt.bench.sides import COMPONENTS
+from sdopt.bench.stats import paired_ratio, summary
+from sdopt.bench.svg import Bar, Curve, bars, lines
+from sdopt.errors import UsageError
+
+START, END = "<!-- bench:start -->", "<!-- bench:end -->"
+TITLES = {
+    "text_encoder": "text encoder",
+    "unet": "UNet, one call",
+    "loop_step": "loop, one step without the UNet",
+    "vae_decoder": "VAE decoder",
+    "picture": "picture, end to end",
+    "cold_start": "cold start to first picture",
+}
+PARTS = {
+    "text_encoder.device": "text encoder, the GPU's part (CUDA events)",
+    "unet.device": "UNet, the GPU's part (CUDA events)",
+    "vae_decoder.device": "VAE decoder, the GPU's part (CUDA events)",
+    "cold_start.import": "cold start: import",
+    "cold_start.load": "cold start: load",
+    "cold_start.picture": "cold start: first picture",
+}
+Result = Mapping[str, Any]
+
+
+def report(records: Sequence[Record], stem: str = "bench", folder: str = "") -> tuple[str, dict[str, str]]:
+    """(Markdown, SVG texts by file name); the Markdown shows the plots from `folder`."""
+    parts, plots = list[str](), dict[str, str]()
+    for i, (record, result) in enumerate((r, result) for r in records for result in r["results"]):
+        name = f"{stem}-{i + 1}-{_file(result['case']['name'])}"
+        drawn = {f"{name}-latency.svg": _latency(result), f"{name}-speedup.svg": _speedup(result)}
+        drawn = {file: text for file, text in drawn.items() if text}
+        plots |= drawn
+        shown = [f"![{Path(file).stem}]({Path(folder, file).as_posix()})" for file in drawn]
+        parts.append("\n\n".join([*_tables(record, result), *shown]))
+    for axis in ("steps", "pixels"):
+        for i, (model, text) in enumerate(_costs(records, axis)):
+            file = f"{stem}-{axis}-{i + 1}-{_file(model)}.svg"
+            plots[file] = text
+            parts.append(f"![{Path(file).stem}]({Path(folder, file).as_posix()})")
+    return "\n\n".join(parts) + "\n", plots
+
+
+def _file(name: str) -> str:
+    """The name as a part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip(".-")
+
+
+def write(path: Path, records: Sequence[Record], plots: Path | None = None) -> list[Path]:
+    """Write the report to `path` and its plots to the folder `plots` (beside it, unless given); the files written.
+
+    A file that has the marks `<!-- bench:start -->` and `<!-- bench:end -->` is kept, and only what is between them
+    is replaced.
+    Raises: UsageError for a file with one of the marks alone.
+    """
+    folder = plots or path.parent
+    stem = "bench" if plots else path.stem
+    text, drawn = report(records, stem, os.path.relpath(folder, path.parent))
+    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    if (START in old) != (END in old) or old.find(START) > old.find(END):
+        raise UsageError(f"{path}: it has to have both {START} and {END}, in this order, or neither")
+    if START in old:
+        before, rest = old.split(START, 1)
+        text = f"{before}{START}\n\n{text}\n{END}{rest.split(END, 1)[1]}"
+    written = {path: text, **{folder / file: svg for file, svg in drawn.items()}}
+    for target, content in written.items():
+        _replace(target, content)
+    return list(written)
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------ tables
+
+
+def _tables(record: Record, result: Result) -> list[str]:
+    case = result["case"]
+    heading = (
+        f"**{case['model']}, {case['width']}x{case['height']}, {case['steps']} steps, guidance {case['guidance']:g}, "
+        f"{case['batch']} image{'s' * (case['batch'] > 1)}** (case `{case['name']}`)"
+    )
+    failed = [f"- {s['name']} could not be measured: {_line(s['failed'])}" for s in result["sides"] if s["failed"]]
+    notes = [f"- {s['name']}: {_line(s['note'])}" for s in result["sides"] if s["note"]]
+    marks = [*failed, *notes, *_not_quoted(result), *_unlike_pictures(result)]
+    return [
+        heading,
+        _timings(result),
+        _ratios(result),
+        *(["\n".join(marks)] if marks else []),
+        _provenance(record, result),
+    ]
+
+
+def _timings(result: Result) -> str:
+    """Median milliseconds (10th to 90th percentile) of every side, component by component; memory and parity below."""
+    sides = _measured(result)
+    rows = [["ms, median (p10-p90)", *(s["name"] for s in sides)]]
+    for component, title in TITLES.items():
+        if any(component in s["seconds"] for s in sides):
+            rows.append([title, *(_timing(s["seconds"].get(component)) for s in sides)])
+    for part, title in PARTS.items():
+        if any(part in s["parts"] for s in sides):
+            rows.append([title, *(_timing(s["parts"].get(part)) for s in sides)])
+    rows.append(
+        ["engines on disk, MB", *(_megabytes(sum(s["memory"]["engine_bytes"].values()) or None) for s in sides)]
+    )
+    rows.append(["peak memory of a fresh process, MB", *(_megabytes(s["memory"]["peak_rss_bytes"]) for s in sides)])
+    if any(s["memory"]["peak_device_bytes"] is not None for s in sides):
+        rows.append(["peak GPU memory, MB", *(_megabytes(s["memory"]["peak_device_bytes"]) for s in sides)])
+    rows.append(["parity of the picture, dB", *(_decibel(s["parity"]["picture_db"]) for s in sides)])
+    rows.append(["parity of one UNet call, dB", *(_decibel(s["parity"]["unet_db"]) for s in sides)])
+    return _markdown(rows)
+
+
+def _ratios(result: Result) -> str:
+    """How many times as fast sdopt is, with the 95 % interval; where the other side is faster it says so."""
+    ours, others = result["sides"][0], _measured(result)[1:]
+    components = [c for c in ("picture", "unet", "vae_decoder", "text_encoder", "cold_start") if c in ours["seconds"]]
+    rows = [["sdopt is faster than ... by", *(TITLES[c] for c in components)]]
+    rows += [[other["name"], *(_ratio(ours, other, c) for c in components)] for other in others]
+    return _markdown(rows)
+
+
+def _ratio(ours: Mapping[str, Any], other: Mapping[str, Any], component: str) -> str:
+    if component not in other["seconds"]:
+        return "-"
+    if not ours["quotable"]:
+        return "not quoted"
+    e = paired_ratio(other["seconds"][component], ours["seconds"][component])
+    verdict = f" ({other['name']} is faster)" if e.high < 1 else ""
+    return f"{e.value:.2f}x [{e.low:.2f}, {e.high:.2f}]{verdict}"
+
+
+def _not_quoted(result: Result) -> list[str]:
+    """What the table leaves out, struck: the parity is below the floor, so the speed is not of the same picture."""
+    ours, case = result["sides"][0], result["case"]
+    if ours["quotable"]:
+        return []
+    floors = f"the floors are {case['picture_floor_db']:g} and {case['unet_floor_db']:g} dB"
+    at = f"{_decibel(ours['parity']['picture_db'])} dB (picture), {_decibel(ours['parity']['unet_db'])} dB (UNet)"
+    struck = [
+        f"~~{paired_ratio(o['seconds']['picture'], ours['seconds']['picture']).value:.2f}x {o['name']}~~"
+        for o in _measured(result)[1:]
+    ]
+    return [f"- not quoted: {', '.join(struck)}: sdopt's parity is {at}; {floors}"]
+
+
+def _unlike_pictures(result: Result) -> list[str]:
+    names = [s["name"] for s in _measured(result)[1:] if not s["quotable"]]
+    return [f"- below the floors, or not to be compared (another picture): {', '.join(names)}"] if names else []
+
+
+def _provenance(record: Record, result: Result) -> str:
+    machine, gpu = record["machine"], record["gpu"]
+    own = {f"{s['name']}: {_pairs(s['versions'])}" for s in _measured(result) if s["kind"] == "peer"}
+    texts = [
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB, {machine['release']}",
+        *([f"{gpu['name']}, driver {gpu['driver_version']}"] if gpu else []),
+        f"{result['threads']} threads, device {result['device']}",
+        _pairs(record["versions"]),
+        *sorted(own),
+        f"{record['created']}, commit {record['commit'] or 'unknown'}",
+    ]
+    busy = machine["load_before"] > 0.3 * machine["cores"]
+    if busy:
+        texts.append(f"the machine was busy before the run (load {machine['load_before']:g})")
+    return f"<sub>{'; '.join(texts)}.</sub>\n\n    {record['command']}"
+
+
+def _measured(result: Result) -> list[Mapping[str, Any]]:
+    return [side for side in result["sides"] if side["failed"] is None]
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    head, *body = ["| " + " | ".join(row) + " |" for row in cells]
+    return "\n".join([head, "|---|" + "---:|" * (len(rows[0]) - 1), *body])
+
+
+def _timing(series: Sequence[float] | None) -> str:
+    if series is None:
+        return "-"
+    s = summary(series)
+    return f"{_ms(s.median)} ({_ms(s.p10)}-{_ms(s.p90)})"
+
+
+def _ms(seconds: float) -> str:
+    ms = 1e3 * seconds
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}" if ms >= 1 else f"{ms:.3f}"
+
+
+def _megabytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 1e6:.0f}"
+
+
+def _decibel(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _pairs(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _line(text: str) -> str:
+    return text.splitlines()[0][:300]
+
+
+# ------------------------------------------------------------------------------------------------------- plots
+
+
+def _latency(result: Result) -> str:
+    groups: list[tuple[str, list[Bar]]] = []
+    for component in (*COMPONENTS, "cold_start"):
+        group: list[Bar] = []
+        for colour, side in enumerate(result["sides"]):
+            if component in side["seconds"]:
+                s = summary(side["seconds"][component])
+                mark = "" if side["quotable"] else " *"
+                group.append(Bar(side["name"] + mark, f"{_ms(s.median)} ms", s.median, s.p10, s.p90, colour))
+        if group:
+            groups.append((TITLES[component], group))
+    return bars(f"{_title(result)}: latency, median and p10-p90 (* below the parity floor)", groups)
+
+
+def _speedup(result: Result) -> str:
+    """Bars of the quoted speed-ups; empty where there are none."""
+    ours = result["sides"][0]
+    groups: list[tuple[str, list[Bar]]] = []
+    for component in ("picture", "unet", "cold_start"):
+        group: list[Bar] = []
+        for colour, other in enumerate(result["sides"]):
+            if other is not ours and component in other["seconds"] and component in ours["seconds"]:
+                e = paired_ratio(other["seconds"][component], ours["seconds"][component])
+                group.append(Bar(other["name"], f"{e.value:.2f}x", e.value, e.low, e.high, colour))
+        if group:
+            groups.append((f"{TITLES[component]}: other time / sdopt's", group))
+    title = f"{_title(result)}: speed-up of sdopt, 95 % interval (line: equal)"
+    return bars(title, groups, mark=1.0) if groups and ours["quotable"] else ""
+
+
+def _costs(records: Sequence[Record], axis: str) -> list[tuple[str, str]]:
+    """(model, SVG): the seconds of a picture against steps (at one size) or pixels (at one number of steps)."""
+    found: dict[tuple[Any, ...], dict[str, dict[float, float]]] = {}
+    for result in (r for record in records for r in record["results"]):
+        case = result["case"]
+        pixels, steps = case["width"] * case["height"], case["steps"]
+        x, fixed = (steps, pixels) if axis == "steps" else (pixels, steps)
+        key = (case["model"], fixed, case["guidance"], case["batch"], result["device"], result["threads"])
+        for side in _measured(result):
+            if side["quotable"] or side["kind"] != "sdopt":
+                found.setdefault(key, {}).setdefault(side["name"], {})[x] = summary(side["seconds"]["picture"]).median
+    drawn: list[tuple[str, str]] = []
+    for (model, *_), sides in found.items():
+        several = {name: points for name, points in sides.items() if len(points) > 1}
+        if several:
+            curves = [Curve(name, sorted(points.items()), i) for i, (name, points) in enumerate(several.items())]
+            drawn.append((model, lines(f"{model}: a picture against {axis}", axis, "seconds", curves)))
+    return drawn
+
+
+def _title(result: Result) -> str:
+    case = result["case"]
+    return f"{case['model']} {case['width']}x{case['height']}, {case['steps']} steps"

@@ -1,0 +1,92 @@
+"""What a list of timings says: median and spread, and a ratio with its 95 % interval.
+
+Timings have long right tails, so everything is a median; intervals are bootstrap percentiles, with a fixed seed.
+Ref: Efron & Tibshirani 1993, An Introduction to the Bootstrap, section 13.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sdopt.errors import NumericsError, UsageError
+from sdopt.specs import Array
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A series in four numbers; seconds as they came."""
+
+    n: int
+    median: float
+    p10: float
+    p90: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its 95 % interval; of a single pair the interval is the value."""
+
+    value: float
+    low: float
+    high: float
+
+
+def summary(series: Sequence[float]) -> Summary:
+    """Median, 10th and 90th percentile (linear between neighbours)."""
+    p10, median, p90 = np.percentile(_checked(series), [10, 50, 90]).tolist()
+    return Summary(len(series), median, p10, p90)
+
+
+def paired_ratio(above: Sequence[float], below: Sequence[float], seed: int = 0) -> Estimate:
+    """The median of `above[i] / below[i]`: both of a pair were measured within one round.
+
+    Raises: UsageError for series of different length.
+    """
+    if len(above) != len(below):
+        raise UsageError(f"{len(above)} timings beside {len(below)}: pairs are of one run with one number of rounds")
+    ratios = _checked(above) / _checked(below)
+    return _estimate(float(np.median(ratios)), _medians(ratios, np.random.default_rng(seed)))
+
+
+def slowdown(old: Sequence[float], new: Sequence[float], seed: int = 0) -> Estimate:
+    """median(new) / median(old), for two runs that have no pairs: 1.1 is a tenth slower."""
+    rng = np.random.default_rng(seed)
+    before, after = _checked(old), _checked(new)
+    return _estimate(float(np.median(after) / np.median(before)), _medians(after, rng) / _medians(before, rng))
+
+
+def psnr(reference: Array, other: Array, peak: float | None = None) -> float:
+    """20 log10(peak / RMSE) in dB, 200 where they are equal; `peak` is the largest |reference| unless given.
+
+    Raises: UsageError for different shapes; NumericsError where either is not finite.
+    """
+    if reference.shape != other.shape:
+        raise UsageError(f"pictures of {list(reference.shape)} and {list(other.shape)} cannot be compared")
+    error = float(np.sqrt(np.mean(np.square(np.subtract(other, reference, dtype=np.float64)))))
+    if not np.isfinite(error):
+        raise NumericsError("an output has NaN or infinity, so it has no parity")
+    most = float(np.abs(reference).max()) if peak is None else peak
+    return min(200.0, 20 * float(np.log10(most / error))) if error else 200.0
+
+
+def _checked(series: Sequence[float]) -> Array:
+    values = np.asarray(series, np.float64)
+    if not values.size or not (np.isfinite(values).all() and (values > 0).all()):
+        raise UsageError(f"timings {list(series)[:5]}: allowed are one or more positive seconds")
+    return values
+
+
+def _medians(values: Array, rng: np.random.Generator) -> Array:
+    """The medians of RESAMPLES samples of the same size, drawn with replacement."""
+    rows = rng.integers(0, len(values), (RESAMPLES, len(values)))
+    return np.asarray(np.median(values[rows], axis=1))
+
+
+def _estimate(value: float, resampled: Array) -> Estimate:
+    low, high = np.percentile(resampled, [2.5, 97.5]).tolist()
+    return Estimate(value, low, high)

@@ -1,0 +1,71 @@
+"""What sets one family, or one model, apart from another, as the manifest tells it to the runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sdopt.export.source import Checkpoint
+
+
+def conditioning(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How a family's texts condition its UNet, for the manifest.
+
+    `encoders`: their outputs stand side by side in the features of `encoder_hidden_states`; `skip` layers are left out.
+    `pooled`: the encoder whose `text_embeds` the UNet takes. `time_ids`: the numbers that it takes, by their argument.
+    `zeros_for_empty`: without a negative prompt the unconditional half is zeros, not the empty prompt.
+    `guidance_embedding`: the width of `timestep_cond`, by which the UNet is told the guidance scale; 0 without it.
+    """
+    embedding = checkpoint.config("unet").get("time_cond_proj_dim") or 0
+    if checkpoint.family == "sd":
+        encoders = [{"component": "text_encoder", "tokenizer": "tokenizer", "output": "last_hidden_state", "skip": 0}]
+        own = {"encoders": encoders, "pooled": None, "time_ids": [], "zeros_for_empty": False}
+        return {**own, "guidance_embedding": embedding}
+    pairs = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
+    index = checkpoint.index()
+    return {
+        "encoders": [
+            {"component": c, "tokenizer": t, "output": "hidden_states", "skip": 1}
+            for c, t in pairs
+            if checkpoint.has(c)
+        ],
+        "pooled": "text_encoder_2",
+        "time_ids": [
+            "original_size",
+            "crops_coords_top_left",
+            "aesthetic_score" if index.get("requires_aesthetics_score") else "target_size",
+        ],
+        "zeros_for_empty": index.get("force_zeros_for_empty_prompt", True),
+        "guidance_embedding": embedding,
+    }
+
+
+def is_tiny(vae: Mapping[str, Any]) -> bool:
+    """Whether a VAE's configuration is that of TAESD, which has no posterior. Ref: github.com/madebyollin/taesd."""
+    return vae.get("_class_name") == "AutoencoderTiny"
+
+
+def vae_factor(config: Mapping[str, Any]) -> int:
+    """How many pixels a latent spans: each block of the VAE but the last halves the picture."""
+    return 2 ** (len(config.get("block_out_channels") or config["decoder_block_out_channels"]) - 1)
+
+
+def latents(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How the VAE's latents become the UNet's, for the manifest; a factor for all channels, or one for each."""
+    vae = checkpoint.config("vae")
+    scale, shift = vae.get("scaling_factor", 1.0 if is_tiny(vae) else 0.18215), vae.get("shift_factor") or 0.0
+    if vae.get("latents_mean") and vae.get("latents_std"):
+        scale, shift = [scale / std for std in vae["latents_std"]], vae["latents_mean"]
+    return {
+        "channels": vae["latent_channels"],
+        "factor": vae_factor(vae),
+        "scaling_factor": scale,
+        "shift_factor": shift,
+    }
+
+
+def float16_unsafe(checkpoint: Checkpoint) -> list[str]:
+    """The components that overflow in half precision: SDXL's VAE, unless its `force_upcast` says otherwise."""
+    vae = checkpoint.config("vae")
+    unsafe = checkpoint.family == "sdxl" and vae.get("force_upcast", not is_tiny(vae))
+    return ["vae_decoder", "vae_encoder"] if unsafe else []

@@ -1,0 +1,89 @@
+"""The defaults of a bundle: size, steps, guidance and strengths.
+
+What the caller asks for comes first, then the checkpoint's generation_config.json, then what is known of the model by
+name, of its scheduler and of its pipeline class, and last what the classes of diffusers have as their defaults.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from sdopt.errors import CheckpointError, UsageError
+from sdopt.export.source import Checkpoint, read_json
+
+Defaults = dict[str, Any]
+
+KEYS = ("height", "width", "num_inference_steps", "guidance_scale", "strength", "inpaint_strength", "strength_cuts")
+# the arguments' defaults in diffusers 0.42; `strength_cuts`: image to image leaves out steps, or (LCM) keeps their
+# number and shortens the schedule that they are spread over
+FAMILIES: dict[str, Defaults] = {
+    "sd": {"num_inference_steps": 50, "guidance_scale": 7.5, "strength": 0.8, "inpaint_strength": 1.0},
+    "sdxl": {"num_inference_steps": 50, "guidance_scale": 5.0, "strength": 0.3, "inpaint_strength": 0.9999},
+}
+LCM: Defaults = {"strength_cuts": "schedule"}
+PIPELINES: dict[str, Defaults] = {
+    "StableDiffusionXLInpaintPipeline": {"guidance_scale": 7.5},
+    "LatentConsistencyModelPipeline": LCM,
+    "LatentConsistencyModelImg2ImgPipeline": LCM,
+}
+# distilled with LCM-LoRA, which is used without guidance. Ref: Luo et al. 2023, arXiv:2311.05556
+SCHEDULERS: dict[str, Defaults] = {"LCMScheduler": {"num_inference_steps": 4, "guidance_scale": 1.0}}
+# a UNet that takes the guidance scale is distilled with it
+EMBEDDED: Defaults = {"num_inference_steps": 4, "guidance_scale": 8.5}
+# as their model cards run them; ids on the hub, found in the source or in a `_name_or_path` of the checkpoint
+MODELS: dict[str, Defaults] = {
+    "stabilityai/sd-turbo": {"num_inference_steps": 1, "guidance_scale": 0.0},
+    "stabilityai/sdxl-turbo": {"num_inference_steps": 1, "guidance_scale": 0.0},
+    "SimianLuo/LCM_Dreamshaper_v7": {"num_inference_steps": 4, "guidance_scale": 8.0},
+    "latent-consistency/lcm-sdxl": {"num_inference_steps": 4, "guidance_scale": 8.0},
+    "latent-consistency/lcm-ssd-1b": {"num_inference_steps": 4, "guidance_scale": 8.0},
+    "segmind/SSD-1B": {"guidance_scale": 9.0},
+    "segmind/Segmind-Vega": {"guidance_scale": 9.0},
+}
+
+
+def defaults(
+    checkpoint: Checkpoint, factor: int, steps: int | None = None, guidance: float | None = None
+) -> dict[str, Any]:
+    """The `defaults` entry of the manifest; `factor` is the VAE's, pixels per latent.
+
+    Raises: UsageError for steps or guidance that no picture can be made with; CheckpointError for such a
+        generation_config.json.
+    """
+    if steps is not None and steps < 1:
+        raise UsageError(f"steps = {steps}; allowed are whole numbers from 1")
+    if guidance is not None and not math.isfinite(guidance):
+        raise UsageError(f"guidance = {guidance}; allowed are finite numbers")
+    edge: Any = checkpoint.config("unet")["sample_size"]
+    high, wide = (int(n) * factor for n in (edge if isinstance(edge, (list, tuple)) else (edge, edge)))
+    found: Defaults = {"height": high, "width": wide, "strength_cuts": "steps", **FAMILIES[checkpoint.family]}
+    for layer in (
+        SCHEDULERS.get(str(checkpoint.config("scheduler").get("_class_name")), {}),
+        EMBEDDED if checkpoint.config("unet").get("time_cond_proj_dim") else {},
+        PIPELINES.get(checkpoint.pipeline, {}),
+        _known(checkpoint),
+        _own(checkpoint),
+        {"num_inference_steps": steps, "guidance_scale": guidance},
+    ):
+        found |= {key: value for key, value in layer.items() if value is not None}
+    return {key: found[key] for key in KEYS}
+
+
+def _known(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """What is known of the model by one of the names that it goes by."""
+    names = [checkpoint.provenance.get("hub_id"), checkpoint.index().get("_name_or_path")]
+    names.append(checkpoint.config("unet").get("_name_or_path"))
+    table = {name.lower(): entry for name, entry in MODELS.items()}
+    return next((table[str(name).lower()] for name in names if str(name).lower() in table), {})
+
+
+def _own(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The checkpoint's generation_config.json, as far as it speaks of what is a default here."""
+    path = checkpoint.folder / "generation_config.json"
+    found = {key: value for key, value in (read_json(path) if path.is_file() else {}).items() if key in KEYS}
+    for key, value in found.items():
+        if key != "strength_cuts" and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise CheckpointError(f"{path}: {key} is {value!r}, not a number")
+    return found

@@ -1,0 +1,70 @@
+"""Cases are data, checked when they are read."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+from sdopt.bench.cases import Case, pick, read_cases
+from sdopt.bundle import Bundle
+from sdopt.errors import UsageError
+from tests.conftest import EMOJI_BUNDLE, ROOT
+
+FIELDS = {"model": "emoji", "width": 64, "height": 64, "steps": 2, "guidance": 2.0}
+
+
+def test_every_case_of_the_project_is_of_a_model_that_can_be_made() -> None:
+    cases = read_cases(ROOT / "benchmarks/cases.toml")
+    models = runpy.run_path(str(ROOT / "benchmarks/models.py"))["MODELS"]
+    assert {case.model for case in cases.values()} == {"emoji", *models}
+    assert cases["sdxl"].guided
+    assert not cases["sdxl-turbo"].guided
+
+
+def test_without_a_name_the_case_is_what_the_bundle_makes() -> None:
+    case = Case.of_bundle(Bundle.open(EMOJI_BUNDLE))
+    assert (case.width, case.height, case.steps, case.guidance) == (128, 128, 20, 2.0)
+
+
+def test_a_case_survives_json(tmp_path: Path) -> None:
+    path = tmp_path / "cases.json"
+    path.write_text(json.dumps({"small": FIELDS}))
+    case = read_cases(path)["small"]
+    assert Case.from_json(json.loads(json.dumps(case.to_json()))) == case
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"colour": "red"}, "unknown colour"),
+        ({"width": 0}, "width = 0; allowed is 1 or more"),
+        ({"steps": 2.5}, "steps = 2.5; it takes int"),
+        ({"batch": True}, "batch = True; it takes int"),
+        ({"guidance": "high"}, "guidance = 'high'; it takes float"),
+        ({"guidance": float("inf")}, "finite"),
+        ({"precision": "float31"}, "precision = 'float31'; allowed: float32"),
+    ],
+)
+def test_a_case_that_cannot_be_is_refused_with_its_field(changes: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Case.from_json({"name": "wrong", **FIELDS, **changes})
+
+
+def test_a_missing_field_is_named() -> None:
+    with pytest.raises(UsageError, match="missing height"):
+        Case.from_json({"name": "wrong", **{k: v for k, v in FIELDS.items() if k != "height"}})
+
+
+def test_an_unknown_name_lists_the_nearest_first() -> None:
+    with pytest.raises(UsageError, match="'sdxl-turb' is not known; there are sdxl-turbo"):
+        pick(read_cases(ROOT / "benchmarks/cases.toml"), ["sdxl-turb"])
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.toml", "steps = "), ("a.toml", "steps = 2"), ("a.json", "[]")])
+def test_a_file_that_is_not_of_cases_is_refused(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match=name):
+        read_cases(tmp_path / name)

@@ -1,0 +1,78 @@
+"""A record is read as strictly as it is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdopt.bench.record import read, write
+from sdopt.errors import UsageError
+from tests.bench.records import record, side, steady
+from tests.conftest import ROOT
+
+
+def whole() -> dict[str, Any]:
+    return record(side("sdopt", {"picture": steady(1.0)}), side("eager-float32", {"picture": steady(2.0)}))
+
+
+def test_a_record_survives_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "results/one.json"
+    write(path, whole())
+    assert read(path) == whole()
+    assert [p.name for p in path.parent.iterdir()] == ["one.json"]
+
+
+def first(entry: dict[str, Any]) -> dict[str, Any]:
+    return entry["results"][0]["sides"][0]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda r: r.update(schema=2), "schema 2; this sdopt reads records of schema 1"),
+        (lambda r: r.pop("schema"), "schema None"),
+        (lambda r: r.update(extra=1), "record is .*; it has to be an object with"),
+        (lambda r: r["machine"].pop("cpu"), "record.machine"),
+        (lambda r: r["machine"].update(cores="two"), "record.machine.cores is 'two'; it has to be int"),
+        (lambda r: r["machine"].update(cores=True), "record.machine.cores"),
+        (lambda r: r["results"][0]["case"].update(colour="red"), "unknown colour"),
+        (lambda r: r["results"][0]["sides"].reverse(), "sdopt comes first"),
+        (lambda r: r["results"][0]["sides"].append(first(r)), "each once"),
+        (lambda r: first(r)["seconds"].update(picture=[]), "has none"),
+        (lambda r: first(r)["seconds"].update(picture=[-1.0]), "not positive"),
+        (lambda r: first(r)["seconds"].update(picture=["1"]), r"picture\[0\] is '1'; it has to be int or float"),
+        (lambda r: first(r)["parity"].update(picture_db=31.0), "quotable is True, its parity"),
+        (lambda r: first(r).update(failed="it broke"), "quotable is True"),
+    ],
+)
+def test_a_record_that_is_damaged_or_changed_by_hand_is_refused_with_the_place(
+    damage: Callable[[dict[str, Any]], Any], message: str, tmp_path: Path
+) -> None:
+    damaged, path = whole(), tmp_path / "one.json"
+    damage(damaged)
+    path.write_text(json.dumps(damaged))
+    with pytest.raises(UsageError, match=message):
+        read(path)
+
+
+@pytest.mark.parametrize("text", ["", "[1", "[]", "null", '{"schema": 1, "created": NaN}'])
+def test_what_is_no_record_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "one.json").write_text(text)
+    with pytest.raises(UsageError, match=r"one\.json"):
+        read(tmp_path / "one.json")
+
+
+def test_a_record_that_would_be_refused_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        write(tmp_path / "one.json", {**whole(), "schema": 7})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_records_that_are_kept_can_be_read() -> None:
+    for path in (ROOT / "benchmarks/results").glob("*.json"):
+        if path.name != "loop.json":
+            assert read(path)["results"]

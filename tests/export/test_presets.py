@@ -1,0 +1,79 @@
+"""A bundle's defaults: what the caller says, else the checkpoint, else what is known of the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdopt.errors import CheckpointError, UsageError
+from sdopt.export import describe, presets
+from sdopt.export.source import open_checkpoint, open_folder
+from tests import tiny
+from tests.conftest import EMOJI_CHECKPOINT
+
+Described = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def described(tiny_checkpoint: Path, tmp_path: Path) -> Described:
+    """The manifest of a copy of a checkpoint, with entries of its configurations changed."""
+
+    def make(checkpoint: Path = tiny_checkpoint, hub_id: str | None = None, **files: Any) -> dict[str, Any]:
+        folder = tiny.variant(checkpoint, tmp_path / "copy")
+        for name, changes in files.items():
+            file = folder / {"index": "model_index.json", "own": "generation_config.json"}.get(
+                name, f"{name}/config.json"
+            )
+            found = json.loads(file.read_text()) if file.exists() else {}
+            file.write_text(json.dumps({**found, **changes}))
+        return describe(open_folder(folder, None, {"hub_id": hub_id}))
+
+    return make
+
+
+@pytest.mark.parametrize("name", presets.MODELS)
+def test_a_model_is_known_by_its_name_wherever_that_stands(name: str, described: Described, tmp_path: Path) -> None:
+    import shutil
+
+    for where in ({"hub_id": name}, {"index": {"_name_or_path": name.lower()}}, {"unet": {"_name_or_path": name}}):
+        assert presets.MODELS[name].items() <= described(**where)["defaults"].items()
+        shutil.rmtree(tmp_path / "copy")
+
+
+def test_what_the_checkpoint_says_comes_before_its_name_and_the_caller_before_both(described: Described) -> None:
+    defaults = described(hub_id="stabilityai/sd-turbo", own={"num_inference_steps": 3, "width": 40, "top_p": 1})[
+        "defaults"
+    ]
+    assert (defaults["num_inference_steps"], defaults["guidance_scale"], defaults["width"]) == (3, 0.0, 40)
+    assert "top_p" not in defaults
+    with open_checkpoint(str(EMOJI_CHECKPOINT)) as checkpoint:
+        plain, asked = describe(checkpoint)["defaults"], describe(checkpoint, 7, 2.5)["defaults"]
+        assert asked == {**plain, "num_inference_steps": 7, "guidance_scale": 2.5}
+        for steps, guidance, message in ((0, None, "steps = 0"), (None, float("nan"), "guidance = nan")):
+            with pytest.raises(UsageError, match=message):
+                describe(checkpoint, steps, guidance)
+
+
+def test_a_default_that_is_no_number_is_refused(described: Described) -> None:
+    with pytest.raises(CheckpointError, match=r"generation_config.json: guidance_scale is 'high', not a number"):
+        described(own={"guidance_scale": "high"})
+
+
+@pytest.mark.parametrize(("changes", "unsafe"), [({}, True), ({"force_upcast": False}, False)])
+def test_sdxls_vae_overflows_in_half_precision_unless_it_says_that_it_does_not(
+    changes: dict, unsafe: bool, described: Described, sdxl_checkpoint: Path
+) -> None:
+    assert described(sdxl_checkpoint, vae=changes)["float16_unsafe"] == ["vae_decoder", "vae_encoder"] * unsafe
+
+
+def test_other_vaes_do_not_overflow(described: Described) -> None:
+    assert described(vae={"force_upcast": True})["float16_unsafe"] == []
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_a_safety_checker_that_the_checkpoint_asks_for_is_recorded(asks: bool, described: Described) -> None:
+    assert described(index={"requires_safety_checker": asks})["requires_safety_checker"] is asks

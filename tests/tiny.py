@@ -1,0 +1,193 @@
+"""Random checkpoints of every family, a few hundred kB each, whose sizes are nobody's defaults: 7 tokens, factor 2.
+
+Equal arguments give equal weights, so that checkpoints share components, and `export_like` need not trace them again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+def tokenizer(pad: str = "<|endoftext|>") -> Any:
+    """CLIP's kind of tokenizer, for letters, the word apple, and 7 tokens."""
+    from transformers import CLIPTokenizer
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{c}</w>" for c in letters)]
+    words += ["ap", "app", "appl", "apple</w>", "!"]
+    vocab = {word: i for i, word in enumerate(words)}
+    merges = [("a", "p"), ("ap", "p"), ("app", "l"), ("appl", "e</w>")]
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=7, pad_token=pad)
+
+
+def text_encoder(projected: bool = False, **changes: Any) -> Any:
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = {
+        "vocab_size": len(tokenizer()), "hidden_size": 20, "intermediate_size": 36, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 7, "projection_dim": 20,
+        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(CLIPTextConfig(**{**config, **changes}))
+
+
+def unet(**changes: Any) -> Any:
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    config = {
+        "sample_size": 12, "block_out_channels": (12, 28), "layers_per_block": 1, "norm_num_groups": 4,
+        "cross_attention_dim": 20, "attention_head_dim": 2, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return UNet2DConditionModel(**{**config, **changes})
+
+
+def unet_xl(numbers: int = 6, **changes: Any) -> Any:
+    """SDXL's UNet, which takes so many numbers of sizes and crop."""
+    config = {
+        "cross_attention_dim": 32, "attention_head_dim": (2, 4), "use_linear_projection": True,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 8 + numbers * 4,
+    }  # fmt: skip
+    return unet(**{**config, **changes})
+
+
+def vae(**changes: Any) -> Any:
+    import torch
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    config = {
+        "block_out_channels": (6, 10), "norm_num_groups": 2, "layers_per_block": 1, "sample_size": 24,
+        "scaling_factor": 0.7, "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+    }  # fmt: skip
+    return AutoencoderKL(**{**config, **changes})
+
+
+def taesd(**changes: Any) -> Any:
+    """The autoencoder without a posterior."""
+    import torch
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    sizes = {f"{side}_block_out_channels": (6, 6) for side in ("encoder", "decoder")}
+    blocks = {f"num_{side}_blocks": (1, 1) for side in ("encoder", "decoder")}
+    return AutoencoderTiny(**{**sizes, **blocks, "scaling_factor": 0.9, **changes})
+
+
+def sd(folder: Path, kind: str = "StableDiffusionPipeline", **parts: Any) -> Path:
+    """A Stable Diffusion checkpoint; `parts` replace its own."""
+    import diffusers
+
+    own = {
+        "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet, "vae": vae,
+        "scheduler": lambda: diffusers.PNDMScheduler(skip_prk_steps=True, **BETAS),
+    }  # fmt: skip
+    made = {name: parts.pop(name) if name in parts else make() for name, make in own.items()}
+    getattr(diffusers, kind)(
+        **made, safety_checker=None, feature_extractor=None, requires_safety_checker=False, **parts
+    ).save_pretrained(folder)
+    return folder
+
+
+def sd2(folder: Path) -> Path:
+    """As Stable Diffusion 2: OpenCLIP's text encoder padded with "!", velocity prediction; and with TAESD."""
+    from diffusers import DDIMScheduler
+
+    words = tokenizer("!")
+    return sd(
+        folder,
+        text_encoder=text_encoder(hidden_act="gelu", num_hidden_layers=3, pad_token_id=words.pad_token_id),
+        tokenizer=words,
+        unet=unet(attention_head_dim=(2, 4), use_linear_projection=True),
+        vae=taesd(),
+        scheduler=DDIMScheduler(**BETAS, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False),
+    )
+
+
+def sdxl(folder: Path, kind: str = "StableDiffusionXLPipeline", **parts: Any) -> Path:
+    """An SDXL checkpoint; `parts` replace its own."""
+    import diffusers
+
+    own = {
+        "text_encoder": lambda: text_encoder(intermediate_size=24),
+        "text_encoder_2": lambda: text_encoder(
+            True, hidden_size=12, intermediate_size=24, num_hidden_layers=3, projection_dim=8, hidden_act="gelu"
+        ),
+        "tokenizer": tokenizer, "tokenizer_2": tokenizer,
+        "unet": lambda: unet_xl(transformer_layers_per_block=(1, 2)),
+        "vae": lambda: vae(scaling_factor=0.13025, force_upcast=True),
+        "scheduler": lambda: diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="leading"),
+    }  # fmt: skip
+    made = {name: parts.pop(name) if name in parts else make() for name, make in own.items()}
+    getattr(diffusers, kind)(**made, add_watermarker=False, **parts).save_pretrained(folder)
+    return folder
+
+
+def refiner(folder: Path) -> Path:
+    """As SDXL's refiner: the second text encoder alone, and a score instead of the target size."""
+    return sdxl(
+        folder, "StableDiffusionXLImg2ImgPipeline", text_encoder=None, tokenizer=None,
+        unet=unet_xl(5, cross_attention_dim=12), requires_aesthetics_score=True, force_zeros_for_empty_prompt=False,
+    )  # fmt: skip
+
+
+def small_lcm(folder: Path) -> Path:
+    """As lcm-ssd-1b: blocks of different depth, no middle, and the guidance scale as an input."""
+    from diffusers import LCMScheduler
+
+    small = unet_xl(
+        layers_per_block=(2, 1), transformer_layers_per_block=[[1, 1], [2]], mid_block_type=None,
+        reverse_transformer_layers_per_block=[[1, 2], [1, 1, 1]], time_cond_proj_dim=6,
+    )  # fmt: skip
+    return sdxl(folder, unet=small, scheduler=LCMScheduler(**BETAS))
+
+
+def variant(checkpoint: Path, folder: Path, scheduler: Any = None, **index: Any) -> Path:
+    """A copy of a checkpoint with another scheduler, and other entries in its index."""
+    shutil.copytree(checkpoint, folder)
+    if scheduler is not None:
+        scheduler.save_pretrained(folder / "scheduler")
+        index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    path = folder / "model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **index}))
+    return folder
+
+
+def export_like(checkpoint: Path, target: Path, base: Path, **options: Any) -> Path:
+    """The bundle of a checkpoint; a graph of the bundle `base` that passes the gate for it is copied, not traced."""
+    import sdopt.export
+    from sdopt.bundle import Bundle
+    from sdopt.errors import ParityError
+    from sdopt.export import export, parity
+
+    known, trace = Bundle.open(base), sdopt.export._component
+
+    def reuse(build: Any, opened: Any, folder: Path, *rest: Any) -> dict[str, Any]:
+        part = build(opened)
+        if part.name in known.components:
+            there = known.component(part.name)
+            if (there.inputs, there.outputs) == (part.inputs, part.outputs):
+                try:
+                    parity.gate(part, parity.measure(part, there.graph))
+                except ParityError:
+                    return trace(build, opened, folder, *rest)
+                for file in base.glob(f"{part.name}.onnx*"):
+                    shutil.copy(file, folder)
+                return known.manifest["components"][part.name]
+        return trace(build, opened, folder, *rest)
+
+    with mock.patch.object(sdopt.export, "_component", reuse):
+        return export(checkpoint, target, **{"report": lambda line: None, **options})
