@@ -17,8 +17,10 @@ from sdopt.errors import SdoptError
 COMMANDS = {
     "bench": "sdopt beside PyTorch and its peers; compare and report the results",
     "export": "a diffusers checkpoint into a bundle of ONNX graphs, checked against PyTorch",
+    "build": "engines of a bundle for this machine's GPU, in half precision",
     "generate": "a prompt into a picture",
     "inspect": "what is in a bundle",
+    "diagnose": "where half precision leaves float32, layer by layer",
     "doctor": "what this machine has, and which engine and precision it would use",
     "samplers": "the samplers, their tables and plots",
 }

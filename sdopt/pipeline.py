@@ -26,12 +26,13 @@ from sdopt import previews
 from sdopt.arguments import Options
 from sdopt.bundle import Bundle, embedded
 from sdopt.conditioning import TextEncoders
-from sdopt.engine import Engine, choose_backend, open_engine
-from sdopt.errors import NumericsError, UsageError, choices
+from sdopt.engine import Engine, built_components, choose_backend, open_engine
+from sdopt.errors import UsageError, choices
 from sdopt.guidance import Denoiser
 from sdopt.noise import batch, generator
 from sdopt.request import Plan, make_plan
-from sdopt.specs import Array, Float32, Scalar
+from sdopt.specs import Array, Float32
+from sdopt.stepper import Step, fused_component, fused_steps, host_steps, refuse_nan
 from sdopt.tasks import Posterior, begin
 from sdopt.tiling import decode_tiled, encode_tiled, sliced
 
@@ -40,21 +41,6 @@ if TYPE_CHECKING:
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 MEMORY = ("fast", "low")
-
-
-@dataclass(frozen=True)
-class Step:
-    """What `denoise` yields after each call of the UNet; `sample` is live: writing into it steers the loop.
-
-    Shapes: sample and denoised [images, channels, latent_height, latent_width] float32.
-    """
-
-    index: int
-    of: int
-    timestep: float
-    sigma: float
-    sample: Float32
-    denoised: Float32
 
 
 @dataclass(frozen=True)
@@ -77,15 +63,18 @@ def load(
     memory: str = "fast",
     threads: int | None = None,
     verify: bool = True,
+    trust_engines: bool = False,
 ) -> Pipeline:
     """The pipeline of the bundle at `path`; the embedded text-to-emoji model if None.
 
     `precision`: "float32", or "bf16" where the processor has it; "auto" is float32, so that pictures are diffusers'.
     `memory`: "fast" keeps every component that was loaded; "low" frees each when its part of the picture is done.
+    Engines that `sdopt build` made are loaded if this user built them; `trust_engines` takes anybody's: they are code.
     Raises: BundleError for a bundle that is damaged or unsafe; BackendError if no engine library is installed.
     """
     bundle = Bundle.open(embedded() if path is None else path, verify=verify)
-    return Pipeline(bundle, backend, precision=precision, memory=memory, threads=threads)
+    how = {"precision": precision, "memory": memory}
+    return Pipeline(bundle, backend, **how, threads=threads, trust_engines=trust_engines)
 
 
 class Pipeline:
@@ -99,12 +88,14 @@ class Pipeline:
         precision: str = "auto",
         memory: str = "fast",
         threads: int | None = None,
+        trust_engines: bool = False,
     ) -> None:
         if memory not in MEMORY:
             raise UsageError(f"memory = {memory!r}; allowed are {choices(memory, MEMORY)}")
         self.bundle = bundle
         self.backend, self.precision = choose_backend(backend, precision)
-        self.memory, self.threads = memory, threads
+        self.memory, self.threads, self.trust_engines = memory, threads, trust_engines
+        self._built = built_components(bundle, self.backend)
         self._engines: dict[str, Engine] = {}
         self._text = TextEncoders(bundle, self.engine)
 
@@ -126,13 +117,13 @@ class Pipeline:
         plan = make_plan(self.bundle, prompt, options)
         if plan.overlays and output_type != "pil":
             raise UsageError(f"output_type = {output_type!r}; with padding_mask_crop pictures are PIL images: 'pil'")
-        sample = np.empty(0, np.float32)
+        step = None
         for step in self.steps(plan):
             if callback_on_step_end is not None:
                 changed = callback_on_step_end(self, step.index, step.timestep, {"latents": step.sample}) or {}
                 step.sample[...] = changed.get("latents", step.sample)
-            sample = step.sample
-        images = sample if output_type == "latent" else self.finish(plan, sample, output_type)
+        assert step is not None  # a table has rows
+        images = step.sample if output_type == "latent" else self.finish(plan, step.sample, output_type)
         return Result(images, plan.seeds, tuple(self.parameters(plan, i) for i in range(len(plan.seeds))))
 
     def denoise(self, prompt: str | Sequence[str] | None = None, **options: Unpack[Options]) -> Iterator[Step]:
@@ -141,21 +132,16 @@ class Pipeline:
 
     def steps(self, plan: Plan) -> Iterator[Step]:
         """The loop: predict the noise, take the sampler's row, move the sample."""
-        table, draw = plan.table, self._drawing(plan)
+        draw = self._drawing(plan)
         cond, negative = self._text.conditions(plan)
-        unet = self.engine("unet")
-        canvas = begin(plan, _joins(unet, self.bundle), draw, partial(self._posterior, plan))
-        options = (plan.guidance_batch, plan.guidance_rescale, plan.guidance_embedding)
-        denoiser = Denoiser(unet, cond, negative, canvas.extra, *options)
-        sample, history = canvas.sample, tuple[Float32, ...]()
-        c_in: list[Scalar] = table.c_in.tolist()
-        for k, timestep in enumerate(table.timestep):
-            output = denoiser(sample * c_in[k], timestep, plan.guidance[k])
-            _refuse_nan(output, f"unet, step {k + 1} of {len(table)}")
-            denoised = table.clean(k, sample, output)
-            sample, history = table.advance(k, sample, output, history, draw() if table.draws[k] else None)
-            sample = canvas.hold(table, k, sample)
-            yield Step(k, len(table), float(timestep), float(table.sigma[k]), sample, denoised)
+        canvas = begin(plan, self._joins, draw, partial(self._posterior, plan))
+        fused = fused_component(plan, negative is not None, self._built)
+        if fused is None:
+            options = (plan.guidance_batch, plan.guidance_rescale, plan.guidance_embedding)
+            denoiser = Denoiser(self.engine("unet"), cond, negative, canvas.extra, *options)
+            yield from host_steps(plan, canvas, denoiser, draw)
+        else:
+            yield from fused_steps(plan, canvas, self.engine(fused), cond, negative, draw)
 
     def encode(self, prompts: Sequence[str], prompt_style: str = "plain", clip_skip: int = 0) -> Float32:
         """The prompts' embeddings, [prompts, tokens, features]; equal prompts are encoded once."""
@@ -207,14 +193,19 @@ class Pipeline:
 
     def _decoded(self, latents: Float32) -> Float32:
         decoded = self.engine("vae_decoder")(latent_sample=latents)["sample"]
-        _refuse_nan(decoded, "vae_decoder")
+        refuse_nan(decoded, "vae_decoder")
         return decoded
 
     def engine(self, component: str) -> Engine:
         """The engine of a component, loaded if it is not."""
         if component not in self._engines:
             self._engines[component] = open_engine(
-                self.bundle, component, self.backend, threads=self.threads, precision=self.precision
+                self.bundle,
+                component,
+                self.backend,
+                threads=self.threads,
+                precision=self.precision,
+                trust=self.trust_engines,
             )
         return self._engines[component]
 
@@ -243,6 +234,11 @@ class Pipeline:
         generators = [generator(seed, plan.rng) for seed in plan.seeds]
         return lambda: batch(generators, shape)
 
+    @property
+    def _joins(self) -> bool:
+        """Whether the UNet takes more channels than the latents have: a mask and a masked picture beside them."""
+        return self.bundle.component("unet").inputs[0].shape[1] != self.bundle.manifest["latents"]["channels"]
+
     def _posterior(self, plan: Plan, images: Float32) -> Posterior:
         """Mean and, where the encoder gives one, standard deviation of the scaled latents of pictures in -1..1."""
         entry = self.bundle.manifest["latents"]
@@ -257,23 +253,10 @@ class Pipeline:
     def _encoded(self, images: Float32) -> Float32:
         """Mean and log-variance of the latents of pictures, beside each other in the channels."""
         posterior = self.engine("vae_encoder")(sample=images)
-        _refuse_nan(posterior["mean"], "vae_encoder")
+        refuse_nan(posterior["mean"], "vae_encoder")
         return np.concatenate([posterior["mean"], *([posterior["logvar"]] if "logvar" in posterior else [])], 1)
 
 
 def _by_channel(value: float | Sequence[float]) -> Float32:
     """One number for all channels, or one for each, to be multiplied with latents [images, channels, h, w]."""
     return np.asarray(value, np.float32).reshape(-1, 1, 1)
-
-
-def _joins(unet: Engine, bundle: Bundle) -> bool:
-    """Whether the UNet takes more channels than the latents have: a mask and a masked picture beside them."""
-    return bool(unet.inputs) and unet.inputs[0].shape[1] != bundle.manifest["latents"]["channels"]
-
-
-def _refuse_nan(array: Float32, where: str) -> None:
-    if not np.isfinite(array).all():
-        raise NumericsError(
-            f"{where}: the output has NaN or infinity. On a half-precision engine try float32 for this component; "
-            "otherwise the weights or the inputs are damaged."
-        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +55,10 @@ class TensorSpec:
                 allowed = f"{want} = {known}" if isinstance(want, str) and length else f"{want}"
                 raise UsageError(f"{got}; it takes [{', '.join(map(str, self.shape))}] with {allowed}")
 
+    def sized(self, dims: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape where the named dimensions have these lengths."""
+        return tuple(dims[d] if isinstance(d, str) else d for d in self.shape)
+
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
 
@@ -74,3 +80,85 @@ def check_inputs(owner: str, specs: Sequence[TensorSpec], arrays: Mapping[str, A
     for spec in specs:
         spec.check(arrays[spec.name], dims, owner)
     return dims
+
+
+def check_begin(
+    owner: str, specs: Sequence[TensorSpec], arrays: Mapping[str, Array], tables: Mapping[str, Array]
+) -> dict[str, int]:
+    """As `check_inputs`, for a run that begins with some of the inputs, and takes others row by row from `tables`.
+
+    Raises: UsageError for an unknown name, a wrong dtype or a wrong shape, or a dimension that nothing tells.
+    """
+    known = {s.name: s for s in specs}
+    unknown = (set(arrays) | set(tables)) - set(known)
+    if unknown:
+        raise UsageError(f"{owner}: unknown input {', '.join(sorted(unknown))}; it takes {', '.join(known)}")
+    dims: dict[str, int] = {}
+    for name, array in (*arrays.items(), *((name, table[0]) for name, table in tables.items())):
+        known[name].check(array, dims, owner)
+    missing = {d for s in specs for d in s.shape if isinstance(d, str)} - set(dims)
+    if missing:
+        raise UsageError(f"{owner}: nothing tells {', '.join(sorted(missing))}; give the inputs that have it")
+    return dims
+
+
+Range = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A range per dimension name, {"batch": (1, 1, 4)}: smallest, best, largest; it shapes every tensor.
+
+    Raises: UsageError for a range that is not 1 <= smallest <= best <= largest.
+    """
+
+    ranges: Mapping[str, Range]
+
+    def __post_init__(self) -> None:
+        for name, (low, best, high) in self.ranges.items():
+            if not 1 <= low <= best <= high:
+                raise UsageError(f"profile: {name}={low}:{best}:{high}; allowed is 1 <= smallest <= best <= largest")
+
+    @classmethod
+    def parse(cls, text: str) -> Profile:
+        """The profile of "batch=1:1:4 height=512"; one number is a fixed length."""
+        ranges: dict[str, Range] = {}
+        for word in text.split():
+            match = re.fullmatch(r"(\w+)=(\d+)(?::(\d+):(\d+))?", word)
+            if match is None or match[1] in ranges:
+                raise UsageError(
+                    f"profile {text!r}: {word!r} is not NAME=SMALLEST:BEST:LARGEST or NAME=LENGTH, each name once, "
+                    'as in "batch=1:1:4 height=512:512:768 width=512"'
+                )
+            low = int(match[2])
+            ranges[match[1]] = (low, int(match[3] or low), int(match[4] or low))
+        return cls(ranges)
+
+    def __str__(self) -> str:
+        lengths = {n: (f"{a}" if a == c else f"{a}:{b}:{c}") for n, (a, b, c) in self.ranges.items()}
+        return " ".join(f"{name}={text}" for name, text in lengths.items())
+
+    def outside(self, dims: Mapping[str, int]) -> dict[str, int]:
+        """Those of `dims` that this profile does not take."""
+        ends = {name: (low, high) for name, (low, _, high) in self.ranges.items()}
+        return {n: d for n, d in dims.items() if n in ends and not ends[n][0] <= d <= ends[n][1]}
+
+    def distance(self, dims: Mapping[str, int]) -> float:
+        """How far `dims` are from this profile's ranges, and, within them, from its best lengths; in octaves."""
+        far = 1000 * len(self.outside(dims))
+        return far + sum(abs(math.log2(d / self.ranges[n][1])) for n, d in dims.items() if n in self.ranges)
+
+    def widened(self, dims: Mapping[str, int]) -> Profile:
+        """This profile, with ranges that take `dims` as well."""
+        wide = {n: (min(a, dims.get(n, a)), b, max(c, dims.get(n, c))) for n, (a, b, c) in self.ranges.items()}
+        return Profile(wide)
+
+    def shape(self, spec: TensorSpec, which: int) -> tuple[int, ...]:
+        """The shape of a tensor at the smallest (0), best (1) or largest (2) lengths.
+
+        Raises: UsageError if a dimension of the tensor has no range.
+        """
+        missing = [d for d in spec.shape if isinstance(d, str) and d not in self.ranges]
+        if missing:
+            raise UsageError(f"profile {str(self)!r} has no range for {', '.join(missing)} of {spec}")
+        return tuple(self.ranges[d][which] if isinstance(d, str) else d for d in spec.shape)

@@ -34,9 +34,11 @@ ALLOWED = {
     "tasks": {"request", "samplers", "specs", "errors"},
     "conditioning": {"engine", "bundle", "embeddings", "prompts", "request", "tokenizer", "specs", "errors"},
     "guidance": {"engine", "specs"},
+    "stepper": {"engine", "guidance", "request", "tasks", "samplers", "specs", "errors"},
     "capabilities": {"arguments", "bundle", "conditioning"},
     "pipeline": {
         "guidance",
+        "stepper",
         "conditioning",
         "engine",
         "bundle",
@@ -54,7 +56,7 @@ ALLOWED = {
         "errors",
     },
     "export": {"engine", "bundle", "samplers", "schedules", "noise", "specs", "errors", ""},
-    "build": {"engine", "bundle", "specs", "errors", ""},
+    "build": {"engine", "bundle", "samplers", "specs", "errors", ""},
     "bench": {"pipeline", "engine", "bundle", "images", "specs", "errors", ""},
     "commands": {
         "engine",
@@ -76,7 +78,17 @@ ALLOWED = {
     "__main__": {"cli"},
     "": {"pipeline", "engine", "bundle", "samplers", "errors"},  # sdopt/__init__.py, lazily
 }
-NOT_AT_RUN_TIME = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "scipy", "matplotlib", "huggingface_hub")
+NOT_AT_RUN_TIME = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "scipy",
+    "matplotlib",
+    "huggingface_hub",
+)
 
 
 def part_of(module: str) -> str:

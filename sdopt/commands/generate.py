@@ -60,7 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--preview-every", type=int, metavar="K", help="also write PATH-step-007.png and so on, every K steps")
     add("--size", type=size, metavar="WxH", help="pixels, e.g. 512x768 (default: the bundle's)")
     add("-n", "--number", type=int, default=1, metavar="N", help="how many pictures (default: 1)")
-    add("--backend", default="auto", help="ort (or ort:cpu, ort:cuda), openvino (default: `sdopt doctor` says)")
+    add("--trust-engines", action="store_true", help="load engines that somebody else built; they are code")
+    add(
+        "--backend",
+        default="auto",
+        help="ort (or ort:cpu, ort:cuda), openvino, tensorrt, tensorrt-rtx (default: `sdopt doctor` says)",
+    )
     add("--precision", default="auto", help="float32, or bf16 where the processor has it (default: float32)")
     add("--memory", default="fast", help="low: only one component in memory at a time (default: fast)")
     add("--threads", type=int, help="threads of the engine (default: what this process may use)")
@@ -88,7 +93,12 @@ def run(args: argparse.Namespace) -> int:
     _check_output(paths[0])
     if args.preview_every is not None and args.preview_every < 1:
         raise UsageError(f"--preview-every {args.preview_every}; allowed is 1 or more")
-    how = {"precision": args.precision, "memory": args.memory, "threads": args.threads}
+    how = {
+        "precision": args.precision,
+        "memory": args.memory,
+        "threads": args.threads,
+        "trust_engines": args.trust_engines,
+    }
     with pipeline.load(args.model, args.backend, **how) as pipe:
         for text in args.embedding:
             pipe.load_embedding(*_file_and_token(text))

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from sdopt.bundle import Bundle
+from sdopt.engine import plans
 from sdopt.errors import BackendError, UsageError, choices
 from sdopt.specs import Array, TensorSpec
 
@@ -36,9 +38,43 @@ class Engine(Protocol):
     ) -> None: ...
 
 
+class Run(Protocol):
+    """Calls of one engine, one after the other, whose carried tensors stay on its device."""
+
+    def launch(self, k: int, **arrays: Array) -> None:
+        """Queue call `k`: row k of every table, these inputs anew, the others as they are."""
+        ...
+
+    def fetch(self, name: str) -> Array:
+        """An output of the latest call; this waits for it."""
+        ...
+
+    def put(self, name: str, array: Array) -> None:
+        """Change an input of the next call, also a carried one."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class Carrying(Protocol):
+    """An engine that carries outputs over to its next call: `carry` maps each to the input that it becomes."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]: ...
+    @property
+    def carry(self) -> Mapping[str, str]: ...
+    def begin(self, arrays: Mapping[str, Array], tables: Mapping[str, Array]) -> Run:
+        """A run that begins with `arrays`, and with zeros where none is given; call k takes row k of each table."""
+        ...
+
+
 @dataclass(frozen=True)
 class Backend:
-    """One row of the table; `module` has `open_component(bundle, name, threads, device, precision)`, `describe()`."""
+    """One row of the table; `module` has `open_component(bundle, name, how)` and `describe(backend)`.
+
+    Without `precisions` a backend runs engines that `sdopt build` made, in the precision that they were built in.
+    """
 
     module: str
     library: str
@@ -46,6 +82,18 @@ class Backend:
     precisions: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class How:
+    """How a component is opened: the backend's name, device and precision, threads, and whose engines to trust."""
+
+    backend: str
+    device: str | None = None
+    precision: str = "float32"
+    threads: int | None = None
+    trust: bool = False
+
+
+TRT = "sdopt.engine.trt"
 BACKENDS = {  # best first
     "ort": Backend(
         "sdopt.engine.ort",
@@ -54,6 +102,12 @@ BACKENDS = {  # best first
         ("float32",),
     ),
     "openvino": Backend("sdopt.engine.openvino", "openvino", 'pip install "sdopt[openvino]"', ("float32", "bf16")),
+    "tensorrt": Backend(
+        TRT, "tensorrt", 'pip install "sdopt[tensorrt]", then `sdopt build BUNDLE --backend tensorrt`', ()
+    ),
+    "tensorrt-rtx": Backend(
+        TRT, "tensorrt_rtx", 'pip install "sdopt[tensorrt-rtx]", then `sdopt build BUNDLE --backend tensorrt-rtx`', ()
+    ),
 }
 PRECISIONS = ("auto", "float32", "bf16")
 IN_FLOAT32 = ("text_encoder", "text_encoder_2")  # they run once a prompt: nothing to gain, and every step sees the loss
@@ -80,12 +134,14 @@ def choose_backend(backend: str = "auto", precision: str = "auto") -> tuple[str,
     if name not in BACKENDS:
         raise UsageError(f"backend {backend!r} is not known; there are auto, {choices(name, BACKENDS)}")
     entry = BACKENDS[name]
-    if exact not in entry.precisions:
+    if not entry.precisions and precision != "auto":
+        raise UsageError(f"precision {precision!r}: {backend} runs what was built: sdopt build --precision")
+    if entry.precisions and exact not in entry.precisions:
         able = ", ".join(other for other, e in BACKENDS.items() if exact in e.precisions)
         raise UsageError(f"backend {backend!r} computes in {', '.join(entry.precisions)}; for {exact} there is {able}")
     if name not in installed_backends():
         raise BackendError(f"backend {backend!r} needs {entry.library}: {entry.install}")
-    return backend, exact
+    return backend, exact if entry.precisions else "auto"
 
 
 def _first_backend(precision: str) -> str:
@@ -99,23 +155,33 @@ def _first_backend(precision: str) -> str:
 
 def describe(name: str) -> dict[str, Any]:
     """What an installed backend can do here: its version, the precisions that it computes in natively, its devices."""
-    entry: dict[str, Any] = importlib.import_module(BACKENDS[name].module).describe()
+    entry: dict[str, Any] = importlib.import_module(BACKENDS[name].module).describe(name)
     return entry
 
 
 def open_engine(
-    bundle: Bundle, component: str, backend: str = "auto", *, threads: int | None = None, precision: str = "auto"
+    bundle: Bundle,
+    component: str,
+    backend: str = "auto",
+    *,
+    threads: int | None = None,
+    precision: str = "auto",
+    trust: bool = False,
 ) -> Engine:
     """The engine of one component; `threads=None` takes what the machine gives to this process.
 
-    In bf16, text encoders stay in float32.
+    In bf16, text encoders stay in float32. `trust` also loads engines that somebody else built.
     """
     if threads is not None and threads < 1:
         raise UsageError(f"threads = {threads}; allowed is 1 or more, or None for all that this process may use")
     chosen, exact = choose_backend(backend, precision)
     name, _, device = chosen.partition(":")
     module = importlib.import_module(BACKENDS[name].module)
-    engine: Engine = module.open_component(
-        bundle, component, threads, device or None, "float32" if component in IN_FLOAT32 else exact
-    )
+    precision = "float32" if component in IN_FLOAT32 else exact
+    engine: Engine = module.open_component(bundle, component, How(name, device or None, precision, threads, trust))
     return engine
+
+
+def built_components(bundle: Bundle, backend: str) -> tuple[str, ...]:
+    """The components that `sdopt build` made engines of, for this backend."""
+    return plans.built_components(bundle, backend.partition(":")[0])

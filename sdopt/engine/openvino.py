@@ -8,6 +8,7 @@ from typing import Any, cast
 import openvino
 
 from sdopt.bundle import Bundle, Component
+from sdopt.engine import How
 from sdopt.errors import BackendError, BundleError, UsageError
 from sdopt.specs import Array, check_inputs
 
@@ -16,14 +17,12 @@ PRECISIONS = {"float32": "f32", "bf16": "bf16"}
 DEVICES = {"cpu": "CPU", "gpu": "GPU"}
 
 
-def open_component(
-    bundle: Bundle, name: str, threads: int | None, device: str | None = None, precision: str = "float32"
-) -> OpenVinoEngine:
-    """The engine of component `name` on `device`, computing in `precision`."""
-    return OpenVinoEngine(bundle.component(name), threads, device or "cpu", precision)
+def open_component(bundle: Bundle, name: str, how: How) -> OpenVinoEngine:
+    """The engine of component `name` on `how.device`, computing in `how.precision`."""
+    return OpenVinoEngine(bundle.component(name), how.threads, how.device or "cpu", how.precision)
 
 
-def describe() -> dict[str, Any]:
+def describe(backend: str) -> dict[str, Any]:
     """Version, precisions and devices, for `sdopt doctor`."""
     devices = [name.lower() for name in ov.Core().available_devices]
     precisions = [name for name in PRECISIONS if name == "float32" or native_bf16()]

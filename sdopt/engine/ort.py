@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
+import numpy as np
 import onnxruntime
 
 from sdopt.bundle import Bundle, Component
+from sdopt.engine import How
 from sdopt.engine.cores import usable_cores
+from sdopt.engine.plans import built_components, find, user_folder
 from sdopt.errors import BackendError, BundleError, UsageError
-from sdopt.specs import Array, TensorSpec, check_inputs
+from sdopt.specs import Array, TensorSpec, check_begin, check_inputs
 
 ort = cast(Any, onnxruntime)  # its bindings are not typed
 ONNX_TYPES = {
@@ -23,31 +27,55 @@ ONNX_TYPES = {
 }
 
 
-PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}  # best first
+GRAPH = "graph.onnx"  # what `sdopt build --backend ort` makes
+
+# device -> its provider and options; best first. Convolutions are tuned by rule rather than by trying each shape out.
+Providers = list[tuple[str, dict[str, str]]]
+PROVIDERS = {
+    "cuda": ("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC", "cudnn_conv_use_max_workspace": "1"}),
+    "cpu": ("CPUExecutionProvider", dict[str, str]()),
+    "tensorrt": ("TensorrtExecutionProvider", {"trt_engine_cache_enable": "1"}),  # only if named
+}
 
 
-def open_component(
-    bundle: Bundle, name: str, threads: int | None, device: str | None = None, precision: str = "float32"
-) -> OrtEngine:
-    """The engine of component `name` on `device`, in float32; its graph must take and give what the manifest says."""
-    assert precision == "float32"  # the only one that this backend has in `BACKENDS`
-    return OrtEngine(bundle.component(name), threads, device)
+def open_component(bundle: Bundle, name: str, how: How) -> OrtEngine:
+    """The engine of component `name`, in float32; its graph must take and give what the manifest says.
+
+    A graph that `sdopt build --backend ort` derived goes before the bundle's own.
+    """
+    if name not in built_components(bundle, how.backend):
+        return OrtEngine(bundle.component(name), how.threads, how.device)
+    found = find(bundle, name, how.backend, lambda record: {}, how.trust)
+    for file in found.record.files:
+        found.checked(file)
+    component = Component(name, found.folder / GRAPH, found.record.inputs, found.record.outputs)
+    return OrtEngine(component, how.threads, how.device, carry=found.record.carry)
 
 
-def describe() -> dict[str, Any]:
+def describe(backend: str) -> dict[str, Any]:
     """Version, precisions and devices, for `sdopt doctor`."""
     available: list[str] = ort.get_available_providers()
-    devices = [device for device, provider in PROVIDERS.items() if provider in available]
+    devices = [device for device, (provider, _) in PROVIDERS.items() if provider in available]
     return {"version": ort.__version__, "precisions": ["float32"], "devices": devices}
 
 
 class OrtEngine:
-    """One ONNX Runtime session behind the Engine contract; `small`: less memory, and slower (see `_session`)."""
+    """One ONNX Runtime session behind the Engine contract, with runs whose carried tensors stay on its device.
+
+    `small`: less memory, and slower (see `_session`).
+    """
 
     def __init__(
-        self, component: Component, threads: int | None = None, device: str | None = None, *, small: bool = False
+        self,
+        component: Component,
+        threads: int | None = None,
+        device: str | None = None,
+        *,
+        small: bool = False,
+        carry: Mapping[str, str] | None = None,
     ) -> None:
         self.name, self.inputs, self.outputs = component.name, component.inputs, component.outputs
+        self.carry: Mapping[str, str] = carry or {}
         self._session: Any = _session(component.graph, threads, _providers(device), small)
         for kind, specs, nodes in (
             ("input", self.inputs, self._session.get_inputs()),
@@ -57,10 +85,23 @@ class OrtEngine:
         self._output_names = [s.name for s in self.outputs]
 
     def __call__(self, **arrays: Array) -> dict[str, Array]:
+        session = self._open()
+        check_inputs(self.name, self.inputs, arrays)
+        return dict(zip(self._output_names, session.run(self._output_names, arrays), strict=True))
+
+    def begin(self, arrays: Mapping[str, Array], tables: Mapping[str, Array]) -> OrtRun:
+        """A run whose inputs are `arrays`, rows of `tables`, and zeros.
+
+        Raises: UsageError for an unknown name, a wrong dtype or a wrong shape; before anything runs.
+        """
+        dims = check_begin(self.name, self.inputs, arrays, tables)
+        values = {s.name: np.zeros(s.sized(dims), s.dtype) for s in self.inputs if s.name not in arrays}
+        return OrtRun(self._open(), self.carry, {**values, **arrays}, tables)
+
+    def _open(self) -> Any:
         if self._session is None:
             raise UsageError(f"{self.name}: this engine is closed; open it again with open_engine")
-        check_inputs(self.name, self.inputs, arrays)
-        return dict(zip(self._output_names, self._session.run(self._output_names, arrays), strict=True))
+        return self._session
 
     def close(self) -> None:
         """Free the session and its memory."""
@@ -75,22 +116,63 @@ class OrtEngine:
         self.close()
 
 
-def _providers(device: str | None) -> list[str]:
-    """The execution providers to try in turn: the one that `device` names, or all that are there, best first."""
+class OrtRun:
+    """Calls of a session in turn, its tensors bound where the session computes; see `sdopt.engine.Run`."""
+
+    def __init__(
+        self, session: Any, carry: Mapping[str, str], arrays: Mapping[str, Array], tables: Mapping[str, Array]
+    ) -> None:
+        self._session, self._carry, self._tables = session, carry, tables
+        self._device = "cuda" if "CPU" not in session.get_providers()[0] else "cpu"
+        self._values = {name: self._placed(array) for name, array in arrays.items()}
+        self._outputs: dict[str, Any] = {}
+
+    def launch(self, k: int, **arrays: Array) -> None:
+        for name, array in {**arrays, **{name: table[k] for name, table in self._tables.items()}}.items():
+            self.put(name, array)
+        binding = self._session.io_binding()
+        for name, value in self._values.items():
+            binding.bind_ortvalue_input(name, value)
+        names = [node.name for node in self._session.get_outputs()]
+        for name in names:
+            binding.bind_output(name, self._device)
+        self._session.run_with_iobinding(binding)
+        self._outputs = dict(zip(names, binding.get_outputs(), strict=True))
+        self._values |= {name: self._outputs[output] for output, name in self._carry.items()}
+
+    def fetch(self, name: str) -> Array:
+        return self._outputs[name].numpy().copy()
+
+    def put(self, name: str, array: Array) -> None:
+        self._values[name] = self._placed(array)
+
+    def _placed(self, array: Array) -> Any:
+        return ort.OrtValue.ortvalue_from_numpy(np.array(array), self._device, 0)
+
+    def close(self) -> None:
+        self._values, self._outputs = {}, {}
+
+
+def _providers(device: str | None) -> Providers:
+    """The execution providers to try in turn: the one that `device` names, or CUDA and CPU where they are there."""
     available: list[str] = ort.get_available_providers()
     if device is None:
-        return [provider for provider in PROVIDERS.values() if provider in available]
+        return [PROVIDERS[name] for name in ("cuda", "cpu") if PROVIDERS[name][0] in available]
     if device not in PROVIDERS:
         raise UsageError(f"backend 'ort:{device}' is not known; there are ort:{', ort:'.join(PROVIDERS)}")
-    if PROVIDERS[device] not in available:
+    if PROVIDERS[device][0] not in available:
         raise BackendError(
             f"backend 'ort:{device}': this onnxruntime has {', '.join(available)}. "
             'For NVIDIA GPUs: pip uninstall onnxruntime && pip install "sdopt[cuda]"'
         )
-    return [PROVIDERS[device]]
+    if device != "tensorrt":
+        return [PROVIDERS[device]]
+    name, options = PROVIDERS[device]
+    cache = user_folder("XDG_CACHE_HOME", ".cache") / "ort-tensorrt"  # not the folder where a process happens to run
+    return [(name, {**options, "trt_engine_cache_path": str(cache)}), PROVIDERS["cuda"]]
 
 
-def _session(graph: Path, threads: int | None, providers: list[str], small: bool = False) -> Any:
+def _session(graph: Path, threads: int | None, providers: Providers, small: bool = False) -> Any:
     """The session of a graph; `small` runs it as it is written, its weights mapped from the file.
 
     Without it, float16 weights also stand in memory in float32, and again in the order that the kernels like.

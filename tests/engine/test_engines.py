@@ -13,12 +13,15 @@ import pytest
 from sdopt import engine as engines
 from sdopt.bundle import Bundle
 from sdopt.engine import BACKENDS, Engine, choose_backend, installed_backends, open_engine
+from sdopt.engine import ort as ort_engine
 from sdopt.errors import BackendError, BundleError, UsageError
 from tests.conftest import EMOJI_BUNDLE, ROOT
 from tests.engine.contract import CONTRACT, unet_inputs
 
+READY = [name for name in installed_backends() if BACKENDS[name].precisions]  # the others need a build: test_trt.py
 
-@pytest.fixture(scope="module", params=installed_backends())
+
+@pytest.fixture(scope="module", params=READY)
 def unet(request: pytest.FixtureRequest) -> Iterator[Engine]:
     with open_engine(Bundle.open(EMOJI_BUNDLE), "unet", request.param) as engine:
         yield engine
@@ -59,7 +62,7 @@ def test_a_precision_finds_a_backend_that_has_it() -> None:
         assert choose_backend("auto", "bf16") == ("openvino", "bf16")
 
 
-@pytest.mark.parametrize("backend", installed_backends())
+@pytest.mark.parametrize("backend", READY)
 def test_a_closed_engine_refuses_to_be_called(backend: str) -> None:
     engine = open_engine(Bundle.open(EMOJI_BUNDLE), "unet", backend, threads=1)
     given = unet_inputs(engine)
@@ -130,3 +133,16 @@ def test_a_small_engine_leaves_the_weights_in_their_file() -> None:
     )
     weights = (EMOJI_BUNDLE / "unet.onnx.data").stat().st_size / 2**20
     assert small < weights < whole / 2  # MiB
+
+
+def test_providers_are_named_with_their_options_and_cuda_stands_behind_tensorrt(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    there = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: there)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert [name for name, _ in ort_engine._providers(None)] == there[1:]
+    assert [name for name, _ in ort_engine._providers("cuda")] == ["CUDAExecutionProvider"]
+    (first, options), (second, _) = ort_engine._providers("tensorrt")
+    assert [first, second] == there[:2]
+    assert options["trt_engine_cache_path"] == str(tmp_path / "sdopt/ort-tensorrt")

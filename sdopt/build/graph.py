@@ -1,0 +1,204 @@
+"""A graph and its weights: read lazily, written one weight at a time, so that 2 GB and more pass through."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx_ir as ir
+
+from sdopt.errors import BundleError, UsageError
+from sdopt.specs import Array, TensorSpec
+
+F32, F16, BF16, I64, BOOL = (
+    ir.DataType.FLOAT,
+    ir.DataType.FLOAT16,
+    ir.DataType.BFLOAT16,
+    ir.DataType.INT64,
+    ir.DataType.BOOL,
+)
+FLOATS = (F32, F16, BF16)
+SHORT = {
+    F32: "float32",
+    F16: "float16",
+    BF16: "bfloat16",
+    I64: "int64",
+    ir.DataType.INT32: "int32",
+    BOOL: "bool",
+}
+SMALL = 256  # bytes: a smaller weight is written into the graph itself
+
+
+def load(path: str | os.PathLike[str]) -> ir.Model:
+    """The model at `path`; its external weights stay in their file until they are asked for.
+
+    Raises: BundleError if it cannot be read; UsageError if it has functions or nested graphs, which no pass handles.
+    """
+    try:
+        model = ir.load(path)
+    except Exception as error:  # protobuf and onnx_ir raise their own classes for every kind of damage
+        raise BundleError(f"{path}: not an ONNX graph that can be read: {error}") from error
+    nested = {node.op_type for node in model.graph for a in node.attributes.values() if a.type in _GRAPHS}
+    if nested or model.functions:
+        raise UsageError(f"{path}: it has nested graphs or functions ({', '.join(sorted(nested)) or 'functions'})")
+    for i, node in enumerate(model.graph):
+        node.name = node.name or f"node_{i}"
+    return model
+
+
+_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+
+
+def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
+    """Write `path` and its weights beside it as `path`.data, one weight in memory at a time.
+
+    Raises: UsageError if the model's own weights are in the file that would be written.
+    """
+    path = Path(path)
+    data = path.with_name(f"{path.name}.data")
+    used = {Path(t.path).resolve() for v in weights(model) if isinstance(t := v.const_value, ir.ExternalTensor)}
+    if data.resolve() in used:
+        raise UsageError(f"{data}: the graph still reads its weights from this file; choose another name")
+    ir.save(model, path, external_data=data.name, size_threshold_bytes=SMALL)
+
+
+def specs(model: ir.Model) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """(inputs, outputs) of a graph, with the names of its dimensions: what a Component needs."""
+    inputs, outputs = (tuple(map(_spec, values)) for values in (model.graph.inputs, model.graph.outputs))
+    return inputs, outputs
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    assert value.dtype is not None
+    assert value.shape is not None
+    shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
+    return TensorSpec(name_of(value), SHORT[value.dtype], shape)
+
+
+def weights(model: ir.Model) -> list[ir.Value]:
+    """The initializers that are data, and not inputs."""
+    return list(model.graph.initializers.values())
+
+
+def name_of(thing: ir.Value | ir.Node) -> str:
+    """Its name; every value and node of a loaded graph has one."""
+    return thing.name or ""
+
+
+def is_float(value: ir.Value | None) -> bool:
+    """Whether the value is float32, float16 or bfloat16."""
+    return value is not None and value.dtype in FLOATS
+
+
+def rank(value: ir.Value) -> int:
+    """How many dimensions a value has.
+
+    Raises: UsageError if the graph does not say.
+    """
+    if value.shape is None:
+        raise UsageError(f"the graph does not say which shape {value.name} has; export it with sdopt")
+    return len(value.shape)
+
+
+def constant_of(value: ir.Value | None) -> Array | None:
+    """The numbers of a constant; None for what is computed, and for an input that is left out."""
+    return None if value is None or value.const_value is None else value.const_value.numpy()
+
+
+def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
+    """The value of an attribute, or `default`."""
+    given = node.attributes.get(name)
+    return default if given is None else given.value
+
+
+def converted(tensor: ir.TensorProtocol, dtype: ir.DataType, name: str) -> ir.TensorProtocol:
+    """`tensor` in another float type, converted when it is read and not before."""
+    if tensor.dtype == dtype:
+        return tensor
+
+    def convert() -> ir.TensorProtocol:
+        with np.errstate(over="ignore"):
+            return ir.Tensor(tensor.numpy().astype(dtype.numpy()), dtype=dtype, name=name)
+
+    return ir.LazyTensor(convert, dtype, cast(ir.Shape, tensor.shape), name=name)
+
+
+class Writer:
+    """Writes nodes into a graph: in front of `before`, behind `after`, or at its end.
+
+    Names of nodes and values begin with `prefix`; an equal constant is stored once.
+    """
+
+    def __init__(
+        self, model: ir.Model, prefix: str, *, before: ir.Node | None = None, after: ir.Node | None = None
+    ) -> None:
+        self._graph, self._prefix, self._before, self._after = model.graph, prefix, before, after
+
+    def __call__(
+        self,
+        op: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        *,
+        dtype: ir.DataType | None = None,
+        shape: Sequence[Any] | ir.Shape | None = None,
+        output: str | None = None,
+        **attributes: Any,
+    ) -> ir.Value:
+        """The output of a new node; dtype and shape are those of its first input unless given, its name the node's."""
+        first = inputs[0]
+        assert first is not None
+        shape = first.shape if shape is None else shape
+        value = ir.Value(name=output or self._prefix + name, type=ir.TensorType(dtype or first.dtype or F32))
+        value.shape = None if shape is None else ir.Shape(shape)
+        self.insert(ir.node(op, inputs, attributes, outputs=[value], name=self._prefix + name))
+        return value
+
+    def insert(self, node: ir.Node) -> ir.Node:
+        """Put a node where this writer writes."""
+        if self._before is not None:
+            self._graph.insert_before(self._before, node)
+        elif self._after is not None:
+            self._graph.insert_after(self._after, node)
+            self._after = node
+        else:
+            self._graph.append(node)
+        return node
+
+    def constant(self, name: str, array: Any, dtype: ir.DataType) -> ir.Value:
+        """An initializer; under one name there is one."""
+        full = self._prefix + name
+        if full in self._graph.initializers:
+            return self._graph.initializers[full]
+        data = np.asarray(array).astype(dtype.numpy())
+        value = ir.Value(name=full, type=ir.TensorType(dtype), shape=ir.Shape(data.shape))
+        value.const_value = ir.Tensor(data, dtype=dtype, name=full)
+        self._graph.register_initializer(value)
+        return value
+
+
+def behind(model: ir.Model, value: ir.Value) -> Writer:
+    """Writes where `value` is there to be read: behind the node that makes it, or first for an input."""
+    maker = value.producer()
+    return Writer(model, "", before=next(iter(model.graph))) if maker is None else Writer(model, "", after=maker)
+
+
+def redirect(old: ir.Value, new: ir.Value, unless: Callable[[ir.Node], bool] = lambda node: False) -> None:
+    """Let every reader of `old` read `new`, but for the nodes that are excepted; graph outputs are left."""
+    for user, index in tuple(old.uses()):
+        if not unless(user):
+            user.replace_input_with(index, new)
+
+
+def drop_unused(model: ir.Model) -> None:
+    """Take out nodes and weights that nothing reads, last to first."""
+    kept = set(model.graph.outputs)
+    for node in reversed(list(model.graph)):
+        if not any(output.uses() or output in kept for output in node.outputs):
+            model.graph.remove(node, safe=True)
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and value not in kept:
+            del cast(Any, model.graph.initializers)[name]

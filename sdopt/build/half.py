@@ -1,0 +1,267 @@
+"""A float32-typed graph as a float16 or bfloat16 one, with float32 islands.
+
+Every node computes in one type, the islands in float32 and all others in half; a Cast stands exactly where a value
+crosses, once for each value and direction. Weights are converted when they are written, never all at once.
+
+| stays float32                                   | because                                             |
+|-------------------------------------------------|-----------------------------------------------------|
+| `step/...`: guidance and the sampler's row      | the sample is float32 for the whole loop            |
+| Sin, Cos and what leads to them                 | float16 has steps of 0.5 at timestep 999            |
+| norms that do not compute in float32 themselves | a square leaves float16's range at 256              |
+| readers of a weight outside float16's range     | it would be infinity, or 0                          |
+| Resize, in bfloat16                             | TensorRT has none                                   |
+| what the caller names                           | the attention of SD 2.1, blocks that `diagnose` found |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+import onnx_ir as ir
+
+from sdopt.build.graph import (
+    BF16,
+    F16,
+    F32,
+    SHORT,
+    Writer,
+    attribute,
+    behind,
+    converted,
+    drop_unused,
+    is_float,
+    name_of,
+    redirect,
+    weights,
+)
+from sdopt.errors import UsageError, choices
+
+TYPES = {"float16": F16, "bfloat16": BF16}
+LARGEST, SMALLEST = 65504.0, 2.0**-25  # of float16; half of the smallest subnormal rounds to 0
+MINUS_INFINITY = -1e30  # a constant below this stands for it, in a mask
+OWN_FLOAT32 = ("GroupNormalization", "LayerNormalization", "RMSNormalization")  # with stash_type 1
+STATISTICS = ("InstanceNormalization", "LpNormalization", "MeanVarianceNormalization", *OWN_FLOAT32)
+SUMS = ("ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp")
+ATTENTION = ("Attention", "Softmax")
+ANY_TYPE = ("Cast", "Shape", "Size")  # what they read may have any type
+OWN_TYPE = ("ConstantOfShape", "Constant", "RandomNormalLike")  # their attributes say which type they give: float32
+FLOAT32_INPUTS = {"Resize": (1, 2)}  # inputs that are float32 whatever the node computes in
+
+
+@dataclass(frozen=True)
+class HalfReport:
+    """What `half` did: nodes in half, nodes in float32 with the reason, weights that half cannot hold.
+
+    `outside` has the largest absolute value of each; their readers are islands. `clamped` are mask constants that stand
+    for minus infinity and became the least finite number.
+    """
+
+    dtype: str
+    half_nodes: int
+    casts: int
+    islands: dict[str, str]
+    outside: dict[str, float]
+    clamped: tuple[str, ...]
+
+
+def half(
+    model: ir.Model,
+    *,
+    dtype: str = "float16",
+    islands: Sequence[str] = (),
+    attention: bool = False,
+    half_edges: Collection[str] = (),
+) -> HalfReport:
+    """`model`, changed in place to compute in `dtype` ("float16" or "bfloat16"); doing it again changes nothing.
+
+    `attention=True` keeps attention in float32 (SD 2.1); `islands` are patterns, as in a shell, for the names or
+    operators of further nodes: "node_conv2d_4*", "Softmax". Inputs and outputs stay float32 with a Cast inside, but for
+    those whose names match `half_edges`. A component in the manifest's `float16_unsafe` is the caller's to leave alone.
+    Raises: UsageError for an unknown dtype, and for a pattern that matches nothing.
+    """
+    if dtype not in TYPES:
+        raise UsageError(f"precision {dtype!r}; allowed are {choices(dtype, TYPES)}")
+    _forget_casts(model)
+    kept = _islands(model, dtype, islands, attention)
+    outside, clamped = _outside(model, kept) if dtype == "float16" else ({}, ())
+    _retype(model, TYPES[dtype], kept, _matching(model, half_edges))
+    drop_unused(model)
+    nodes = list(model.graph)
+    return HalfReport(
+        dtype=dtype,
+        half_nodes=sum(any(v.dtype == TYPES[dtype] for v in n.outputs) and n.op_type != "Cast" for n in nodes),
+        casts=sum(n.op_type == "Cast" for n in nodes),
+        islands={name: reason for name, reason in kept.items() if reason},
+        outside=outside,
+        clamped=clamped,
+    )
+
+
+def _forget_casts(model: ir.Model) -> None:
+    """Take out every Cast between float types: where one is needed follows from the types alone.
+
+    A weight behind its Cast is used directly, so what was stored as float16 is float16 again.
+    """
+    outputs = set(model.graph.outputs)
+    for node in list(model.graph):
+        source, target = node.inputs[0] if node.inputs else None, node.outputs[0]
+        if node.op_type != "Cast" or source is None or not (is_float(source) and is_float(target)):
+            continue
+        if target not in outputs:
+            redirect(target, source)
+            model.graph.remove(node, safe=True)
+        elif source.producer() is not None and source not in outputs:  # at an edge: the maker writes the output itself
+            name = target.name
+            model.graph.outputs[list(model.graph.outputs).index(target)] = source
+            redirect(target, source)
+            model.graph.remove(node, safe=True)
+            source.name, source.shape = name, target.shape
+
+
+def _islands(model: ir.Model, dtype: str, patterns: Sequence[str], attention: bool) -> dict[str, str]:
+    """Node name -> why it computes in float32."""
+    found: dict[str, str] = {}
+    nodes = [node for node in model.graph if any(map(is_float, (*node.inputs, *node.outputs)))]
+    for node in nodes:
+        reason = _reason(node, dtype, attention)
+        if reason:
+            found[name_of(node)] = reason
+        if node.op_type in ("Sin", "Cos"):
+            found.update((name_of(n), "leads to the timestep embedding") for n in _leading_to(node))
+    for pattern in patterns:
+        named = [name_of(node) for node in nodes if fnmatchcase(name_of(node), pattern) or node.op_type == pattern]
+        if not named:
+            operators = sorted({node.op_type for node in nodes})
+            raise UsageError(f"island {pattern!r} matches no node of this graph; operators are {', '.join(operators)}")
+        found.update((name, f"named by {pattern!r}") for name in named)
+    return found
+
+
+def _reason(node: ir.Node, dtype: str, attention: bool) -> str:
+    if name_of(node).startswith("step/") and not name_of(node).startswith("step/both"):  # those only join two tensors
+        return "the sampler's"
+    if node.op_type in STATISTICS and not (node.op_type in OWN_FLOAT32 and attribute(node, "stash_type", 1) == 1):
+        return "statistics of a norm"
+    if node.op_type in SUMS:
+        return "a sum"
+    if attention and node.op_type in ATTENTION:
+        return "attention"
+    if dtype == "bfloat16" and node.op_type == "Resize":
+        return "no bfloat16 Resize in TensorRT"
+    return ""
+
+
+def _leading_to(node: ir.Node) -> Iterable[ir.Node]:
+    """A node and all that compute its floating-point inputs."""
+    waiting, seen = [node], set[ir.Node]()
+    while waiting:
+        current = waiting.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        makers = (value.producer() for value in current.inputs if value is not None and is_float(value))
+        waiting.extend(maker for maker in makers if maker is not None)
+    return seen
+
+
+def _outside(model: ir.Model, kept: dict[str, str]) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Weights that float16 cannot hold, whose readers become islands, and mask constants that are clamped."""
+    outside, clamped = dict[str, float](), list[str]()
+    for value in weights(model):
+        tensor = value.const_value
+        if tensor is None or tensor.dtype not in (F32, BF16) or not value.uses():
+            continue
+        array = np.asarray(tensor.numpy(), np.float32)
+        largest = float(np.abs(array[np.isfinite(array)]).max(initial=0.0))
+        vanishes = array.size == 1 and 0 < largest < SMALLEST
+        if array.size == 1 and array.item() <= MINUS_INFINITY:
+            clamped.append(name_of(value))
+            value.const_value = ir.Tensor(np.full(array.shape, -LARGEST, np.float32), name=value.name)
+        elif largest >= LARGEST + 16 or vanishes:  # LARGEST + 16 is where rounding goes to infinity
+            readers = [user for user, index in value.uses() if index not in FLOAT32_INPUTS.get(user.op_type, ())]
+            fresh = [name_of(user) for user in readers if name_of(user) not in kept]
+            if fresh:
+                outside[name_of(value)] = largest
+            kept.update((name, f"its weight {name_of(value)} has {largest:.3g}") for name in fresh)
+    return outside, tuple(clamped)
+
+
+def _matching(model: ir.Model, patterns: Collection[str]) -> set[str]:
+    """The names of floating-point inputs and outputs that match a pattern."""
+    names = [name_of(value) for value in (*model.graph.inputs, *model.graph.outputs) if is_float(value)]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UsageError(f"half edge {pattern!r} matches no input or output; there are {choices(pattern, names)}")
+    return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+def _retype(model: ir.Model, low: ir.DataType, kept: dict[str, str], low_edges: set[str]) -> None:
+    """Give every value the type that its node computes in, and cast where nodes of two types meet."""
+    graph = model.graph
+    for value in graph.inputs:
+        if is_float(value):
+            value.dtype = low if name_of(value) in low_edges else F32
+    made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+    nodes = list(graph)
+    for node in nodes:
+        for value in node.outputs:
+            if is_float(value):
+                value.dtype = _output_type(node, low, kept)
+    for node in nodes:
+        wanted = F32 if name_of(node) in kept else low
+        if node.op_type == "Cast" and is_float(node.outputs[0]):  # from whole numbers
+            node.attributes["to"] = ir.AttrInt64("to", int(wanted.value))
+        fixed = FLOAT32_INPUTS.get(node.op_type, ())
+        for index, value in enumerate(node.inputs):
+            if value is None or not is_float(value) or node.op_type in ANY_TYPE:
+                continue
+            target = F32 if index in fixed else wanted
+            if value.is_initializer() or value.dtype != target:
+                node.replace_input_with(index, _as(model, value, target, made))
+    for index, value in enumerate(graph.outputs):
+        target = low if name_of(value) in low_edges else F32
+        if is_float(value) and value.dtype != target:
+            graph.outputs[index] = _edge(model, value, target)
+
+
+def _output_type(node: ir.Node, low: ir.DataType, kept: dict[str, str]) -> ir.DataType:
+    """What a node's floating-point outputs are."""
+    if node.op_type in OWN_TYPE:
+        return F32
+    return F32 if name_of(node) in kept else low
+
+
+def _as(
+    model: ir.Model, value: ir.Value, target: ir.DataType, made: dict[tuple[ir.Value, ir.DataType], ir.Value]
+) -> ir.Value:
+    """`value` in another type: a converted weight, or the one Cast of it."""
+    if (value, target) in made:
+        return made[value, target]
+    graph = model.graph
+    if value.is_initializer():
+        tensor = value.const_value
+        assert tensor is not None
+        if tensor.dtype == target:
+            return made.setdefault((value, target), value)
+        name = f"{name_of(value).removesuffix('.float16').removesuffix('.bfloat16')}.{SHORT[target]}"
+        new = ir.Value(name=name, type=ir.TensorType(target), shape=value.shape)
+        new.const_value = converted(tensor, target, name)
+        if name not in graph.initializers:
+            graph.register_initializer(new)
+        return made.setdefault((value, target), graph.initializers[name])
+    name = f"{name_of(value)}.{SHORT[target]}"
+    cast = behind(model, value)("Cast", [value], name, dtype=target, to=int(target.value))
+    return made.setdefault((value, target), cast)
+
+
+def _edge(model: ir.Model, value: ir.Value, target: ir.DataType) -> ir.Value:
+    """A graph output in another type than its node computes in; it keeps its name, the value inside gets another."""
+    name = name_of(value)
+    assert value.dtype is not None
+    value.name = f"{name}.{SHORT[value.dtype]}"
+    return Writer(model, "")(
+        "Cast", [value], f"{name}.{SHORT[target]}", dtype=target, output=name, to=int(target.value)
+    )

@@ -1,0 +1,261 @@
+"""A graph of opset 18 to 23 in the operators of opset 17, which is what TensorRT 8.6 parses.
+
+The source is the bundle's own graph (opset 23): one node per concept, so that each is lowered in one place. After
+`half`, norms compute in float32 between two Casts, as their `stash_type` says, and attention scores are half.
+
+| opset 23                             | becomes                                                                 |
+|--------------------------------------|-------------------------------------------------------------------------|
+| Attention                            | Softmax(Q K^T, masked) V; Q is scaled first, which helps float16        |
+| GroupNormalization                   | (x - mean) / sqrt(variance + epsilon) in float32, then scale and bias   |
+| InstanceNormalization (also of 17)   | the same: 8.6 makes it a cuDNN plugin                                   |
+| RMSNormalization                     | x / sqrt(mean of squares + epsilon) in float32, then scale              |
+| Gelu                                 | x/2 (1 + Erf(x / sqrt 2)), or with Tanh                                 |
+| ReduceMean and its like              | axes as an attribute                                                    |
+| Shape with start or end (also of 17) | Shape, Slice                                                            |
+| Split, Resize, Reshape, Cast         | without the attributes that came later, where they say nothing          |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import onnx
+import onnx_ir as ir
+
+from sdopt.build.graph import F32, I64, Writer, attribute, constant_of, drop_unused, name_of, rank, redirect
+from sdopt.errors import UsageError
+
+OPSET = 17
+Rule = Callable[[Writer, ir.Node], ir.Value]
+LOWEST = {ir.DataType.FLOAT16: -65504.0}  # what stands for minus infinity; elsewhere -3e38
+IMPLIED: dict[str, dict[str, Any]] = {  # attributes that came later -> the value that says nothing new
+    "Split": {"num_outputs": ...},  # equal parts, as without sizes before 18
+    "Reshape": {"allowzero": ...},  # our dimensions are never 0
+    "Cast": {"saturate": 1, "round_mode": "up"},
+    "Resize": {"antialias": 0, "keep_aspect_ratio_policy": "stretch", "axes": None},
+}
+
+
+def lower(model: ir.Model, *, ir_version: int = 8) -> ir.Model:
+    """`model`, changed in place to opset 17 with the same results; in float32 or half.
+
+    Raises: UsageError naming the operators, and what about them, that have no form in opset 17.
+    """
+    if model.graph.opset_imports[""] < 21 and any(n.op_type == "GroupNormalization" for n in model.graph):
+        raise UsageError("GroupNormalization before opset 21 has one scale per group; export the graph with --opset 23")
+    for node in list(model.graph):
+        if node.op_type in RULES:
+            _replace(model, node, RULES[node.op_type])
+        elif node.op_type in REDUCTIONS:
+            _axes_as_attribute(node)
+        for name, value in IMPLIED.get(node.op_type, {}).items():
+            if name in node.attributes and value in (..., _plain(attribute(node, name))):
+                del node.attributes[name]
+    drop_unused(model)
+    problems = sorted({problem for node in model.graph if (problem := _problem(node))})
+    if problems:
+        raise UsageError(f"no form in opset {OPSET}: {'; '.join(problems)}")
+    model.graph.opset_imports.clear()
+    model.graph.opset_imports[""] = OPSET
+    model.ir_version = ir_version
+    return model
+
+
+def _plain(value: Any) -> Any:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _replace(model: ir.Model, node: ir.Node, rule: Rule) -> None:
+    """Write the nodes that stand for `node` in its place; the last one takes its output's name."""
+    old = node.outputs[0]
+    if any(output.uses() or output in model.graph.outputs for output in node.outputs[1:]):
+        raise UsageError(
+            f"{node.op_type} {name_of(node)}: more than its first output is read; opset {OPSET} has no form"
+        )
+    new = rule(Writer(model, f"{name_of(node)}/", before=node), node)
+    outputs = model.graph.outputs
+    for index, output in enumerate(outputs):
+        if output is old:
+            outputs[index] = new
+    redirect(old, new)
+    name, shape = old.name, old.shape
+    model.graph.remove(node, safe=True)
+    new.name, new.shape = name, shape
+
+
+def _problem(node: ir.Node) -> str:
+    """What opset 17 does not know about a node; empty if it knows it all."""
+    try:
+        schema: Any = cast(Any, onnx.defs).get_schema(node.op_type, OPSET, node.domain)
+    except onnx.defs.SchemaError:
+        return f"operator {node.domain or 'ai.onnx'} {node.op_type}"
+    unknown = [f"{node.op_type} with {name}" for name in node.attributes if name not in schema.attributes]
+    if len(node.inputs) > schema.max_input:
+        unknown.append(f"{node.op_type} with {len(node.inputs)} inputs")
+    return "; ".join(unknown)
+
+
+def _axes_as_attribute(node: ir.Node) -> None:
+    """ReduceMean(x, axes) -> ReduceMean(x) with axes: since 18 they are an input, in ReduceSum since 13."""
+    noop = attribute(node, "noop_with_empty_axes", 0)
+    node.attributes.pop("noop_with_empty_axes", None)
+    axes = constant_of(node.inputs[1]) if len(node.inputs) > 1 else None
+    if (len(node.inputs) > 1 and node.inputs[1] is not None and axes is None) or (axes is None and noop):
+        raise UsageError(f"{node.op_type} {name_of(node)}: its axes are computed; opset {OPSET} takes constant ones")
+    if len(node.inputs) > 1:
+        node.resize_inputs(1)
+    if axes is not None and axes.size:
+        node.attributes["axes"] = ir.AttrInt64s("axes", axes.reshape(-1).tolist())
+
+
+def _input(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
+def _given(node: ir.Node, index: int) -> ir.Value | None:
+    return node.inputs[index] if len(node.inputs) > index else None
+
+
+def _wide(write: Writer, x: ir.Value) -> ir.Value:
+    return x if x.dtype == F32 else write("Cast", [x], "wide", dtype=F32, to=int(F32.value))
+
+
+def _narrow(write: Writer, x: ir.Value, like: ir.Value) -> ir.Value:
+    assert like.dtype is not None
+    return x if like.dtype == F32 else write("Cast", [x], "narrow", dtype=like.dtype, to=int(like.dtype.value))
+
+
+def _reduced(x: ir.Value, axes: list[int]) -> list[Any]:
+    assert x.shape is not None
+    shape = list(x.shape)
+    for axis in axes:
+        shape[axis] = 1
+    return shape
+
+
+def _scaled_to_one(write: Writer, x: ir.Value, axes: list[int], epsilon: float) -> ir.Value:
+    """x / sqrt(mean of its squares + epsilon)."""
+    square = write("Mul", [x, x], "square")
+    mean = write("ReduceMean", [square], "variance", axes=axes, keepdims=1, shape=_reduced(x, axes))
+    spread = write("Sqrt", [write("Add", [mean, write.constant("epsilon", epsilon, F32)], "stable")], "spread")
+    return write("Div", [x, spread], "unit")
+
+
+def _normalized(write: Writer, x: ir.Value, axes: list[int], epsilon: float) -> ir.Value:
+    """(x - mean) / standard deviation over `axes`, of float32."""
+    mean = write("ReduceMean", [x], "mean", axes=axes, keepdims=1, shape=_reduced(x, axes))
+    return _scaled_to_one(write, write("Sub", [x, mean], "centred"), axes, epsilon)
+
+
+def _affine(write: Writer, x: ir.Value, scale: ir.Value, bias: ir.Value, dims: int) -> ir.Value:
+    """scale * x + bias, each of one number per channel; channels are the second of `dims` dimensions."""
+    column = write.constant("per_channel", [-1, *[1] * (dims - 2)], I64)
+    shape = (None, *[1] * (dims - 2))
+    scale = write("Reshape", [scale, column], "scale", shape=shape)
+    bias = write("Reshape", [bias, column], "bias", shape=shape)
+    return write("Add", [write("Mul", [x, scale], "scaled"), bias], "shifted")
+
+
+def _group_norm(write: Writer, node: ir.Node) -> ir.Value:
+    """Ref: Wu & He 2018, arXiv:1803.08494, eq. 1 and 7."""
+    x, scale, bias = (_input(node, i) for i in range(3))
+    assert x.shape is not None
+    groups = write.constant("groups", [0, attribute(node, "num_groups"), -1], I64)
+    grouped = write(
+        "Reshape", [_wide(write, x), groups], "grouped", shape=(x.shape[0], attribute(node, "num_groups"), None)
+    )
+    unit = _normalized(write, grouped, [2], attribute(node, "epsilon", 1e-5))
+    size = write("Shape", [x], "size", dtype=I64, shape=(rank(x),))
+    back = write("Reshape", [unit, size], "back", shape=x.shape)
+    return _affine(write, _narrow(write, back, x), scale, bias, rank(x))
+
+
+def _instance_norm(write: Writer, node: ir.Node) -> ir.Value:
+    x, scale, bias = (_input(node, i) for i in range(3))
+    unit = _normalized(write, _wide(write, x), list(range(2, rank(x))), attribute(node, "epsilon", 1e-5))
+    return _affine(write, _narrow(write, unit, x), scale, bias, rank(x))
+
+
+def _rms_norm(write: Writer, node: ir.Node) -> ir.Value:
+    x, first = _input(node, 0), attribute(node, "axis", -1)
+    axes = list(range(first % rank(x), rank(x)))
+    unit = _scaled_to_one(write, _wide(write, x), axes, attribute(node, "epsilon", 1e-5))
+    return write("Mul", [_narrow(write, unit, x), _input(node, 1)], "scaled")
+
+
+def _gelu(write: Writer, node: ir.Node) -> ir.Value:
+    """Ref: Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2."""
+    x = _input(node, 0)
+    assert x.dtype is not None
+
+    def number(name: str, value: float) -> ir.Value:
+        return write.constant(name, value, cast(ir.DataType, x.dtype))
+
+    if _plain(attribute(node, "approximate", "none")) == "tanh":
+        cube = write("Mul", [write("Mul", [x, x], "square"), x], "cube")
+        inner = write("Add", [x, write("Mul", [cube, number("cubic", 0.044715)], "bend")], "inner")
+        share = write("Tanh", [write("Mul", [inner, number("slope", math.sqrt(2 / math.pi))], "angle")], "tanh")
+    else:
+        share = write("Erf", [write("Div", [x, number("sqrt2", math.sqrt(2))], "deviations")], "erf")
+    grown = write("Add", [share, number("one", 1.0)], "grown")
+    return write("Mul", [write("Mul", [x, grown], "twice"), number("half", 0.5)], "gelu")
+
+
+def _attention(write: Writer, node: ir.Node) -> ir.Value:
+    """Ref: Vaswani et al. 2017, arXiv:1706.03762, eq. 1."""
+    q, k, v, mask = *(_input(node, i) for i in range(3)), _given(node, 3)
+    _check_attention(node, q, k)
+    assert q.shape is not None
+    assert k.shape is not None
+    assert q.dtype is not None
+    scale = attribute(node, "scale") or 1 / math.sqrt(cast(int, q.shape[3]))
+    scaled = write("Mul", [q, write.constant("scale", scale, q.dtype)], "query")
+    keys = write("Transpose", [k], "keys", perm=[0, 1, 3, 2], shape=[k.shape[0], k.shape[1], k.shape[3], k.shape[2]])
+    scores = write("MatMul", [scaled, keys], "scores", shape=[*q.shape[:3], k.shape[2]])
+    if mask is not None and mask.dtype == ir.DataType.BOOL:
+        lowest = write.constant("lowest", LOWEST.get(q.dtype, -3e38), q.dtype)
+        scores = write("Where", [mask, scores, lowest], "masked", dtype=q.dtype, shape=scores.shape)
+    elif mask is not None:
+        scores = write("Add", [scores, mask], "masked")
+    weights = write("Softmax", [scores], "weights", axis=-1)
+    return write("MatMul", [weights, v], "mixed", shape=q.shape)
+
+
+def _check_attention(node: ir.Node, q: ir.Value, k: ir.Value) -> None:
+    """Raises: UsageError for what Stable Diffusion's graphs do not use: packed heads, causal, caches, soft caps."""
+    odd = [name for name in ("is_causal", "softcap", "q_num_heads", "kv_num_heads") if attribute(node, name, 0)]
+    heads = [None if v.shape is None or rank(v) != 4 else v.shape[1] for v in (q, k)]
+    odd += ["a cache of past keys"] * any(_given(node, i) is not None for i in (4, 5, 6))
+    odd += ["shapes that are not [batch, heads, tokens, features]"] * (heads[0] is None or heads[0] != heads[1])
+    if odd:
+        raise UsageError(f"Attention {name_of(node)}: {', '.join(odd)} cannot be lowered to opset {OPSET}")
+
+
+def _shape(write: Writer, node: ir.Node) -> ir.Value:
+    """Shape of some dimensions only: opset 15 has it, TensorRT 8's parsers came later to it."""
+    x = _input(node, 0)
+    whole = write("Shape", [x], "whole", dtype=I64, shape=(rank(x),))
+    first, last = attribute(node, "start", 0), attribute(node, "end", rank(x))
+    if (first, last) == (0, rank(x)):
+        return whole
+    kept = range(rank(x))[first:last]
+    bounds = [write.constant(name, [n], I64) for name, n in (("from", kept.start), ("to", kept.stop))]
+    return write("Slice", [whole, *bounds], "part", shape=(len(kept),))
+
+
+RULES: dict[str, Rule] = {
+    "Attention": _attention,
+    "GroupNormalization": _group_norm,
+    "InstanceNormalization": _instance_norm,
+    "RMSNormalization": _rms_norm,
+    "Gelu": _gelu,
+    "Shape": _shape,
+}
+REDUCTIONS = (
+    "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp",
+    "ReduceSumSquare",
+)  # fmt: skip

@@ -1,0 +1,131 @@
+"""Recipes: which engines a bundle becomes, and the ranges of each one's dimensions, from sizes in pixels.
+
+profile  batch=1:1:4 height=512:512:768 width=512 tokens=77      as it is typed, for all engines
+unet     batch=1:1:4 latent_height=64:64:96 latent_width=64 tokens=77
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+from sdopt.bundle import Bundle
+from sdopt.errors import BackendError, UsageError, choices
+from sdopt.specs import Profile, TensorSpec
+
+HOMES = (Path(__file__).parent.parent / "recipe.toml", Path(__file__).parents[2] / "engines/recipe.toml")
+NAMES = ("batch", "height", "width", "tokens")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One engine of a recipe; `engines/recipe.toml` says what the fields mean."""
+
+    name: str
+    graph: str
+    fuse: str = ""
+    when: str = ""
+    rows: int = 1
+    tokens: str = ""
+    precision: str = ""
+    attention: bool = False
+    islands: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The engines, and the profile where none is given."""
+
+    profile: Profile
+    parts: Mapping[str, Part]
+
+    def chosen(self, bundle: Bundle, names: Sequence[str] | None) -> list[Part]:
+        """The engines that `names` ask for, or those that this bundle runs with.
+
+        Raises: UsageError for a name that the recipe or the bundle does not have.
+        """
+        possible = {name: part for name, part in self.parts.items() if part.graph in bundle.components}
+        unknown = [name for name in names or () if name not in possible]
+        if unknown:
+            raise UsageError(f"component {unknown[0]!r}: this bundle becomes {choices(unknown[0], possible)}")
+        guided = "guided" if bundle.manifest["defaults"]["guidance_scale"] > 1 else "unguided"
+        return [p for n, p in possible.items() if (n in names if names else p.when in ("", guided))]
+
+
+def read_recipe(path: Path | None = None) -> Recipe:
+    """The recipe in `path`; sdopt's own if None.
+
+    Raises: UsageError for a file that is no recipe.
+    """
+    path = path or next((home for home in HOMES if home.is_file()), HOMES[0])
+    toml = _toml()
+    try:
+        entry = cast(dict[str, Any], toml.loads(path.read_text(encoding="utf-8")))
+        parts = {name: _part(name, part) for name, part in entry["engine"].items()}
+        return Recipe(Profile.parse(entry["profile"]), parts)
+    except (OSError, KeyError, TypeError, AttributeError, toml.TOMLDecodeError) as error:
+        raise UsageError(f"{path} is not a recipe ({error!r}); see engines/recipe.toml of sdopt") from error
+
+
+def _part(name: str, entry: Mapping[str, Any]) -> Part:
+    known = {f.name for f in fields(Part)} - {"name"}
+    if set(entry) - known:
+        raise UsageError(
+            f"recipe, engine {name}: {', '.join(set(entry) - known)} is unknown; there are {sorted(known)}"
+        )
+    values: dict[str, Any] = {**entry, "islands": tuple(entry.get("islands", ()))}
+    return Part(name=name, **values)
+
+
+def _toml() -> Any:
+    try:
+        return importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    except ImportError as error:
+        raise BackendError(f"{error}; on Python 3.10 the builder needs it: pip install tomli") from error
+
+
+def user_profiles(bundle: Bundle, recipe: Recipe, texts: Sequence[str], static: bool) -> tuple[Profile, ...]:
+    """The profiles that were typed, completed with the bundle's own sizes; `static` fixes each at its best lengths.
+
+    Raises: UsageError for an unknown dimension, or a size that is no multiple of the model's.
+    """
+    defaults: Mapping[str, Any] = bundle.manifest["defaults"]
+    tokens = max(entry["max_length"] for entry in bundle.manifest["tokenizers"].values())
+    own = {"batch": (1, 1, 1), "tokens": (tokens,) * 3, **{n: (defaults[n],) * 3 for n in ("height", "width")}}
+    factor = bundle.manifest["latents"]["factor"]
+    profiles: list[Profile] = []
+    for given in [Profile.parse(text) for text in texts] or [recipe.profile]:
+        unknown = [name for name in given.ranges if name not in NAMES]
+        if unknown:
+            raise UsageError(f"profile {str(given)!r}: {unknown[0]} is unknown; there are {', '.join(NAMES)}")
+        ranges = {**own, **given.ranges}
+        odd = [n for n in ("height", "width") if any(length % factor for length in ranges[n])]
+        if odd:
+            raise UsageError(f"profile {str(given)!r}: {odd[0]} must be in multiples of {factor} pixels")
+        if static:
+            ranges = {n: (best, best, best) for n, (_, best, _) in ranges.items()}
+        profiles.append(Profile(ranges))
+    return tuple(profiles)
+
+
+def part_profile(bundle: Bundle, part: Part, inputs: Sequence[TensorSpec], profile: Profile) -> Profile:
+    """The ranges of the named dimensions of one engine's inputs."""
+    factor = bundle.manifest["latents"]["factor"]
+    batch, tokens = profile.ranges["batch"], profile.ranges["tokens"]
+    chunk = max(entry["max_length"] for entry in bundle.manifest["tokenizers"].values())
+    if part.tokens == "chunk":  # longer prompts are more rows, each of one chunk
+        chunks = -(-tokens[2] // chunk)
+        batch, tokens = (batch[0], batch[1], batch[2] * chunks), (chunk,) * 3
+    pixels = {name: profile.ranges[name] for name in ("height", "width")}
+    ranges = {
+        "batch": (batch[0], batch[1] * part.rows, batch[2] * part.rows),
+        "tokens": tokens,
+        **pixels,
+        **{f"latent_{n}": (a // factor, b // factor, c // factor) for n, (a, b, c) in pixels.items()},
+    }
+    names = {d for spec in inputs for d in spec.shape if isinstance(d, str)}
+    return Profile({name: lengths for name, lengths in ranges.items() if name in names})

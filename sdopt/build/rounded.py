@@ -1,0 +1,91 @@
+"""A half graph as float32 arithmetic that rounds like half: what a half engine computes, on any machine.
+
+ONNX Runtime's CPU provider runs a float16 graph by casting around each node, and drops casts where they meet. Little is
+rounded then and nothing overflows, so a parity measured that way is too good. Here every half value is float32 that was
+cast to half and back by the graph itself, which that provider keeps as long as its optimizations are off.
+
+Inside a node the arithmetic is float32: as on tensor cores, which multiply half numbers and add in float32. `lower`
+first, and attention scores are values that round too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+
+from sdopt.build.graph import BF16, F16, F32, Writer, behind, converted, drop_unused, name_of, weights
+from sdopt.specs import Array
+
+HALF = (F16, BF16)
+ort = cast(Any, onnxruntime)  # its bindings are not typed
+
+
+def rounded(model: ir.Model) -> ir.Model:
+    """`model`, changed in place: float32 nodes only, and a rounding after each that was half."""
+    graph = model.graph
+    nodes = list(graph)
+    for value in weights(model):
+        if value.dtype in HALF and value.const_value is not None:
+            value.const_value = converted(value.const_value, F32, name_of(value))
+            value.dtype = F32
+    crossing = [value for value in graph.inputs if value.dtype in HALF]
+    for node in nodes:
+        for value in node.outputs:
+            if value.dtype in HALF:
+                crossing.append(value if node.op_type == "Cast" else _narrowed(model, node, value))
+    for value in crossing:
+        users = [(user, index) for user, index in value.uses() if user.op_type not in ("Cast", "Shape")]
+        if users:
+            wide = behind(model, value)("Cast", [value], f"{name_of(value)}/wide", dtype=F32, to=int(F32.value))
+            for user, index in users:
+                user.replace_input_with(index, wide)
+    drop_unused(model)
+    return model
+
+
+def _narrowed(model: ir.Model, node: ir.Node, value: ir.Value) -> ir.Value:
+    """The half value that keeps the name; what the node computes is float32 under another one."""
+    name, dtype = name_of(value), value.dtype
+    assert dtype is not None
+    value.name, value.dtype = f"{name}/exact", F32
+    narrow = Writer(model, "", after=node)(
+        "Cast", [value], f"{name}/narrow", dtype=dtype, output=name, to=int(dtype.value)
+    )
+    for user, index in tuple(value.uses()):
+        if user is not narrow.producer():
+            user.replace_input_with(index, narrow)
+    outputs = model.graph.outputs
+    for index, output in enumerate(outputs):
+        if output is value:
+            outputs[index] = narrow
+    return narrow
+
+
+def session(path: Path, *, optimize: bool = False, threads: int = 0) -> Any:
+    """An ONNX Runtime session on the CPU that runs a graph as it stands."""
+    options = ort.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, threads
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def outputs_of(given: Any, arrays: Mapping[str, Array], names: Sequence[str] | None = None) -> dict[str, Array]:
+    """The outputs of a session by name."""
+    wanted = [output.name for output in given.get_outputs()] if names is None else list(names)
+    return dict(zip(wanted, given.run(wanted, dict(arrays)), strict=True))
+
+
+def psnr(reference: Array, other: Array) -> float:
+    """20 log10(max |reference| / RMSE) in dB; 200 where they are equal, -inf where one is not finite."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = float(np.sqrt(np.mean(np.square(np.subtract(other, reference, dtype=np.float64)))))
+    if not np.isfinite(error):
+        return -np.inf
+    peak = float(np.abs(reference).max(initial=0.0))
+    return float(min(200.0, 20 * np.log10(max(peak, 1e-30) / error))) if error else 200.0

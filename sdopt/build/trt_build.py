@@ -1,0 +1,235 @@
+"""A typed ONNX graph into a TensorRT plan: the builder's half of the layer over its bindings.
+
+Features are found by `hasattr` and enum members by name, as in `sdopt.engine.trt_api`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdopt.engine.trt_api import TensorRT
+from sdopt.errors import BackendError, UsageError
+from sdopt.specs import Profile, TensorSpec
+
+GIB = 1 << 30
+FLAGS = {  # option -> BuilderFlag
+    "refit": "REFIT",
+    "version_compatible": "VERSION_COMPATIBLE",
+    "weight_streaming": "WEIGHT_STREAMING",
+}
+# what TensorRT logs -> what it means and what helps; the first that fits is told
+MEANINGS = {
+    "Could not find any implementation": "no kernel fits into the memory that it may use: free some of the GPU's, "
+    "or give a smaller profile",
+    "no tactics": "no kernel fits into the workspace: give more with --workspace, or a smaller profile",
+    "out of memory": "the GPU's memory is full: close other programs, or give a smaller profile",
+    "OutOfMemory": "the GPU's memory is full: close other programs, or give a smaller profile",
+    "libnvinfer_lean": "--version-compatible needs TensorRT's lean library beside it: pip install tensorrt-lean",
+    "graph_jit": "this option needs a GPU while it builds: leave out --refit, or build where the GPU is",
+    "cudaError 35": "this option needs an NVIDIA driver while it builds",
+    "not supported by a dedicated kernel": "there is no attention kernel for this precision: build with fp16",
+    "does not support this compute capability": "this library has no kernels for this GPU: use --backend tensorrt",
+    "Unsupported SM": "this TensorRT is older than this GPU: install a newer one",
+}
+MEMORY = ("Could not find any implementation", "no tactics", "out of memory", "OutOfMemory")
+Progress = Callable[[str, int, int], None]  # (phase, steps done, steps in all)
+
+
+@dataclass(frozen=True)
+class Builder:
+    """One library's builder with what all engines of a build share."""
+
+    lib: TensorRT
+    options: Mapping[str, Any]
+    free: int | None  # bytes of the GPU's memory that a build may use; None without a GPU
+    timing: Path | None = None  # the timing cache, read and written
+    progress: Progress | None = None
+    report: Callable[[str], None] = print
+
+    def build(
+        self, graph: Path, plan: Path, inputs: Sequence[TensorSpec], profiles: Sequence[Profile]
+    ) -> dict[str, int]:
+        """Write `plan`, with less workspace where there is no memory; how many layers have each type.
+
+        Raises: BackendError with what TensorRT's log means.
+        """
+        builder = self.lib.trt.Builder(self.lib.log)
+        network = builder.create_network(self._network_flags())
+        parser = self._parsed(network, graph)
+        types, errors = layer_types(network), ""
+        for workspace in self._workspaces():
+            self.lib.log.lines.clear()
+            config = self._config(builder, inputs, profiles, workspace)
+            if self._written(builder, network, config, plan):
+                self._keep_timing(config)
+                del parser  # it holds the weights until here
+                return types
+            errors = self.lib.log.errors()
+            if not any(word in errors for word in MEMORY) or workspace is None:
+                break
+            self.report(f"{graph.stem}: {workspace / GIB:.2f} GiB of workspace did not do; trying less")
+        raise BackendError(f"{graph.stem}: {self.lib.backend} {self.lib.version} builds no engine: {meaning(errors)}")
+
+    def unsupported(self, operators: Sequence[str]) -> list[str]:
+        """Those of `operators` that this version's parser does not know."""
+        network = self.lib.trt.Builder(self.lib.log).create_network(self._network_flags())
+        parser = self.lib.trt.OnnxParser(network, self.lib.log)
+        return [name for name in operators if not parser.supports_operator(name)]
+
+    @property
+    def strongly_typed(self) -> bool:
+        """Whether precision is in the graph, or a flag of the builder as well."""
+        return hasattr(self.lib.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+
+    def _network_flags(self) -> int:
+        kinds = self.lib.trt.NetworkDefinitionCreationFlag
+        names = ("STRONGLY_TYPED", "EXPLICIT_BATCH")
+        return sum(1 << int(getattr(kinds, name)) for name in names if hasattr(kinds, name))
+
+    def _parsed(self, network: Any, graph: Path) -> Any:
+        parser = self.lib.trt.OnnxParser(network, self.lib.log)
+        if not parser.parse_from_file(str(graph)):
+            errors = [parser.get_error(i) for i in range(parser.num_errors)]
+            told = "; ".join(f"{getattr(e, 'node_name', str)() or f'node {e.node()}'}: {e.desc()}" for e in errors)
+            raise BackendError(f"{graph.stem}: {self.lib.backend} {self.lib.version} cannot parse it: {told}")
+        for i in range(network.num_layers if hasattr(self.lib.trt, "IAttentionInputLayer") else 0):
+            layer = network.get_layer(i)
+            if layer.type.name == "ATTENTION_INPUT":  # where no kernel fits, e.g. float32, its parts will do
+                layer.__class__ = self.lib.trt.IAttentionInputLayer
+                layer.attention.decomposable = True
+        return parser
+
+    def _workspaces(self) -> list[int | None]:
+        """What to try in turn: as asked, or nearly all that is free; then half and a quarter of it."""
+        asked = self.options["workspace"]
+        most = asked if self.free is None else min(asked or self.free, int(0.9 * self.free))
+        return [None] if most is None else [most, most // 2, most // 4]
+
+    def _config(
+        self, builder: Any, inputs: Sequence[TensorSpec], profiles: Sequence[Profile], workspace: int | None
+    ) -> Any:
+        trt, config = self.lib.trt, builder.create_builder_config()
+        if workspace is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+        config.builder_optimization_level = self.options["opt_level"]
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        for option, name in FLAGS.items():
+            if self.options[option]:
+                config.set_flag(self._member(trt.BuilderFlag, name, option))
+        if self.options["precision"] == "fp16" and not self.strongly_typed:
+            config.set_flag(trt.BuilderFlag.FP16)
+            config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+        if self.options["hardware_compatible"]:
+            levels = trt.HardwareCompatibilityLevel
+            config.hardware_compatibility_level = self._member(levels, "AMPERE_PLUS", "hardware_compatible")
+        for name in ("PROFILE_SHARING_0806", "DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805"):
+            if hasattr(trt.PreviewFeature, name) and not self.strongly_typed:  # 8.6: later versions always do so
+                config.set_preview_feature(getattr(trt.PreviewFeature, name), True)
+        if not self.strongly_typed:  # 8.6 would call cuBLAS and cuDNN, which only its oldest releases still find
+            sources = trt.TacticSource
+            config.set_tactic_sources(1 << int(sources.EDGE_MASK_CONVOLUTIONS) | 1 << int(sources.JIT_CONVOLUTIONS))
+        self._set_timing(config)
+        if self.progress is not None and hasattr(config, "progress_monitor"):
+            config.progress_monitor = make_monitor(trt, self.progress)
+        for profile in profiles:
+            optimization = builder.create_optimization_profile()
+            for spec in inputs:
+                optimization.set_shape(spec.name, *(profile.shape(spec, i) for i in range(3)))
+            if config.add_optimization_profile(optimization) < 0:
+                raise UsageError(f"profile {profile}: TensorRT refuses it")
+        return config
+
+    def _member(self, enum: Any, name: str, option: str) -> Any:
+        if not hasattr(enum, name):
+            words = option.replace("_", "-")
+            raise UsageError(f"--{words}: {self.lib.backend} {self.lib.version} does not have it ({name})")
+        return getattr(enum, name)
+
+    def _written(self, builder: Any, network: Any, config: Any, plan: Path) -> bool:
+        """Build, straight to disk where the library can."""
+        if hasattr(builder, "build_serialized_network_to_stream"):
+            with plan.open("wb") as stream:
+                return bool(
+                    builder.build_serialized_network_to_stream(network, config, make_writer(self.lib.trt, stream))
+                )
+        memory = builder.build_serialized_network(network, config)
+        if memory is not None:
+            plan.write_bytes(memory)
+        return memory is not None
+
+    def _set_timing(self, config: Any) -> None:
+        known = self.timing.read_bytes() if self.timing is not None and self.timing.is_file() else b""
+        if self.timing is not None:
+            config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+
+    def _keep_timing(self, config: Any) -> None:
+        cache = config.get_timing_cache()
+        if self.timing is None or cache is None:
+            return
+        self.timing.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):  # a build is not lost for a cache that cannot be written
+            temporary = self.timing.with_suffix(".tmp")
+            temporary.write_bytes(cache.serialize())
+            temporary.replace(self.timing)
+
+
+def layer_types(network: Any) -> dict[str, int]:
+    """How many layers give each type, e.g. {"HALF": 240, "FLOAT": 6}: strongly typed, that is what they compute in."""
+    counts: dict[str, int] = {}
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.num_outputs:
+            name = layer.get_output(0).dtype.name
+            counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def meaning(errors: str) -> str:
+    """What TensorRT's errors mean, with its own words behind."""
+    told = next((text for words, text in MEANINGS.items() if words in errors), None)
+    return f"{told}. TensorRT says: {errors}" if told else errors
+
+
+def make_monitor(trt: Any, progress: Progress) -> Any:
+    """TensorRT's progress as calls of `progress`; Ctrl-C stops the build at the next step."""
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._steps[phase_name] = num_steps
+            self._tell(phase_name, 0)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            return self._tell(phase_name, step + 1)
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._tell(phase_name, self._steps.pop(phase_name, 0))
+
+        def _tell(self, phase: str, done: int) -> bool:
+            try:
+                progress(phase, done, self._steps.get(phase, done))
+            except KeyboardInterrupt:  # no exception may pass through the library
+                return False
+            return True
+
+    return Monitor()
+
+
+def make_writer(trt: Any, stream: Any) -> Any:
+    """TensorRT's stream of a finished plan into a file."""
+
+    class Writer(trt.IStreamWriter):
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+
+        def write(self, data: bytes) -> int:
+            return stream.write(data)
+
+    return Writer()

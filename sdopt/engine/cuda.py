@@ -1,0 +1,272 @@
+"""CUDA: memory, streams and graphs of one GPU. Addresses live here and in the engines that hand them to TensorRT.
+
+    cuda = open_cuda()                       # probes driver and GPU first: each lack has its own sentence
+    stream = cuda.stream()
+    cuda.upload(address, pinned, stream)     # all work is queued; `synchronize` waits for it
+
+`Cuda` is the whole of what the engines ask of it, so that a fake with NumPy memory can stand in its place.
+Ref: NVIDIA, CUDA Runtime API, sections 6.1 (error classes), 6.9 (memory) and 6.30 (graphs).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from sdopt.errors import BackendError
+from sdopt.specs import Array
+
+OUT_OF_MEMORY = 2
+NO_DEVICE = 100
+POISONED = {700, 710, 714, 715, 716, 717, 718, 719}  # after these every later call of the process fails too
+CAPTURE = range(900, 910)  # the work cannot become a graph; the context is well
+OLDEST_DRIVER = 12000
+
+
+class CudaError(BackendError):
+    """A CUDA call failed; the context is well unless this is a `LostContextError`."""
+
+
+class OutOfMemoryError(CudaError):
+    """The GPU's memory is full. Nothing is broken: free some and try again."""
+
+
+class CaptureError(CudaError):
+    """What was queued cannot become a graph."""
+
+
+class LostContextError(CudaError):
+    """The GPU's context is lost for this process: only a new process helps, and nothing is tried again."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU and its driver. Units: memory in bytes; driver is 13000 for CUDA 13.0."""
+
+    index: int
+    name: str
+    compute_capability: str
+    driver: int
+    memory: int
+
+
+class Cuda(Protocol):
+    """What engines ask of a GPU. Addresses and handles are integers; work is queued on a stream."""
+
+    gpu: Gpu
+
+    def use(self) -> None:
+        """Make this GPU the calling thread's."""
+        ...
+
+    def malloc(self, nbytes: int) -> int: ...
+    def free(self, address: int) -> None: ...
+    def pinned(self, nbytes: int) -> Array:
+        """Page-locked host memory as bytes, for copies that do not wait; `unpin` frees it."""
+        ...
+
+    def unpin(self, memory: Array) -> None: ...
+    def stream(self) -> int: ...
+    def upload(self, target: int, source: Array, stream: int) -> None: ...
+    def download(self, target: Array, source: int, stream: int) -> None: ...
+    def copy(self, target: int, source: int, nbytes: int, stream: int) -> None: ...
+    def clear(self, target: int, nbytes: int, stream: int) -> None: ...
+    def synchronize(self, stream: int) -> None: ...
+    def event(self) -> int: ...
+    def record(self, event: int, stream: int) -> None: ...
+    def wait(self, event: int) -> None: ...
+    def capture(self, work: Callable[[], None], stream: int) -> int:
+        """A graph of what `work` queues on `stream`, which does not run yet."""
+        ...
+
+    def launch(self, graph: int, stream: int) -> None: ...
+    def drop(self, graph: int) -> None: ...
+    def drop_event(self, event: int) -> None: ...
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes."""
+        ...
+
+
+def open_cuda(index: int = 0, runtime: Any = None) -> CudaBindings:
+    """The GPU `index`; `runtime` is cuda.bindings.runtime unless a test gives another.
+
+    Raises: BackendError where cuda-bindings, the driver or the GPU is missing, or the driver is too old.
+    """
+    runtime = runtime or _bindings()
+    _, driver = runtime.cudaDriverGetVersion()
+    _, built_for = runtime.cudaRuntimeGetVersion()
+    if not driver:
+        raise BackendError(
+            "there is no NVIDIA driver on this machine (in a container: start it with --gpus all); "
+            "without a GPU use --backend ort"
+        )
+    oldest = max(OLDEST_DRIVER, built_for // 1000 * 1000)
+    if driver < oldest:
+        raise BackendError(
+            f"the NVIDIA driver offers CUDA {_version(driver)}, cuda-bindings needs {_version(oldest)} or newer: "
+            f'update the driver, or pip install "cuda-bindings<{oldest // 1000}"'
+        )
+    status, count = runtime.cudaGetDeviceCount()
+    if int(status) == NO_DEVICE or (not int(status) and not count):
+        raise BackendError("the driver shows no GPU to this process; see CUDA_VISIBLE_DEVICES and nvidia-smi")
+    check(runtime, (status,), "cudaGetDeviceCount")
+    if not 0 <= index < count:
+        raise BackendError(f"there is no GPU {index}; this process sees {count}, counted from 0")
+    return CudaBindings(runtime, index, driver)
+
+
+def check(runtime: Any, result: tuple[Any, ...], what: str) -> Any:
+    """What a CUDA call returned, without its status.
+
+    Raises: the subclass of CudaError that says whether anything can still be done.
+    """
+    status, *values = result
+    code = int(status)
+    if code:
+        raise _error(code, _text(runtime, status), what)
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def _error(code: int, text: str, what: str) -> CudaError:
+    told = f"{what}: CUDA error {code}, {text}"
+    if code == OUT_OF_MEMORY:
+        return OutOfMemoryError(told)
+    if code in CAPTURE:
+        return CaptureError(told)
+    if code in POISONED:
+        return LostContextError(f"{told}. The GPU is lost to this process: start a new one.")
+    return CudaError(told)
+
+
+def _text(runtime: Any, status: Any) -> str:
+    _, text = runtime.cudaGetErrorString(status)
+    return text.decode() if isinstance(text, bytes) else str(text)
+
+
+def _bindings() -> Any:
+    try:
+        return importlib.import_module("cuda.bindings.runtime")
+    except ImportError as error:
+        raise BackendError(f"cuda-bindings is not installed ({error}): pip install cuda-bindings") from error
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+class CudaBindings:
+    """`Cuda` over cuda.bindings.runtime."""
+
+    def __init__(self, runtime: Any, index: int, driver: int) -> None:
+        self._rt = runtime
+        self._do("cudaSetDevice", index)
+        properties = self._do("cudaGetDeviceProperties", index)
+        name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
+        capability = f"{properties.major}.{properties.minor}"
+        self.gpu = Gpu(index, name, capability, driver, int(properties.totalGlobalMem))
+        kinds = runtime.cudaMemcpyKind
+        self._to_device, self._to_host = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
+        self._within = kinds.cudaMemcpyDeviceToDevice
+        self._mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._handles: dict[int, Any] = {}  # the bindings' objects of streams, events and graphs, by their integers
+
+    def use(self) -> None:
+        self._do("cudaSetDevice", self.gpu.index)
+
+    def _do(self, name: str, *args: Any) -> Any:
+        return check(self._rt, getattr(self._rt, name)(*args), name)
+
+    def _keep(self, handle: Any) -> int:
+        self._handles[int(handle)] = handle
+        return int(handle)
+
+    def malloc(self, nbytes: int) -> int:
+        try:
+            return int(self._do("cudaMalloc", nbytes))
+        except OutOfMemoryError:
+            self._rt.cudaGetLastError()  # the failure is reported once, not again by the next call
+            raise
+
+    def free(self, address: int) -> None:
+        self._do("cudaFree", address)
+
+    def pinned(self, nbytes: int) -> Array:
+        address = int(self._do("cudaMallocHost", nbytes))
+        memory: Any = (ctypes.c_uint8 * nbytes).from_address(address)
+        return np.frombuffer(memory, np.uint8)
+
+    def unpin(self, memory: Array) -> None:
+        self._do("cudaFreeHost", memory.ctypes.data)
+
+    def stream(self) -> int:
+        return self._keep(self._do("cudaStreamCreateWithFlags", self._rt.cudaStreamNonBlocking))
+
+    def upload(self, target: int, source: Array, stream: int) -> None:
+        self._move(target, source.ctypes.data, source.nbytes, self._to_device, stream)
+
+    def download(self, target: Array, source: int, stream: int) -> None:
+        self._move(target.ctypes.data, source, target.nbytes, self._to_host, stream)
+
+    def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        self._move(target, source, nbytes, self._within, stream)
+
+    def _move(self, target: int, source: int, nbytes: int, kind: Any, stream: int) -> None:
+        self._do("cudaMemcpyAsync", target, source, nbytes, kind, self._handles[stream])
+
+    def clear(self, target: int, nbytes: int, stream: int) -> None:
+        self._do("cudaMemsetAsync", target, 0, nbytes, self._handles[stream])
+
+    def synchronize(self, stream: int) -> None:
+        self._do("cudaStreamSynchronize", self._handles[stream])
+
+    def event(self) -> int:
+        return self._keep(self._do("cudaEventCreateWithFlags", self._rt.cudaEventDisableTiming))
+
+    def record(self, event: int, stream: int) -> None:
+        self._do("cudaEventRecord", self._handles[event], self._handles[stream])
+
+    def wait(self, event: int) -> None:
+        self._do("cudaEventSynchronize", self._handles[event])
+
+    def drop_event(self, event: int) -> None:
+        self._do("cudaEventDestroy", self._handles.pop(event))
+
+    def capture(self, work: Callable[[], None], stream: int) -> int:
+        handle = self._handles[stream]
+        self._do("cudaStreamBeginCapture", handle, self._mode)
+        try:
+            work()
+        except BaseException:
+            self._rt.cudaStreamEndCapture(handle)  # the stream must leave capture, whatever it captured
+            self._rt.cudaGetLastError()
+            raise
+        graph = self._do("cudaStreamEndCapture", handle)
+        try:
+            executable = self._do("cudaGraphInstantiate", graph, 0)
+        finally:
+            self._do("cudaGraphDestroy", graph)
+        self._do("cudaGraphUpload", executable, handle)
+        return self._keep(executable)
+
+    def launch(self, graph: int, stream: int) -> None:
+        self._do("cudaGraphLaunch", self._handles[graph], self._handles[stream])
+
+    def drop(self, graph: int) -> None:
+        self._do("cudaGraphExecDestroy", self._handles.pop(graph))
+
+    def memory(self) -> tuple[int, int]:
+        free, total = self._do("cudaMemGetInfo")
+        return int(free), int(total)
+
+
+def bytes_text(nbytes: int) -> str:
+    """ "1.76 GB" """
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if nbytes >= size:
+            return f"{nbytes / size:.2f} {unit}"
+    return f"{nbytes} bytes"

@@ -1,0 +1,202 @@
+"""A lane: one execution context for one set of shapes, its addresses on the GPU, its staging memory and its graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from sdopt.engine.cuda import LostContextError
+from sdopt.engine.device import Device, rounded
+from sdopt.engine.trt_api import Context
+from sdopt.errors import BackendError
+from sdopt.specs import Array, TensorSpec
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one tensor is: `offset` into the lane's memory, on the GPU and in its staging copy alike."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+    dtype_of_caller: str
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class Memory:
+    """Bytes on the GPU with as many page-locked ones beside them; they grow when asked for more, and never shrink."""
+
+    def __init__(self, device: Device, owner: str) -> None:
+        self.device, self.owner = device, owner
+        self.address, self.nbytes = 0, 0
+        self.staging: Array = np.empty(0, np.uint8)
+
+    def reserve(self, nbytes: int) -> None:
+        """Hold at least `nbytes`; their content is lost if they move."""
+        if nbytes <= self.nbytes:
+            return
+        self.free()
+        address = self.device.allocate(self.owner, nbytes)
+        try:
+            self.staging = self.device.cuda.pinned(nbytes)
+        except BackendError:
+            self.device.free(self.owner, address, nbytes)
+            raise
+        self.address, self.nbytes = address, nbytes
+
+    def free(self) -> None:
+        if self.address:
+            self.device.cuda.synchronize(self.device.stream)
+            self.device.free(self.owner, self.address, self.nbytes)
+            self.device.cuda.unpin(self.staging)
+        self.address, self.nbytes = 0, 0
+
+    def upload(self, offset: int, array: Array, target: int | None = None) -> None:
+        """Queue the upload of `array` from its staging place; nobody may write there until the GPU has read it."""
+        staged = self.staging[offset : offset + array.nbytes]
+        placed: Array = cast(Any, staged).view(array.dtype).reshape(array.shape)
+        np.copyto(placed, array)
+        self.device.cuda.upload(self.address + offset if target is None else target, staged, self.device.stream)
+
+
+class Lane:
+    """A context that is ready for one set of shapes. Its methods are called with the device's lock held.
+
+    The scratch memory may move when another engine needs more: the next launch notices and captures its graph again.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        owner: str,
+        context: Context,
+        profile: int,
+        inputs: Mapping[str, tuple[TensorSpec, tuple[int, ...], str]],
+        outputs: Mapping[str, tuple[TensorSpec, str]],
+        carry: Mapping[str, str],
+    ) -> None:
+        self.device, self.owner, self.context, self._carry = device, owner, context, carry
+        self._scratch = context.prepare(profile, {n: shape for n, (_, shape, _) in inputs.items()}, device.stream)
+        shapes = {n: (shape, dtype, spec.dtype) for n, (spec, shape, dtype) in inputs.items()}
+        shapes |= {n: (context.shape(n), dtype, spec.dtype) for n, (spec, dtype) in outputs.items()}
+        self.inputs, self.places, total = tuple(inputs), dict[str, Place](), 0
+        for name, (shape, dtype, asked) in shapes.items():
+            if any(length < 0 for length in shape):
+                raise BackendError(f"{owner}: the engine cannot tell the shape of {name!r} before it runs")
+            self.places[name] = Place(total, shape, np.dtype(dtype), asked)
+            total += rounded(self.places[name].nbytes)
+        self.tensors, self.tables, self.streamed = (Memory(device, owner) for _ in range(3))
+        self.tensors.reserve(total)
+        for name, place in self.places.items():
+            context.bind(name, self.tensors.address + place.offset)
+        self._epoch, self._graph = -1, 0
+        self._rows: dict[str, tuple[int, int]] = {}  # input -> (offset of its table, bytes of a row)
+        self._slots = 0
+        self.uploaded, self.done = device.cuda.event(), device.cuda.event()
+
+    def address(self, name: str) -> int:
+        return self.tensors.address + self.places[name].offset
+
+    def clear(self) -> None:
+        """Zeros in every input, and no tables."""
+        for name in self.inputs:
+            self.device.cuda.clear(self.address(name), self.places[name].nbytes, self.device.stream)
+        self._rows, self._slots = {}, 0
+
+    def put(self, name: str, array: Array) -> None:
+        """Queue the upload of an input."""
+        place = self.places[name]
+        self.tensors.upload(place.offset, np.ascontiguousarray(array, place.dtype))
+        self.device.cuda.record(self.uploaded, self.device.stream)
+
+    def settle(self) -> None:
+        """Wait until the GPU has read all staging memory, so that it may be written again."""
+        self.device.wait(self.uploaded)
+
+    def put_tables(self, tables: Mapping[str, Array], calls: int) -> None:
+        """Upload the rows of all calls at once, and make room to stream what `launch` is given in each of them."""
+        casts = {n: np.ascontiguousarray(t, self.places[n].dtype) for n, t in tables.items()}
+        self.tables.reserve(sum(rounded(t.nbytes) for t in casts.values()))
+        offset = 0
+        for name, table in casts.items():
+            self.tables.upload(offset, table)
+            self._rows[name] = (offset, table.nbytes // len(table))
+            offset += rounded(table.nbytes)
+        self._slots = calls
+        self.device.cuda.record(self.uploaded, self.device.stream)
+
+    def stream_in(self, k: int, name: str, array: Array) -> None:
+        """Queue an input of call `k` from a staging place of its own: nothing waits for the one before."""
+        place = self.places[name]
+        slot = rounded(place.nbytes)
+        self.streamed.reserve(slot * self._slots)
+        self.streamed.upload(slot * k, np.ascontiguousarray(array, place.dtype), self.address(name))
+        self.device.cuda.record(self.uploaded, self.device.stream)
+
+    def launch(self, k: int = 0) -> None:
+        """Queue one call: its rows to their inputs, then the graph."""
+        cuda, stream = self.device.cuda, self.device.stream
+        for name, (offset, nbytes) in self._rows.items():
+            cuda.copy(self.address(name), self.tables.address + offset + k * nbytes, nbytes, stream)
+        if self._epoch != self.device.epoch:
+            self._arm()
+        if self._graph:
+            cuda.launch(self._graph, stream)
+        else:
+            self._work()
+
+    def _arm(self) -> None:
+        """Take the arena where it is now, run once outside of any graph, and capture the graph."""
+        cuda, stream = self.device.cuda, self.device.stream
+        self._drop_graph()
+        self.context.scratch(*self.device.arena(self._scratch))
+        self._epoch = self.device.epoch
+        self.context.enqueue(stream)  # what TensorRT does late it does now; outputs only, so nothing is carried
+        if not self.context.capturable(stream):
+            return
+        try:
+            self._graph = cuda.capture(self._work, stream)
+        except LostContextError:
+            raise
+        except BackendError:  # e.g. streamed weights cannot be captured: launched plainly, with the same result
+            self._graph = 0
+
+    def _work(self) -> None:
+        self.context.enqueue(self.device.stream)
+        for output, name in self._carry.items():
+            self.device.cuda.copy(
+                self.address(name), self.address(output), self.places[name].nbytes, self.device.stream
+            )
+
+    def start_fetch(self, names: tuple[str, ...]) -> None:
+        """Queue the download of outputs; `device.wait(lane.done)` ends when they are in staging memory."""
+        for name in names:
+            place = self.places[name]
+            staged = self.tensors.staging[place.offset : place.offset + place.nbytes]
+            self.device.cuda.download(staged, self.address(name), self.device.stream)
+        self.device.cuda.record(self.done, self.device.stream)
+
+    def fetched(self, name: str) -> Array:
+        """A copy of an output, which belongs to the caller."""
+        place = self.places[name]
+        staged = self.tensors.staging[place.offset : place.offset + place.nbytes]
+        return staged.view(place.dtype).reshape(place.shape).astype(place.dtype_of_caller)
+
+    def _drop_graph(self) -> None:
+        if self._graph:
+            self.device.cuda.drop(self._graph)
+        self._graph = 0
+
+    def close(self) -> None:
+        self.device.cuda.synchronize(self.device.stream)
+        self._drop_graph()
+        for memory in (self.tensors, self.tables, self.streamed):
+            memory.free()
+        self.device.cuda.drop_event(self.uploaded)
+        self.device.cuda.drop_event(self.done)

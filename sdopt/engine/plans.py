@@ -1,0 +1,210 @@
+"""Engines on disk: what `sdopt build` made for a bundle, and whether it may be loaded here.
+
+    BUNDLE/engines/unet_step-3f2a9c01d4e5/
+        record.json     what the engine takes and gives, all that it was made from, sizes and hashes; signed
+        engine.plan
+
+An engine is code. So a record is signed (HMAC-SHA256) with a key that only this user's state folder has, and the
+engine's hash is checked before the first byte reaches a library: what came with somebody else's bundle is not loaded
+unless the caller trusts it. An engine that was made from something else than what is here now is stale; a sentence
+says what changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+from sdopt.bundle import Bundle, sha256
+from sdopt.errors import BackendError, BundleError
+from sdopt.specs import Profile, TensorSpec
+
+RECORD = "record.json"
+FOLDER = "engines"
+MAX_RECORD_BYTES = 1 << 20
+
+Environment = Callable[["Record"], Mapping[str, str]]  # what a record's environment would read here and now
+
+
+@dataclass(frozen=True)
+class Record:
+    """One engine: its component and backend, its tensors, and all that it was made from."""
+
+    component: str
+    backend: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    carry: Mapping[str, str]  # output -> the input that it becomes in the next call, on the device
+    profiles: tuple[Profile, ...]
+    environment: Mapping[str, str]  # library, GPU, driver: what must be the same where it runs
+    sources: Mapping[str, str]  # file of the bundle -> its SHA-256
+    options: Mapping[str, Any]  # every option of the build, by name
+    command: str  # what builds it again, but for its profiles
+    asked: tuple[str, ...] = ()  # its profiles as they are typed, in pictures and pixels
+    notes: Mapping[str, Any] = field(default_factory=lambda: dict[str, Any]())  # what was found in the finished engine
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: dict[str, Mapping[str, Any]]())
+
+    @property
+    def key(self) -> str:
+        """The folder's name: the component, and a digest of all that changes the engine."""
+        parts = [self.backend, str(dict(self.carry)), [str(p) for p in self.profiles]]
+        made_from = [parts, sorted(self.environment.items()), sorted(self.sources.items()), self.options]
+        text = json.dumps(made_from, sort_keys=True)
+        return f"{self.component}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+    @property
+    def again(self) -> str:
+        """The command that builds it again."""
+        return " ".join([self.command, *(f'--profile "{text}"' for text in self.asked)])
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **{k: v for k, v in vars(self).items() if k not in ("inputs", "outputs", "profiles")},
+            "inputs": [s.to_json() for s in self.inputs],
+            "outputs": [s.to_json() for s in self.outputs],
+            "profiles": [str(p) for p in self.profiles],
+        }
+
+    @staticmethod
+    def from_json(entry: Mapping[str, Any]) -> Record:
+        values: dict[str, Any] = dict(entry)
+        for kind in ("inputs", "outputs"):
+            values[kind] = tuple(map(TensorSpec.from_json, entry[kind]))
+        values["profiles"] = tuple(map(Profile.parse, entry["profiles"]))
+        values["asked"] = tuple(entry["asked"])
+        return Record(**values)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A record with the folder where it is, and whether this user signed it."""
+
+    folder: Path
+    record: Record
+    ours: bool
+
+    def checked(self, name: str) -> Path:
+        """The path of one file of the engine, after its size and hash were found to be those of the record."""
+        path, entry = self.folder / name, self.record.files[name]
+        if path.is_symlink() or not path.is_file() or path.stat().st_size != entry["bytes"]:
+            raise BackendError(f"{path} is missing, truncated or a link; build it again: {self.record.again}")
+        if sha256(path) != entry["sha256"]:
+            raise BackendError(f"{path} is damaged: its SHA-256 is another one; build it again: {self.record.again}")
+        return path
+
+
+def engines_folder(bundle: Bundle) -> Path:
+    """Where a bundle's engines are: in it, or, where it cannot be written, under this user's cache."""
+    inside = bundle.path / FOLDER
+    if inside.is_symlink():
+        raise BundleError(f"{inside} is a symbolic link; a bundle's engines are a plain folder. Remove the link.")
+    if inside.is_dir() or os.access(bundle.path, os.W_OK):
+        return inside
+    return user_folder("XDG_CACHE_HOME", ".cache") / FOLDER / bundle.digest
+
+
+def stored(bundle: Bundle, backend: str) -> list[Stored]:
+    """The engines of `backend` in a bundle, newest first; what is no readable record is passed over."""
+    found: list[Stored] = []
+    for path in engines_folder(bundle).glob(f"*/{RECORD}"):
+        entry = _read(path)
+        if entry is not None and entry[0].backend == backend:
+            found.append(Stored(path.parent, *entry))
+    return sorted(found, key=lambda s: (s.folder / RECORD).stat().st_mtime_ns, reverse=True)
+
+
+def find(bundle: Bundle, component: str, backend: str, environment: Environment, trust: bool = False) -> Stored:
+    """The newest engine of `component` that was made from what is here and now.
+
+    Raises: BackendError saying that there is none, or whose it is, or what changed, and the command that builds it.
+    """
+    build = f"sdopt build {bundle.path} --backend {backend}"
+    candidates = [s for s in stored(bundle, backend) if s.record.component == component]
+    if not candidates:
+        raise BackendError(f"{bundle.path} has no {backend} engine of {component}. Build it: {build}")
+    allowed = [s for s in candidates if trust or s.ours]
+    if not allowed:
+        raise BackendError(
+            f"{candidates[0].folder} was not built by you on this machine, and an engine is code. "
+            f"Build your own: {build}; or, if you know who built it, say so with --trust-engines (trust_engines=True)"
+        )
+    changes = [(s, changed(s.record, bundle, environment(s.record))) for s in allowed]
+    fresh = [s for s, change in changes if not change]
+    if not fresh:
+        newest, change = changes[0]
+        raise BackendError(f"the {backend} engine of {component} is stale: {change}. Build it: {newest.record.again}")
+    return fresh[0]
+
+
+def changed(record: Record, bundle: Bundle, environment: Mapping[str, str]) -> str:
+    """What is no longer as it was when the engine was built, as text; empty if nothing."""
+    files = {name: entry["sha256"] for name, entry in bundle.manifest["files"].items()}
+    told = [f"{name} is another file" for name, digest in record.sources.items() if files.get(name) != digest]
+    for name in {**record.environment, **environment}:
+        was, now = record.environment.get(name), environment.get(name)
+        if was != now:
+            told.append(f"{name} was {was}, is {now}")
+    return "; ".join(told)
+
+
+def built_components(bundle: Bundle, backend: str) -> tuple[str, ...]:
+    """The components that there are engines for, usable or not."""
+    return tuple(dict.fromkeys(s.record.component for s in stored(bundle, backend)))
+
+
+def write_record(folder: Path, record: Record, names: Sequence[str]) -> Record:
+    """Sign `record` and write it beside its finished files; the record with their sizes and hashes."""
+    files = {n: {"bytes": (folder / n).stat().st_size, "sha256": sha256(folder / n)} for n in names}
+    record = replace(record, files=files)
+    entry = json.loads(json.dumps(record.to_json()))
+    text = json.dumps({**entry, "signature": _signature(entry)}, indent=1, allow_nan=False)
+    (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+    return record
+
+
+def _read(path: Path) -> tuple[Record, bool] | None:
+    """(record, whether this user signed it) of a record file, or None if it is not one."""
+    if path.is_symlink() or path.parent.is_symlink() or path.stat().st_size > MAX_RECORD_BYTES:
+        return None
+    try:
+        entry = cast(dict[str, Any], json.loads(path.read_bytes()))
+        signature = entry.pop("signature")
+        return Record.from_json(entry), hmac.compare_digest(str(signature), _signature(entry))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def _signature(entry: Mapping[str, Any]) -> str:
+    text = json.dumps(entry, sort_keys=True, separators=(",", ":"))
+    return hmac.new(_key(), text.encode(), hashlib.sha256).hexdigest()
+
+
+def _key() -> bytes:
+    """This user's signing key, made when it is first needed."""
+    path = user_folder("XDG_STATE_HOME", ".local/state") / "engine-key"
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not path.exists():
+        with tempfile.NamedTemporaryFile(dir=path.parent) as stream:  # readable by its owner alone
+            stream.write(secrets.token_bytes(32))
+            stream.flush()
+            with suppress(FileExistsError):  # another process was first
+                os.link(stream.name, path)
+    key = path.read_bytes()
+    if len(key) != 32:
+        raise BackendError(f"{path} is not a signing key; remove it and build the engines again")
+    return key
+
+
+def user_folder(variable: str, below_home: str) -> Path:
+    """This user's folder of state or cache, as the XDG base directories name it."""
+    base = os.environ.get(variable) or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
+    return (Path(base) if base else Path.home() / below_home) / "sdopt"

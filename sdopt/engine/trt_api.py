@@ -1,0 +1,199 @@
+"""The one thin layer over TensorRT's Python bindings: 8.6, 10, 11 and TensorRT-RTX, told apart by what they have.
+
+Libraries are imported by name, features found with `hasattr`, enum members by name: their values differ between
+versions, and versions are never compared. `tests/engine/test_trt_api.py` holds every call made here and in
+`sdopt.build.trt_build` against what each version's bindings offer.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sdopt.engine.cuda import Cuda, Gpu
+from sdopt.errors import BackendError
+from sdopt.specs import Profile, TensorSpec
+
+LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # backend -> the module of its bindings
+DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64", "BOOL": "bool"}
+SEVERITIES = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")
+
+
+class TensorRT:
+    """One imported library with its logger, which must outlive all that it made."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        try:
+            self.trt: Any = importlib.import_module(LIBRARIES[backend])
+        except (ImportError, OSError) as error:  # a stub package or a library that does not load
+            raise BackendError(f"backend {backend!r}: {LIBRARIES[backend]} cannot be imported: {error}") from error
+        self.log = make_log(self.trt)
+        self.version = str(self.trt.__version__)
+
+    def runtime(self, cuda: Cuda) -> Any:
+        """A runtime on the GPU of `cuda`: without a driver its constructor would end the process."""
+        cuda.use()
+        runtime = self.trt.Runtime(self.log)
+        runtime.engine_host_code_allowed = True  # version-compatible plans carry a runtime; plans are signed
+        return runtime
+
+    def load(self, runtime: Any, plan: Any, what: str) -> LoadedPlan:
+        """The engine in the bytes of `plan`.
+
+        Raises: BackendError with what TensorRT logged.
+        """
+        self.log.lines.clear()
+        engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise BackendError(f"{what}: {self.backend} {self.version} cannot load the engine: {self.log.errors()}")
+        return LoadedPlan(self.trt, engine)
+
+    def stream_weights(self, loaded: LoadedPlan) -> None:
+        """Keep as many weights on the GPU as there is room for, and stream the others; before any context is made."""
+        engine = loaded.engine
+        if hasattr(engine, "get_weight_streaming_automatic_budget"):
+            engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
+        else:
+            engine.weight_streaming_budget = 0  # the library's own choice
+
+
+def make_log(trt: Any) -> Any:
+    """A logger that keeps the last lines instead of printing them."""
+    names = {int(getattr(trt.ILogger, name)): name for name in SEVERITIES}
+
+    class Log(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.lines: deque[tuple[str, str]] = deque(maxlen=2000)
+
+        def log(self, severity: Any, msg: str) -> None:
+            self.lines.append((names[int(severity)], msg))
+
+        def errors(self) -> str:
+            """The errors since the lines were cleared, as one text."""
+            return " | ".join(text for severity, text in self.lines if severity.endswith("ERROR")) or "no reason given"
+
+    return Log()
+
+
+@dataclass(frozen=True)
+class LoadedPlan:
+    """A deserialized engine: its tensors, its profiles and contexts to run it in."""
+
+    trt: Any
+    engine: Any
+
+    def names(self, inputs: bool) -> Iterator[str]:
+        """The tensors that go in, or that come out."""
+        for i in range(self.engine.num_io_tensors):
+            name = self.engine.get_tensor_name(i)
+            if (self.engine.get_tensor_mode(name).name == "INPUT") is inputs:
+                yield name
+
+    def dtype(self, name: str) -> str:
+        """NumPy's name of a tensor's type."""
+        return DTYPES[self.engine.get_tensor_dtype(name).name]
+
+    def profiles(self, specs: Sequence[TensorSpec]) -> tuple[Profile, ...]:
+        """The ranges of the named dimensions of `specs` in each profile of the engine."""
+        found: list[Profile] = []
+        for i in range(self.engine.num_optimization_profiles):
+            ranges: dict[str, tuple[int, int, int]] = {}
+            for spec in specs:
+                low, best, high = (tuple(s) for s in self.engine.get_tensor_profile_shape(spec.name, i))
+                for axis, name in enumerate(spec.shape):
+                    if isinstance(name, str):
+                        ranges[name] = (low[axis], best[axis], high[axis])
+            found.append(Profile(ranges))
+        return tuple(found)
+
+    def context(self) -> Context:
+        """A context without memory of its own.
+
+        Raises: BackendError if there is none, which means that memory is short.
+        """
+        if hasattr(self.trt, "ExecutionContextAllocationStrategy"):
+            context = self.engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        else:
+            context = self.engine.create_execution_context_without_device_memory()
+        if context is None:
+            raise BackendError("TensorRT makes no execution context for this engine: GPU memory is short")
+        return Context(self.engine, context)
+
+    def layers(self) -> str:
+        """What the engine's layers are, as JSON; empty where the library cannot tell."""
+        if not hasattr(self.engine, "create_engine_inspector"):
+            return ""
+        inspector = self.engine.create_engine_inspector()
+        return inspector.get_engine_information(self.trt.LayerInformationFormat.JSON)
+
+
+@dataclass(frozen=True)
+class Context:
+    """One execution context: a profile, shapes and addresses, and then `enqueue`."""
+
+    engine: Any
+    context: Any
+
+    def prepare(self, profile: int, shapes: Mapping[str, tuple[int, ...]], stream: int) -> int:
+        """Choose the profile and the shapes of all inputs; bytes of scratch memory that they need."""
+        done = self.context.set_optimization_profile_async(profile, stream)
+        for name, shape in shapes.items():
+            done = done and self.context.set_input_shape(name, shape)
+        if not done:
+            raise BackendError(f"TensorRT takes none of its profiles for {dict(shapes)}; build the engine again")
+        if hasattr(self.context, "update_device_memory_size_for_shapes"):
+            return int(self.context.update_device_memory_size_for_shapes())
+        size = getattr(self.engine, "device_memory_size_v2", None)
+        return int(self.engine.device_memory_size if size is None else size)
+
+    def scratch(self, address: int, nbytes: int) -> None:
+        """Use this scratch memory."""
+        if hasattr(self.context, "set_device_memory"):
+            self.context.set_device_memory(address, nbytes)
+        else:
+            self.context.device_memory = address
+
+    def bind(self, name: str, address: int) -> None:
+        """Read or write a tensor there."""
+        if not self.context.set_tensor_address(name, address):
+            raise BackendError(f"TensorRT refuses an address for {name!r}")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, once all inputs have theirs."""
+        return tuple(self.context.get_tensor_shape(name))
+
+    def capturable(self, stream: int) -> bool:
+        """Whether a run can become a graph, where the library can tell; elsewhere the capture itself tells."""
+        ask = getattr(self.context, "is_stream_capturable", None)
+        return ask is None or bool(ask(stream))
+
+    def enqueue(self, stream: int) -> None:
+        """Queue one run."""
+        if not self.context.execute_async_v3(stream):
+            raise BackendError("TensorRT did not queue the run; its log has the reason")
+
+
+def environment(lib: TensorRT, gpu: Gpu | None, options: Mapping[str, Any]) -> dict[str, str]:
+    """What an engine depends on beside its sources, as a build with these options records it.
+
+    An engine runs where its build's TensorRT, GPU and driver are. With `version_compatible` any build of the same major
+    version will do, with `hardware_compatible` any GPU from Ampere on. TensorRT-RTX compiles for the GPU when it loads.
+    """
+    version = lib.version.split(".")[0] + ".x" if options["version_compatible"] else lib.version
+    told = {lib.trt.__name__: version}
+    capabilities = getattr(lib.trt, "ComputeCapability", None)
+    if capabilities is not None:
+        known = [n[2:] for n in capabilities.__members__ if n.startswith("SM")]
+        takes = gpu is None or gpu.compute_capability.replace(".", "") in known
+        return {**told, "compute capability": " ".join(known) if takes or gpu is None else gpu.compute_capability}
+    if gpu is None:
+        raise BackendError(f"{lib.trt.__name__} builds engines on the GPU that will run them, and there is none here")
+    told["driver"] = f"CUDA {gpu.driver // 1000}"
+    if options["hardware_compatible"] and float(gpu.compute_capability) >= 8:
+        return {**told, "GPU": "Ampere or newer"}
+    return {**told, "GPU": gpu.name, "compute capability": gpu.compute_capability}

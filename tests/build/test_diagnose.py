@@ -1,0 +1,68 @@
+"""A layer that leaves float32 is named, and leaving it alone helps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sdopt.build import graph
+from sdopt.build.diagnose import diagnose
+from sdopt.bundle import write_manifest
+from tests.build.common import SIZES, inputs_of
+from tests.build.test_half import UNET, WEIGHT, reweigh
+from tests.conftest import EMOJI_BUNDLE, sdopt
+
+
+@pytest.fixture(scope="module")
+def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The emoji model with one convolution sixty thousand times as strong: the norm behind it makes up for that."""
+    folder = tmp_path_factory.mktemp("overflow") / "bundle"
+    shutil.copytree(EMOJI_BUNDLE, folder)
+    model = graph.load(UNET)
+    reweigh(model, WEIGHT, lambda array: array * 6e4)
+    graph.save(model, folder / "unet.onnx")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").unlink()
+    write_manifest(folder, {k: v for k, v in manifest.items() if k not in ("files", "format_version")})
+    return folder
+
+
+def test_the_layer_that_overflows_is_the_first_and_the_worst(overflowing: Path) -> None:
+    found = diagnose(overflowing / "unet.onnx", inputs_of(UNET, SIZES))
+    assert found.first is not None
+    assert found.first == found.worst(1)[0]
+    assert (found.first.operator, found.first.output, found.first.island) == ("Conv", "conv2d_4", "node_conv2d_4")
+    assert found.first.db == float("-inf")
+    assert found.first.largest > 65504
+    assert found.first.before_db > 60
+    assert found.outputs["noise_pred"] == float("-inf")
+
+
+def test_with_the_named_islands_nothing_is_lost(overflowing: Path) -> None:
+    names = ["node_conv2d_4", "node_add_263", "node_group_norm_3"]
+    found = diagnose(overflowing / "unet.onnx", inputs_of(UNET, SIZES), islands=names)
+    assert found.first is None
+    assert found.outputs["noise_pred"] > 55
+    assert found.worst(1)[0].drop < 40
+
+
+def test_the_command_names_the_layer(overflowing: Path, tmp_path: Path) -> None:
+    done = sdopt("diagnose", overflowing, "--component", "unet", "--latent", 8)
+    assert done.returncode == 5, done.stderr
+    assert "first below 40 dB: Conv conv2d_4 is not finite, after " in done.stdout
+    assert "--island 'node_conv2d_4'" in done.stdout
+    done = sdopt("diagnose", "--component", "vae_encoder", "--latent", 4, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["outputs"]["mean"] > 60
+
+
+def test_a_wrong_argument_of_the_command_is_named() -> None:
+    done = sdopt("diagnose", "--component", "unets")
+    assert done.returncode == 3
+    assert "has no component 'unets'; it has unet" in done.stderr
+    done = sdopt("diagnose", "--latent", 0)
+    assert done.returncode == 2
+    assert "--latent 0; allowed are whole numbers from 1" in done.stderr

@@ -1,0 +1,306 @@
+"""From a bundle to engines: recipes and profiles, the cache of finished engines, and real builds with TensorRT-RTX."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sdopt
+from sdopt.build import plan as plans
+from sdopt.build.plan import Options, build
+from sdopt.build.recipe import Part, part_profile, read_recipe, user_profiles
+from sdopt.build.trt_build import Builder, meaning
+from sdopt.bundle import Bundle
+from sdopt.engine.plans import stored
+from sdopt.engine.trt_api import TensorRT
+from sdopt.errors import BackendError, UsageError
+from tests.conftest import EMOJI_BUNDLE, edit_manifest
+from tests.conftest import sdopt as command
+
+RTX = pytest.mark.skipif(
+    __import__("importlib").util.find_spec("tensorrt_rtx") is None,
+    reason='TensorRT-RTX is not installed: pip install "sdopt[tensorrt-rtx]"',
+)
+SMALL = "batch=1 height=64 width=64"
+
+
+@pytest.fixture(autouse=True)
+def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@pytest.fixture
+def bundle(bundle_copy: Path) -> Bundle:
+    return Bundle.open(bundle_copy, verify=False)
+
+
+@pytest.fixture
+def emoji() -> Bundle:
+    return Bundle.open(EMOJI_BUNDLE, verify=False)
+
+
+def names(bundle: Bundle, *asked: str) -> list[str]:
+    return [part.name for part in read_recipe().chosen(bundle, asked or None)]
+
+
+def test_a_bundle_becomes_the_engines_that_it_runs_with(bundle: Bundle) -> None:
+    assert names(bundle) == ["unet_step", "text_encoder", "vae_decoder", "vae_encoder"]
+    assert names(bundle, "unet", "vae_decoder") == ["unet", "vae_decoder"]
+    edit_manifest(bundle.path, defaults={**bundle.manifest["defaults"], "guidance_scale": 0.0})
+    assert "unet_step_alone" in names(Bundle.open(bundle.path, verify=False))
+    with pytest.raises(UsageError, match="component 'unett': this bundle becomes unet, "):
+        names(bundle, "unett")
+
+
+def test_a_profile_is_typed_in_pixels_and_completed_with_the_bundles_own_sizes(emoji: Bundle) -> None:
+    (own,) = user_profiles(emoji, read_recipe(), [], static=False)
+    assert str(own) == "batch=1:1:4 tokens=32 height=128 width=128"
+    (given,) = user_profiles(emoji, read_recipe(), ["batch=1:2:4 height=64:128:256 tokens=32:32:64"], static=False)
+    (fixed,) = user_profiles(emoji, read_recipe(), ["batch=1:2:4 height=64:128:256"], static=True)
+    assert str(fixed) == "batch=2 tokens=32 height=128 width=128"
+    ranges = {
+        part.name: str(part_profile(emoji, part, emoji.component(part.graph).inputs, given))
+        for part in read_recipe().parts.values()
+        if part.graph in emoji.components
+    }
+    assert ranges["unet_step"] == "batch=1:2:4 tokens=32:32:64 latent_height=8:16:32 latent_width=16"
+    assert ranges["unet"] == "batch=1:4:8 tokens=32:32:64 latent_height=8:16:32 latent_width=16"
+    assert ranges["text_encoder"] == "batch=1:4:16 tokens=32"  # two chunks of 4 pictures, with and without the prompt
+    assert ranges["vae_encoder"] == "batch=1:2:4 height=64:128:256 width=128"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batch=4:1:1", "batch=4:1:1; allowed is 1 <= smallest <= best <= largest"),
+        ("heigth=64", "heigth is unknown; there are batch, height, width, tokens"),
+        ("height=60:64:64", "height must be in multiples of 8 pixels"),
+        ("batch", r"'batch' is not NAME=SMALLEST:BEST:LARGEST or NAME=LENGTH"),
+        ("batch=1 batch=2", "each name once"),
+    ],
+)
+def test_a_wrong_profile_is_named(emoji: Bundle, text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        user_profiles(emoji, read_recipe(), [text], static=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "fp8"}, "precision 'fp8'; allowed are fp"),
+        ({"opt_level": 6}, "opt_level = 6; allowed are 0 to 5"),
+        ({"workspace": 3}, "workspace = 3 bytes; allowed is a MiB or more"),
+    ],
+)
+def test_a_wrong_option_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Options(**options)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "profile = 3", "profile = 'batch=1'\n[engine.unet]\ngraph = 'unet'\nfues = 1", "["]
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "recipe.toml").write_text(text)
+    with pytest.raises(UsageError, match="recipe"):
+        read_recipe(tmp_path / "recipe.toml")
+
+
+def test_what_is_unsafe_in_half_stays_float32(bundle: Bundle) -> None:
+    edit_manifest(bundle.path, float16_unsafe=["vae_decoder"])
+    unsafe = Bundle.open(bundle.path, verify=False)
+    precisions = {
+        p.name: plans._for_part(Options(), p, unsafe)["precision"] for p in read_recipe().chosen(unsafe, None)
+    }
+    assert precisions == {"unet_step": "fp16", "text_encoder": "fp16", "vae_decoder": "fp32", "vae_encoder": "fp16"}
+    assert plans._for_part(Options(), Part("unet", "unet", precision="bf16"), unsafe)["precision"] == "bf16"
+
+
+def test_tensorrts_errors_are_told_in_plain_words() -> None:
+    told = meaning("[optimizer.cpp::computeCosts] Could not find any implementation for node {ForeignNode[a...b]}")
+    assert told.startswith("no kernel fits into the memory that it may use")
+    assert "ForeignNode" in told
+    assert meaning("something new") == "something new"
+
+
+def test_a_plan_that_is_not_half_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "plan").write_bytes(b"x")
+    plans._check_half("unet", "fp16", {"HALF": 9, "FLOAT": 3}, tmp_path / "plan", 1)
+    plans._check_half("unet", "fp32", {"FLOAT": 9}, tmp_path / "plan", 1)
+    with pytest.raises(BackendError, match=r"unet: asked for fp16, but its layers are .*FLOAT"):
+        plans._check_half("unet", "fp16", {"HALF": 2, "FLOAT": 9}, tmp_path / "plan", 1)
+    with (tmp_path / "plan").open("wb") as stream:
+        stream.truncate(400 << 20)
+    with pytest.raises(BackendError, match=r"the plan has 419.43 MB for 209.72 MB of weights"):
+        plans._check_half("unet", "fp16", {"HALF": 9}, tmp_path / "plan", 200 << 20)
+
+
+def test_the_inspectors_types_are_counted() -> None:
+    layers = """{"Layers": [{"Inputs": [{"Name": "x", "Format/Datatype": "Row major linear FP32"}],
+        "Outputs": [{"Name": "Half", "Format/Datatype": "Half"}, {"Format/Datatype": "Channel major FP16 format"}]}]}"""
+    assert plans.inspected(layers) == {"HALF": 2, "FLOAT": 1}
+    assert plans.inspected("") == {}
+
+
+# ---- engines for ONNX Runtime: derived graphs, which need no other library
+
+
+def test_engines_for_onnx_runtime_make_the_same_picture_with_its_tensors_bound(bundle: Bundle) -> None:
+    options: dict[str, Any] = {"seed": 3, "num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent"}
+    options |= {"height": 64, "width": 64, "sampler": "dpmpp_2m_sde"}
+    with sdopt.load(bundle.path, backend="ort:cpu", threads=1) as pipe:
+        expected = pipe("a red apple", **options).images
+    lines: list[str] = []
+    (folder,) = build(bundle, "ort", components=["unet_step"], options=Options(precision="fp32"), report=lines.append)
+    assert sorted(p.name for p in folder.iterdir()) == ["graph.onnx", "graph.onnx.data", "record.json"]
+    with sdopt.load(bundle.path, backend="ort:cpu", threads=1) as pipe:
+        found = pipe("a red apple", **options).images
+        assert set(pipe._engines) == {"text_encoder", "unet_step"}
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+    build(bundle, "ort", components=["unet_step"], options=Options(precision="fp32"), report=lines.append)
+    assert lines[-1] == f"unet_step: already built, {folder}"
+
+
+def test_a_stale_engine_is_built_again_with_a_sentence_and_removed(bundle: Bundle) -> None:
+    (old,) = build(bundle, "ort", components=["vae_encoder"], report=lambda line: None)
+    with (bundle.path / "vae_encoder.onnx").open("ab") as stream:
+        stream.write(b"\n")
+    files = {**bundle.manifest["files"]}
+    files["vae_encoder.onnx"] = {"bytes": files["vae_encoder.onnx"]["bytes"] + 1, "sha256": "1" * 64}
+    changed = replace(bundle, manifest={**bundle.manifest, "files": files})
+    shutil.copy(EMOJI_BUNDLE / "vae_encoder.onnx", bundle.path)
+    lines: list[str] = []
+    (new,) = build(changed, "ort", components=["vae_encoder"], report=lines.append)
+    assert "vae_encoder: built again, because vae_encoder.onnx is another file" in lines[0]
+    assert new != old
+    assert new.exists()
+    assert not old.exists()
+
+
+def test_a_damaged_engine_is_built_again(bundle: Bundle) -> None:
+    (folder,) = build(bundle, "ort", components=["vae_encoder"], report=lambda line: None)
+    (folder / "graph.onnx.data").write_bytes(b"")
+    lines: list[str] = []
+    build(bundle, "ort", components=["vae_encoder"], report=lines.append)
+    assert "vae_encoder: built again, because" in lines[0]
+    assert (folder / "graph.onnx.data").stat().st_size
+
+
+def _build_slowly(path: Path, told: Any) -> None:
+    build(Bundle.open(path, verify=False), "ort", components=["vae_encoder"], report=told.put)
+
+
+def test_two_processes_build_an_engine_once(bundle: Bundle) -> None:
+    context = multiprocessing.get_context("spawn")
+    told = context.Queue()
+    processes = [context.Process(target=_build_slowly, args=(bundle.path, told)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    lines = [told.get(timeout=120) for _ in range(2)]
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    while not told.empty():
+        lines.append(told.get())
+    assert sum("already built" in line for line in lines) == 1
+    assert len(stored(bundle, "ort")) == 1
+    assert not list((bundle.path / "engines").glob(".*tmp*"))
+
+
+def test_a_build_that_fails_leaves_nothing(bundle: Bundle) -> None:
+    part = replace(read_recipe().parts["vae_encoder"], islands=("nothing matches this",))
+    recipe = replace(read_recipe(), parts={"vae_encoder": part})
+    with pytest.raises(UsageError, match="nothing matches this"):
+        build(bundle, "ort", recipe=recipe, report=lambda line: None)
+    assert not [p for p in (bundle.path / "engines").iterdir() if not p.name.endswith(".lock")]
+
+
+def test_a_backend_that_builds_nothing_or_has_no_gpu_says_so(bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match="backend 'openvino' builds no engines; these do: "):
+        build(bundle, "openvino")
+    with pytest.raises(BackendError, match="cuda-bindings|NVIDIA driver|GPU|tensorrt"):
+        build(bundle, "tensorrt", report=lambda line: None)
+
+
+# ---- TensorRT-RTX: real builds, without a GPU
+
+
+@RTX
+@pytest.mark.parametrize("component", ["text_encoder", "vae_decoder", "unet_step"])
+def test_tensorrt_rtx_builds_it_in_half(bundle: Bundle, component: str) -> None:
+    phases: list[str] = []
+    (folder,) = build(
+        bundle, "tensorrt-rtx", components=[component], profiles=[SMALL], options=Options(opt_level=0),
+        report=lambda line: None, progress=lambda phase, done, of: phases.append(phase),
+    )  # fmt: skip
+    (found,) = stored(bundle, "tensorrt-rtx")
+    assert found.folder == folder
+    assert found.ours
+    assert sorted(p.name for p in folder.iterdir()) == ["engine.plan", "record.json"]
+    layers = found.record.notes["layers"]
+    assert layers["HALF"] > 3 * layers.get("FLOAT", 0)
+    assert phases
+    if component == "unet_step":
+        assert found.record.carry == {"next_sample": "sample", "next_history": "history"}
+        assert "negative_encoder_hidden_states" in {s.name for s in found.record.inputs}
+
+
+@RTX
+def test_float32_attention_builds_too_and_several_profiles_are_one_engine(bundle: Bundle) -> None:
+    build(
+        bundle, "tensorrt-rtx", components=["text_encoder"], profiles=["batch=1", "batch=2:4:4"],
+        options=Options(precision="fp32", opt_level=0), report=lambda line: None,
+    )  # fmt: skip
+    (found,) = stored(bundle, "tensorrt-rtx")
+    assert [str(p) for p in found.record.profiles] == ["batch=1:2:2 tokens=32", "batch=2:8:8 tokens=32"]
+    assert found.record.notes["layers"]["FLOAT"]
+
+
+@RTX
+def test_what_cannot_be_built_says_why_and_leaves_nothing(bundle: Bundle) -> None:
+    options = Options(refit=True, opt_level=0)
+    with pytest.raises(BackendError, match=r"text_encoder|graph: tensorrt-rtx .* builds no engine"):
+        build(bundle, "tensorrt-rtx", components=["text_encoder"], options=options, report=lambda line: None)
+    assert stored(bundle, "tensorrt-rtx") == []
+
+
+@RTX
+def test_a_broken_graph_names_its_node(tmp_path: Path) -> None:
+    (tmp_path / "bad.onnx").write_bytes(b"no graph")
+    builder = Builder(TensorRT("tensorrt-rtx"), {"workspace": None}, None)
+    with pytest.raises(BackendError, match="bad: tensorrt-rtx .* cannot parse it"):
+        builder.build(tmp_path / "bad.onnx", tmp_path / "plan", [], [])
+    assert builder.unsupported(["Attention", "Conv", "NoSuchOperator"]) == ["NoSuchOperator"]
+
+
+@RTX
+def test_the_command_builds_and_then_finds_what_it_built(bundle: Bundle, user: Path) -> None:
+    arguments = ["build", bundle.path, "--backend", "tensorrt-rtx", "--component", "vae_encoder", "--opt-level", "0"]
+    arguments += ["--profile", SMALL]
+    first, again = command(*arguments), command(*arguments)
+    assert first.returncode == again.returncode == 0, first.stderr
+    assert first.stdout == again.stdout
+    assert "building, fp16, batch=1 height=64 width=64" in first.stderr
+    assert "already built" in again.stderr
+    assert stored(bundle, "tensorrt-rtx")[0].record.again.endswith('--profile "batch=1 tokens=32 height=64 width=64"')
+
+
+def test_the_command_refuses_what_is_wrong(bundle: Bundle) -> None:
+    done = command("build", bundle.path, "--backend", "tensorrt", "--precision", "fp8")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "precision 'fp8'" in done.stderr
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers() -> Iterator[None]:
+    yield
+    assert not (EMOJI_BUNDLE / "engines").exists()

@@ -1,0 +1,148 @@
+"""What is missing for CUDA is told apart, errors by what can still be done, and every call is made as the API asks."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sdopt.engine import cuda
+from sdopt.engine.cuda import CaptureError, CudaError, LostContextError, OutOfMemoryError, check, open_cuda
+from sdopt.errors import BackendError
+
+CONSTANTS = {
+    "cudaMemcpyKind": SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3),
+    "cudaStreamCaptureMode": SimpleNamespace(cudaStreamCaptureModeThreadLocal=1),
+    "cudaStreamNonBlocking": 1,
+    "cudaEventDisableTiming": 2,
+}
+
+
+class Runtime:
+    """cuda.bindings.runtime as it answers here: a tuple of a status and the values."""
+
+    def __init__(self, driver: int = 13000, devices: int = 1, status: int = 0, **answers: Any) -> None:
+        self.driver, self.devices, self.status, self.answers = driver, devices, status, answers
+        self.calls: list[tuple[Any, ...]] = []
+        self.__dict__ |= CONSTANTS
+
+    def cudaDriverGetVersion(self) -> tuple[int, int]:  # noqa: N802
+        return 0, self.driver
+
+    def cudaRuntimeGetVersion(self) -> tuple[int, int]:  # noqa: N802
+        return 0, 13050
+
+    def cudaGetDeviceCount(self) -> tuple[int, int]:  # noqa: N802
+        return self.status, self.devices
+
+    def cudaGetErrorString(self, status: int) -> tuple[int, bytes]:  # noqa: N802
+        return 0, b"told by the driver"
+
+    def cudaGetDeviceProperties(self, index: int) -> tuple[int, Any]:  # noqa: N802
+        return 0, SimpleNamespace(name=b"NVIDIA H200", major=9, minor=0, totalGlobalMem=150 << 30)
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any) -> Any:
+            self.calls.append((name, *args))
+            answer = self.answers.get(name, 0)
+            return answer if isinstance(answer, tuple) else (answer,)
+
+        return call
+
+
+@pytest.mark.parametrize(
+    ("runtime", "message"),
+    [
+        (Runtime(driver=0), "there is no NVIDIA driver.*--backend ort"),
+        (Runtime(driver=12080), r"offers CUDA 12.8, cuda-bindings needs 13.0 or newer: .*cuda-bindings<13"),
+        (Runtime(devices=0, status=100), "shows no GPU to this process; see CUDA_VISIBLE_DEVICES"),
+        (Runtime(devices=0), "shows no GPU to this process"),
+        (Runtime(status=999), "cudaGetDeviceCount: CUDA error 999, told by the driver"),
+    ],
+    ids=["driver", "old", "hidden", "none", "other"],
+)
+def test_each_lack_has_its_own_sentence(runtime: Runtime, message: str) -> None:
+    with pytest.raises(BackendError, match=message):
+        open_cuda(runtime=runtime)
+
+
+def test_a_gpu_that_is_not_there_is_refused_by_its_number() -> None:
+    with pytest.raises(BackendError, match="there is no GPU 2; this process sees 1"):
+        open_cuda(2, Runtime())
+
+
+def test_without_cuda_bindings_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "cuda.bindings.runtime", None)
+    with pytest.raises(BackendError, match="pip install cuda-bindings"):
+        open_cuda()
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [(2, OutOfMemoryError), (900, CaptureError), (1, CudaError), *((c, LostContextError) for c in cuda.POISONED)],
+)
+def test_an_error_says_what_can_still_be_done(code: int, kind: type[CudaError]) -> None:
+    with pytest.raises(CudaError, match=f"cudaThis: CUDA error {code}, told by the driver") as caught:
+        check(Runtime(), (code, None), "cudaThis")
+    assert type(caught.value) is kind
+    if kind is LostContextError:
+        assert "start a new one" in str(caught.value)
+
+
+def test_the_gpu_is_described() -> None:
+    gpu = open_cuda(runtime=Runtime()).gpu
+    assert (gpu.name, gpu.compute_capability, gpu.driver) == ("NVIDIA H200", "9.0", 13000)
+
+
+def test_calls_are_made_as_the_api_asks() -> None:
+    runtime = Runtime(
+        cudaStreamCreateWithFlags=(0, 7), cudaMalloc=(0, 4096), cudaMemGetInfo=(0, 5, 9),
+        cudaEventCreateWithFlags=(0, 8),        cudaStreamEndCapture=(0, 11), cudaGraphInstantiate=(0, 12),
+    )  # fmt: skip
+    gpu = open_cuda(runtime=runtime)
+    stream, event = gpu.stream(), gpu.event()
+    array = np.zeros(4, np.float32)
+    runtime.calls.clear()
+    assert gpu.malloc(100) == 4096
+    gpu.upload(4096, array, stream)
+    gpu.download(array, 4096, stream)
+    gpu.copy(1, 2, 3, stream)
+    gpu.clear(4096, 16, stream)
+    graph = gpu.capture(lambda: gpu.record(event, stream), stream)
+    gpu.launch(graph, stream)
+    gpu.wait(event)
+    gpu.synchronize(stream)
+    assert gpu.memory() == (5, 9)
+    gpu.drop(graph)
+    gpu.free(4096)
+    host = array.ctypes.data
+    assert runtime.calls == [
+        ("cudaMalloc", 100), ("cudaMemcpyAsync", 4096, host, 16, 1, 7), ("cudaMemcpyAsync", host, 4096, 16, 2, 7),
+        ("cudaMemcpyAsync", 1, 2, 3, 3, 7), ("cudaMemsetAsync", 4096, 0, 16, 7), ("cudaStreamBeginCapture", 7, 1),
+        ("cudaEventRecord", 8, 7), ("cudaStreamEndCapture", 7), ("cudaGraphInstantiate", 11, 0),
+        ("cudaGraphDestroy", 11), ("cudaGraphUpload", 12, 7), ("cudaGraphLaunch", 12, 7), ("cudaEventSynchronize", 8),
+        ("cudaStreamSynchronize", 7), ("cudaMemGetInfo",), ("cudaGraphExecDestroy", 12), ("cudaFree", 4096),
+    ]  # fmt: skip
+
+
+def test_a_capture_that_fails_leaves_capture_again() -> None:
+    runtime = Runtime(cudaStreamCreateWithFlags=(0, 7), cudaMemcpyAsync=900)
+    gpu = open_cuda(runtime=runtime)
+    stream = gpu.stream()
+    with pytest.raises(CaptureError):
+        gpu.capture(lambda: gpu.copy(1, 2, 3, stream), stream)
+    assert ("cudaStreamEndCapture", 7) in runtime.calls
+
+
+def test_the_real_bindings_have_every_call_that_we_make() -> None:
+    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
+    import ast
+    from pathlib import Path
+
+    tree = ast.parse(Path(cuda.__file__).read_text())
+    names = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and str(n.value).startswith("cuda")}
+    names = {n for n in names if n.isidentifier() and n != "cuda"}
+    assert len(names) > 20
+    assert not [name for name in names if not hasattr(runtime, name)]

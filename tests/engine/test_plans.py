@@ -1,0 +1,174 @@
+"""Engines on disk: whose they are, what they were made from, and that nothing else reaches a library."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sdopt.bundle import Bundle, new_folder
+from sdopt.engine.plans import RECORD, Record, built_components, engines_folder, find, stored, write_record
+from sdopt.errors import BackendError, BundleError
+from sdopt.specs import Profile
+
+HERE = {"tensorrt": "10.13.3.9", "GPU": "Fake GPU", "driver": "CUDA 13"}
+PLAN = b"a plan"
+
+
+@pytest.fixture(autouse=True)
+def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Another user's home for each test."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@pytest.fixture
+def bundle(bundle_copy: Path) -> Bundle:
+    return Bundle.open(bundle_copy, verify=False)
+
+
+def put(bundle: Bundle, **changes: object) -> Path:
+    component = bundle.component("unet")
+    record = Record(
+        component="unet", backend="tensorrt", inputs=component.inputs, outputs=component.outputs, carry={},
+        profiles=(Profile.parse("batch=1:1:4"),), environment=HERE, options={"precision": "fp16"},
+        sources={"unet.onnx": bundle.manifest["files"]["unet.onnx"]["sha256"]},
+        command="sdopt build BUNDLE --backend tensorrt", asked=("batch=1:1:4 height=128",),
+    )  # fmt: skip
+    record = replace(record, **changes)
+    with new_folder(engines_folder(bundle) / record.key) as folder:
+        (folder / "engine.plan").write_bytes(PLAN)
+        write_record(folder, record, ["engine.plan"])
+    return engines_folder(bundle) / record.key
+
+
+def looked_up(bundle: Bundle, trust: bool = False, **changes: str) -> Path:
+    return find(bundle, "unet", "tensorrt", lambda record: {**HERE, **changes}, trust).checked("engine.plan")
+
+
+def test_an_engine_of_this_user_for_this_machine_is_found_and_its_record_survives(bundle: Bundle) -> None:
+    folder = put(bundle)
+    assert looked_up(bundle).read_bytes() == PLAN
+    assert folder.name.startswith("unet-")
+    (found,) = stored(bundle, "tensorrt")
+    assert (found.record.key, found.ours) == (folder.name, True)
+    assert built_components(bundle, "tensorrt") == ("unet",)
+    assert built_components(bundle, "tensorrt-rtx") == ()
+
+
+def test_engines_lie_beside_the_bundle_and_do_not_change_it(bundle: Bundle) -> None:
+    digest = bundle.digest
+    put(bundle)
+    assert Bundle.open(bundle.path).digest == digest
+
+
+def test_the_newest_engine_is_taken(bundle: Bundle) -> None:
+    put(bundle)
+    newer = put(bundle, options={"precision": "fp32"})
+    assert looked_up(bundle).parent == newer
+
+
+def test_without_an_engine_the_command_that_builds_one_is_named(bundle: Bundle) -> None:
+    with pytest.raises(
+        BackendError, match=r"has no tensorrt engine of unet. Build it: sdopt build .* --backend tensorrt"
+    ):
+        looked_up(bundle)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"tensorrt": "11.4.0.106"}, "tensorrt was 10.13.3.9, is 11.4.0.106"),
+        (
+            {"GPU": "NVIDIA H200", "driver": "CUDA 14"},
+            "GPU was Fake GPU, is NVIDIA H200; driver was CUDA 13, is CUDA 14",
+        ),
+    ],
+)
+def test_a_stale_engine_says_what_changed(bundle: Bundle, changes: dict[str, str], told: str) -> None:
+    put(bundle)
+    with pytest.raises(BackendError, match=f'stale: {told}. Build it: .* --profile "batch=1:1:4 height=128"'):
+        looked_up(bundle, **changes)
+
+
+def test_an_engine_of_other_weights_is_stale(bundle: Bundle) -> None:
+    put(bundle, sources={"unet.onnx": "0" * 64})
+    with pytest.raises(BackendError, match="stale: unet.onnx is another file"):
+        looked_up(bundle)
+
+
+def test_somebody_elses_engine_is_loaded_only_when_it_is_trusted(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(bundle)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another"))
+    with pytest.raises(BackendError, match=r"was not built by you .* an engine is code.*--trust-engines"):
+        looked_up(bundle)
+    assert looked_up(bundle, trust=True).read_bytes() == PLAN
+
+
+def test_a_record_that_was_changed_is_nobodys(bundle: Bundle) -> None:
+    path = put(bundle) / RECORD
+    entry = json.loads(path.read_text())
+    entry["environment"]["GPU"] = "NVIDIA H200"
+    path.write_text(json.dumps(entry))
+    with pytest.raises(BackendError, match="not built by you"):
+        looked_up(bundle, GPU="NVIDIA H200")
+
+
+@pytest.mark.parametrize("damage", [b"another", b"a plam"], ids=["truncated", "flipped"])
+def test_a_damaged_engine_never_reaches_the_library(bundle: Bundle, damage: bytes) -> None:
+    (put(bundle) / "engine.plan").write_bytes(damage)
+    for trust in (False, True):
+        with pytest.raises(BackendError, match="build it again"):
+            looked_up(bundle, trust=trust)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"signature": 1, "component": "unet"}', "[" * 100000], ids=range(5))
+def test_what_is_no_record_is_passed_over(bundle: Bundle, text: str) -> None:
+    good = put(bundle)
+    bad = engines_folder(bundle) / "unet-0"
+    bad.mkdir()
+    (bad / RECORD).write_text(text)
+    assert looked_up(bundle).parent == good
+
+
+def test_links_are_not_followed(bundle: Bundle, tmp_path: Path) -> None:
+    folder = put(bundle)
+    elsewhere = tmp_path / "elsewhere"
+    (folder / "engine.plan").rename(elsewhere)
+    (folder / "engine.plan").symlink_to(elsewhere)
+    with pytest.raises(BackendError, match="a link"):
+        looked_up(bundle)
+    engines_folder(bundle).rename(tmp_path / "engines")
+    (bundle.path / "engines").symlink_to(tmp_path / "engines")
+    with pytest.raises(BundleError, match="symbolic link"):
+        looked_up(bundle)
+
+
+def test_a_bundle_that_cannot_be_written_keeps_its_engines_in_the_users_cache(
+    bundle: Bundle, user: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert put(bundle).is_relative_to(user / "cache")
+    assert looked_up(bundle).read_bytes() == PLAN
+
+
+def test_all_that_changes_an_engine_changes_its_key(bundle: Bundle) -> None:
+    keys = {
+        put(bundle, **change).name
+        for change in (
+            {}, {"backend": "tensorrt-rtx"}, {"profiles": (Profile.parse("batch=1:1:2"),)}, {"carry": {"a": "b"}},
+            {"environment": {**HERE, "driver": "CUDA 12"}}, {"sources": {"unet.onnx": "1"}},
+            {"options": {"precision": "bf16"}},
+        )
+    }  # fmt: skip
+    assert len(keys) == 7
+
+
+def test_the_key_of_a_user_is_readable_by_nobody_else(bundle: Bundle, user: Path) -> None:
+    put(bundle)
+    assert (user / "state/sdopt/engine-key").stat().st_mode & 0o077 == 0
