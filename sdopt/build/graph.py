@@ -121,9 +121,17 @@ def converted(tensor: ir.TensorProtocol, dtype: ir.DataType, name: str) -> ir.Te
 
     def convert() -> ir.TensorProtocol:
         with np.errstate(over="ignore"):
-            return ir.Tensor(tensor.numpy().astype(dtype.numpy()), dtype=dtype, name=name)
+            array = tensor.numpy().astype(dtype.numpy())
+        release(tensor)
+        return ir.Tensor(array, dtype=dtype, name=name)
 
     return ir.LazyTensor(convert, dtype, cast(ir.Shape, tensor.shape), name=name)
+
+
+def release(tensor: ir.TensorProtocol) -> None:
+    """Let go of the part of the weights' file that was read; no array of it may be in use any more."""
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()
 
 
 class Writer:

@@ -35,6 +35,7 @@ from sdopt.build.graph import (
     is_float,
     name_of,
     redirect,
+    release,
     weights,
 )
 from sdopt.errors import UsageError, choices
@@ -174,12 +175,12 @@ def _outside(model: ir.Model, kept: dict[str, str]) -> tuple[dict[str, float], t
         tensor = value.const_value
         if tensor is None or tensor.dtype not in (F32, BF16) or not value.uses():
             continue
-        array = np.asarray(tensor.numpy(), np.float32)
-        largest = float(np.abs(array[np.isfinite(array)]).max(initial=0.0))
-        vanishes = array.size == 1 and 0 < largest < SMALLEST
-        if array.size == 1 and array.item() <= MINUS_INFINITY:
+        least, largest = _extremes(tensor)
+        release(tensor)
+        vanishes = tensor.size == 1 and 0 < largest < SMALLEST
+        if tensor.size == 1 and least <= MINUS_INFINITY:
             clamped.append(name_of(value))
-            value.const_value = ir.Tensor(np.full(array.shape, -LARGEST, np.float32), name=value.name)
+            value.const_value = ir.Tensor(np.full(tensor.shape.numpy(), -LARGEST, np.float32), name=value.name)
         elif largest >= LARGEST + 16 or vanishes:  # LARGEST + 16 is where rounding goes to infinity
             readers = [user for user, index in value.uses() if index not in FLOAT32_INPUTS.get(user.op_type, ())]
             fresh = [name_of(user) for user in readers if name_of(user) not in kept]
@@ -187,6 +188,17 @@ def _outside(model: ir.Model, kept: dict[str, str]) -> tuple[dict[str, float], t
                 outside[name_of(value)] = largest
             kept.update((name, f"its weight {name_of(value)} has {largest:.3g}") for name in fresh)
     return outside, tuple(clamped)
+
+
+def _extremes(tensor: ir.TensorProtocol) -> tuple[float, float]:
+    """(least number, largest absolute value that is finite)."""
+    array = np.asarray(tensor.numpy(), np.float32)
+    if array.size == 0:
+        return 0.0, 0.0
+    low, high = float(array.min()), float(array.max())
+    if np.isfinite(low) and np.isfinite(high):
+        return low, max(-low, high)
+    return low, float(np.abs(array[np.isfinite(array)]).max(initial=0.0))
 
 
 def _matching(model: ir.Model, patterns: Collection[str]) -> set[str]:

@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sdopt.errors import BackendError
+
 PRECISIONS = {"fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -26,9 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    try:
+        from sdopt.build.diagnose import diagnose, example, sizes_of
+    except ImportError as error:
+        raise BackendError(f'{error}; pip install "sdopt[build,cpu]"') from error
     import numpy as np
 
-    from sdopt.build.diagnose import diagnose, example, sizes_of
     from sdopt.bundle import Bundle, embedded
     from sdopt.errors import UsageError
     from sdopt.specs import check_inputs
