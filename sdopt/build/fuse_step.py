@@ -78,21 +78,24 @@ def fuse_step(
     channels = of_unet if latent_channels is None else latent_channels
     if not 0 < channels <= of_unet or history < 1:
         raise UsageError(f"latent_channels = {channels} of the UNet's {of_unet}, history = {history}; both 1 or more")
-    latent = (batch, channels, *size)
+    rows = str(conditions[0].shape[0]) if conditions and conditions[0].shape is not None else str(batch)
+    doubles = guided and rows == str(batch)  # else the graph itself repeats the sample, where the prompt comes in
+    latent = (rows, channels, *size)
     ends = _Ends(
         sample=_value("sample", latent),
         history=_value("history", (history, *latent)),
         noise=_value("noise", latent),
         row=_value("row", (row_width(history),)),
-        extra=_value("extra", (batch, of_unet - channels, *size)) if channels < of_unet else None,
+        extra=_value("extra", (rows, of_unet - channels, *size)) if channels < of_unet else None,
     )
     if guided:
-        _forget(unet, str(batch))
+        _rename(unet, rows, None)  # inside of a UNet that gets two rows per image, it is not the number of images
+    _rename(unet, str(batch), rows)
     negatives = [_value(f"negative_{name_of(c)}", c.shape, c.dtype or F32) for c in conditions] if guided else []
     before = Writer(unet, PREFIX, before=next(iter(graph)))
     row = _columns(before, ends.row, history)
-    redirect(inner, _doubled(before, _input(before, ends, row), guided), unless=_ours)
-    redirect(times, _times(before, ends.sample, row["timestep"], guided), unless=_ours)
+    redirect(inner, _doubled(before, _input(before, ends, row), doubles), unless=_ours)
+    redirect(times, _times(before, ends.sample, row["timestep"], doubles), unless=_ours)
     for negative, given in zip(negatives, conditions, strict=bool(negatives)):
         joined = before("Concat", [negative, given], f"both_{name_of(given)}", axis=0, shape=_any(given))
         redirect(given, joined, unless=_ours)
@@ -131,14 +134,18 @@ def _unet_values(unet: ir.Model) -> tuple[ir.Value, ir.Value, list[ir.Value], ir
     return inputs["sample"], inputs["timestep"], others, unet.graph.outputs[0]
 
 
-def _forget(unet: ir.Model, batch: str) -> None:
-    """Inside a UNet that gets two rows per image, no dimension is the number of images."""
+def _rename(unet: ir.Model, dimension: str, name: str | None) -> None:
+    """Call a dimension of the values inside `name`; None: no name is known."""
+
+    def renamed(d: int | ir.SymbolicDim) -> int | str | None:
+        if isinstance(d, int):
+            return d
+        return name if d.value == dimension else d.value
+
     for node in unet.graph:
         for value in node.outputs:
-            if value.shape is not None and any(not isinstance(d, int) and d.value == batch for d in value.shape):
-                value.shape = ir.Shape(
-                    [None if not isinstance(d, int) and d.value == batch else d for d in value.shape]
-                )
+            if value.shape is not None:
+                value.shape = ir.Shape([renamed(d) for d in value.shape])
 
 
 def _value(name: str, shape: object, dtype: ir.DataType = F32) -> ir.Value:
@@ -175,14 +182,14 @@ def _input(write: Writer, ends: _Ends, row: dict[str, ir.Value]) -> ir.Value:
     return write("Concat", [scaled, ends.extra], "input", axis=1, shape=ir.Shape(shape))
 
 
-def _doubled(write: Writer, value: ir.Value, guided: bool) -> ir.Value:
-    return write("Concat", [value, value], "both", axis=0, shape=_any(value)) if guided else value
+def _doubled(write: Writer, value: ir.Value, doubles: bool) -> ir.Value:
+    return write("Concat", [value, value], "both", axis=0, shape=_any(value)) if doubles else value
 
 
-def _times(write: Writer, sample: ir.Value, timestep: ir.Value, guided: bool) -> ir.Value:
-    """The timestep once for each image that the UNet gets."""
+def _times(write: Writer, sample: ir.Value, timestep: ir.Value, doubles: bool) -> ir.Value:
+    """The timestep once for each row that the UNet gets."""
     count = write("Shape", [sample], "images", start=0, end=1, dtype=I64, shape=(1,))
-    if guided:
+    if doubles:
         count = write("Mul", [count, write.constant("two", [2], I64)], "twice")
     return write("Expand", [timestep, count], "timesteps", shape=(None,))
 

@@ -123,6 +123,7 @@ def part_profile(bundle: Bundle, part: Part, inputs: Sequence[TensorSpec], profi
     pixels = {name: profile.ranges[name] for name in ("height", "width")}
     ranges = {
         "batch": (batch[0], batch[1] * part.rows, batch[2] * part.rows),
+        "images": batch,
         "tokens": tokens,
         **pixels,
         **{f"latent_{n}": (a // factor, b // factor, c // factor) for n, (a, b, c) in pixels.items()},

@@ -17,8 +17,7 @@ def trace_unet(checkpoint: Path) -> Path:
 
     path = checkpoint.with_name(f"{checkpoint.name}-unet.onnx")
     with open_checkpoint(str(checkpoint)) as opened:
-        build = components.unet_xl if opened.family == "sdxl" else components.unet
-        trace.save(trace.trace(build(opened)), path)
+        trace.save(trace.trace(components.unet(opened)), path)
     return path
 
 
