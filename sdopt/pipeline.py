@@ -68,7 +68,7 @@ def load(
     """The pipeline of the bundle at `path`; the embedded text-to-emoji model if None.
 
     `precision`: "float32", or "bf16" where the processor has it; "auto" is float32, so that pictures are diffusers'.
-    `memory`: "fast" keeps every component that was loaded; "low" frees each when its part of the picture is done.
+    `memory`: "fast" keeps every component that was loaded; "low" frees it when another one is needed.
     Engines that `sdopt build` made are loaded if this user built them; `trust_engines` takes anybody's: they are code.
     Raises: BundleError for a bundle that is damaged or unsafe; BackendError if no engine library is installed.
     """
@@ -138,7 +138,7 @@ class Pipeline:
         fused = fused_component(plan, negative is not None, self._built)
         if fused is None:
             options = (plan.guidance_batch, plan.guidance_rescale, plan.guidance_embedding)
-            denoiser = Denoiser(self.engine("unet"), cond, negative, canvas.extra, *options)
+            denoiser = Denoiser(partial(self.engine, "unet"), cond, negative, canvas.extra, *options)
             yield from host_steps(plan, canvas, denoiser, draw)
         else:
             yield from fused_steps(plan, canvas, self.engine(fused), cond, negative, draw)
@@ -199,6 +199,8 @@ class Pipeline:
     def engine(self, component: str) -> Engine:
         """The engine of a component, loaded if it is not."""
         if component not in self._engines:
+            if self.memory == "low":
+                self.close()
             self._engines[component] = open_engine(
                 self.bundle,
                 component,

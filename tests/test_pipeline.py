@@ -228,7 +228,7 @@ def test_guidance_is_uncond_plus_scale_times_the_difference() -> None:
     cond, uncond = ({"encoder_hidden_states": np.full((2, 3, 4), v, np.float32)} for v in (5, 1))
     for batch, calls in ((2, 1), (1, 2)):
         engine = Echo(0, "noise_pred")
-        denoiser = Denoiser(engine, cond, uncond, batch=batch)
+        denoiser = Denoiser(lambda: engine, cond, uncond, batch=batch)
         out = denoiser(np.zeros((2, 4, 8, 8), np.float32), 10.5, 7.5)
         assert len(engine.calls) == calls
         np.testing.assert_array_equal(out, np.full((2, 4, 8, 8), 1 + 7.5 * 4, np.float32))
@@ -331,3 +331,22 @@ def test_the_noise_of_other_generators_makes_other_pictures(emoji: sdopt.Pipelin
     ]
     assert picture_psnr(pictures[0], pictures[1]) < 40
     assert picture_psnr(pictures[0], pictures[2]) < 40
+
+
+def test_low_memory_keeps_one_component_and_makes_the_same_picture() -> None:
+    options = {"seed": 1, "num_inference_steps": 3, "output_type": "np"}
+    with sdopt.load() as pipe:
+        expected = pipe("a cat", **options).images
+    loaded: list[set[str]] = []
+
+    def look(pipe: sdopt.Pipeline, index: int, timestep: float, data: dict) -> None:
+        loaded.append(set(pipe._engines))
+        if index == 0:
+            pipe.decode(data["latents"])  # a preview in full, which needs another component
+            loaded.append(set(pipe._engines))
+
+    with sdopt.load(memory="low") as pipe:
+        np.testing.assert_array_equal(pipe("a cat", callback_on_step_end=look, **options).images, expected)
+    assert loaded == [{"unet"}, {"vae_decoder"}, {"unet"}, {"unet"}]
+    with pytest.raises(sdopt.UsageError, match=r"memory = 'lots'; allowed are .*low"):
+        sdopt.load(memory="lots")

@@ -62,7 +62,7 @@ def unfused(
     """(sample, denoised) after each call of the loop that `Pipeline.steps` runs."""
     cond = {name: array for name, array in conditions.items() if not name.startswith("negative_")}
     negative = {name.removeprefix("negative_"): a for name, a in conditions.items() if name not in cond}
-    denoiser = Denoiser(unet, cond, negative, extra, rescale=rescale)
+    denoiser = Denoiser(lambda: unet, cond, negative, extra, rescale=rescale)
     sample, history, results = noise[-1] * np.float32(table.init_noise_sigma), (), []
     for k, timestep in enumerate(table.timestep):
         output = denoiser(sample * float(table.c_in[k]), timestep, guidance[k])
@@ -177,7 +177,7 @@ def test_what_is_no_unet_is_refused() -> None:
         fuse_step(graph.load(UNET), latent_channels=5)
 
 
-SIZES = {"batch": 2, "tokens": 7, "latent_height": 8, "latent_width": 6}
+SIZES = {"batch": 2, "images": 2, "tokens": 7, "latent_height": 8, "latent_width": 6}
 
 
 def both_ways(path: Path, table: SamplerTable, folder: Path, latent_channels: int | None = None) -> float:
