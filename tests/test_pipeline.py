@@ -228,7 +228,7 @@ def test_guidance_is_uncond_plus_scale_times_the_difference() -> None:
     cond, uncond = ({"encoder_hidden_states": np.full((2, 3, 4), v, np.float32)} for v in (5, 1))
     for batch, calls in ((2, 1), (1, 2)):
         engine = Echo(0, "noise_pred")
-        denoiser = Denoiser(lambda: engine, cond, uncond, batch=batch)
+        denoiser = Denoiser(lambda engine=engine: engine, cond, uncond, batch=batch)
         out = denoiser(np.zeros((2, 4, 8, 8), np.float32), 10.5, 7.5)
         assert len(engine.calls) == calls
         np.testing.assert_array_equal(out, np.full((2, 4, 8, 8), 1 + 7.5 * 4, np.float32))
