@@ -57,8 +57,13 @@ def defaults(
     if guidance is not None and not math.isfinite(guidance):
         raise UsageError(f"guidance = {guidance}; allowed are finite numbers")
     edge: Any = checkpoint.config("unet")["sample_size"]
-    high, wide = (int(n) * factor for n in (edge if isinstance(edge, (list, tuple)) else (edge, edge)))
-    found: Defaults = {"height": high, "width": wide, "strength_cuts": "steps", **FAMILIES[checkpoint.family]}
+    high, wide = (edge[0], edge[1]) if hasattr(edge, "__len__") else (edge, edge)
+    found: Defaults = {
+        "height": high * factor,
+        "width": wide * factor,
+        "strength_cuts": "steps",
+        **FAMILIES[checkpoint.family],
+    }
     for layer in (
         SCHEDULERS.get(str(checkpoint.config("scheduler").get("_class_name")), {}),
         EMBEDDED if checkpoint.config("unet").get("time_cond_proj_dim") else {},
@@ -76,7 +81,7 @@ def _known(checkpoint: Checkpoint) -> Mapping[str, Any]:
     names = [checkpoint.provenance.get("hub_id"), checkpoint.index().get("_name_or_path")]
     names.append(checkpoint.config("unet").get("_name_or_path"))
     table = {name.lower(): entry for name, entry in MODELS.items()}
-    return next((table[str(name).lower()] for name in names if str(name).lower() in table), {})
+    return next((table[str(name).lower()] for name in names if str(name).lower() in table), Defaults())
 
 
 def _own(checkpoint: Checkpoint) -> Mapping[str, Any]:

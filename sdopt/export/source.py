@@ -113,7 +113,7 @@ class Checkpoint:
     def class_name(self, component: str) -> str:
         """The name of a component's class."""
         entry: Any = self.index().get(component)
-        return str(entry[1]) if isinstance(entry, list) else min(KNOWN[component])[1]
+        return str(cast(list[Any], entry)[1]) if isinstance(entry, list) else min(KNOWN[component])[1]
 
     def has(self, component: str) -> bool:
         """Whether it has a component of its family; SDXL's refiner has one text encoder of two."""
