@@ -12,7 +12,6 @@ probe       any linear diffusers scheduler into its sampler table
 
 from __future__ import annotations
 
-import gc
 import importlib.metadata
 import json
 import os
@@ -112,13 +111,9 @@ def _component(
     started = time.perf_counter()
     part = build(checkpoint)
     references = parity.references(part) if floor_db is not None else []
-    model = trace.trace(part, opset)
-    part = part.without_module()
-    gc.collect()  # models hold themselves in cycles
     graph = folder / f"{part.name}.onnx"
-    stored = trace.save(model, graph)
-    del model
-    gc.collect()
+    stored = trace.save(trace.trace(part, opset), graph)
+    part = part.released()
     results = parity.measure(part, graph, references) if floor_db is not None else []
     size = sum(p.stat().st_size for p in folder.glob(f"{graph.name}*")) / 1e6
     worst = min((r.psnr_db for r in results), default=None)
