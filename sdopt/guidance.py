@@ -17,8 +17,8 @@ class Denoiser:
     """The UNet with classifier-free guidance: output = uncond + scale * (cond - uncond); at 1 or less, cond alone.
 
     With `embedding` the UNet was distilled with guidance, and is told the scale by a vector of that width instead.
-    `unet` gives the engine, which may have been freed between calls. `cond` and `negative` are the UNet's further inputs
-    by name; `extra` is joined to the sample as further channels.
+    `unet` gives the engine, which may have been freed between calls. `cond` and `negative` are its further inputs by
+    name; `extra` is joined to the sample as further channels.
     `batch` 2 runs both halves of guidance in one call, 1 in two.
     Ref: Ho & Salimans 2022, arXiv:2207.12598, eq. 6, in the form of Saharia et al. 2022, arXiv:2205.11487, section 2.2.
     """

@@ -317,9 +317,11 @@ def test_lcm_is_told_the_guidance_as_in_diffusers(lcm: tuple[Path, Path]) -> Non
     assert picture_psnr(expected, plain.images) >= FLOOR_DB
     options = {"guidance_scale": 1.5, "num_inference_steps": 3, "num_images_per_prompt": 2, "output_type": "np", **WIDE}
     expected = pipe("a cat", generator=generators(5, 6), **options).images
-    found = ours(lcm[1])("a cat", seed=5, **options).images
-    assert picture_psnr(expected, found) >= FLOOR_DB
-    assert picture_psnr(found, ours(lcm[1])("a cat", seed=5, **{**options, "guidance_scale": 4.0}).images) < FLOOR_DB
+    found, other = (
+        picture_psnr(expected, ours(lcm[1])("a cat", seed=5, **{**options, "guidance_scale": scale}).images)
+        for scale in (1.5, 4.0)
+    )
+    assert found >= max(FLOOR_DB, other + 20)
     with pytest.raises(UsageError, match="negative_prompt: this model takes the guidance scale as an input"):
         ours(lcm[1])("a cat", negative_prompt="b")
 

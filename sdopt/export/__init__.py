@@ -113,11 +113,9 @@ def _component(
     started = time.perf_counter()
     part = build(checkpoint)
     references = parity.references(part) if floor_db is not None else []
-    model = trace.trace(part, opset)
-    part = part.without_module()
     graph = folder / f"{part.name}.onnx"
-    stored = trace.save(model, graph)
-    del model
+    stored = trace.save(trace.trace(part, opset), graph)
+    part = part.released()
     results = parity.measure(part, graph, references) if floor_db is not None else []
     size = sum(p.stat().st_size for p in folder.glob(f"{graph.name}*")) / 1e6
     worst = min((r.psnr_db for r in results), default=None)

@@ -62,8 +62,12 @@ class Part:
         tensors = cast(tuple[Any, ...], result if isinstance(result, tuple) else (result,))
         return {spec.name: tensor.numpy() for spec, tensor in zip(self.outputs, tensors, strict=True)}
 
-    def without_module(self) -> Part:
-        """The same without the model and its weights: what it takes and gives."""
+    def released(self) -> Part:
+        """The same without the model; its weights are freed, though torch's ONNX exporter keeps hold of them (2.13)."""
+        for weight in self.module.parameters():
+            storage = weight.untyped_storage()
+            if storage.resizable():  # one that is not is mapped from its file, and the system takes it back
+                storage.resize_(0)
         return replace(self, module=torch.nn.Identity())
 
 

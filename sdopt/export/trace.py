@@ -69,8 +69,7 @@ def narrow(model: ir.Model) -> str:
     A float16 checkpoint so keeps its size, and no value changes. The dtype that most bytes end in is returned.
     """
     total = halved = 0
-    for name in list(model.graph.initializers):  # names alone, so that each wide tensor is freed once it is replaced
-        value = model.graph.initializers[name]
+    for name, value in list(model.graph.initializers.items()):
         tensor = value.const_value
         if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < NARROW_ABOVE:
             continue

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -160,17 +159,17 @@ def test_a_graph_with_one_changed_weight_fails_the_gate(tmp_path: Path) -> None:
 
 def test_a_model_is_let_go_before_its_graph_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a large model is in memory once: as PyTorch's, then as the graph."""
-    weights: list[weakref.ref] = []
-    alive: list[int] = []
+    weights: list[Any] = []
+    held: list[int] = []
 
     def build(checkpoint: Checkpoint) -> components.Part:
         part = components.text_encoder(checkpoint)
-        weights.extend(weakref.ref(parameter) for parameter in part.module.parameters())
+        weights.extend(part.module.parameters())
         return part
 
     class Watched(parity.OrtEngine):
         def __init__(self, *args: Any, **options: Any) -> None:
-            alive.append(sum(weight() is not None for weight in weights))
+            held.append(sum(weight.untyped_storage().nbytes() for weight in weights))
             super().__init__(*args, **options)
 
     monkeypatch.setattr(parity, "OrtEngine", Watched)
@@ -178,7 +177,7 @@ def test_a_model_is_let_go_before_its_graph_is_opened(tmp_path: Path, monkeypatc
         entry = sdopt.export._component(build, checkpoint, tmp_path, 23, parity.FLOOR_DB, lambda line: None)
     assert entry["parity"]
     assert len(weights) > 10
-    assert alive == [0]
+    assert held == [0]
 
 
 def test_nan_in_an_output_never_passes_the_gate() -> None:
