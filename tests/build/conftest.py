@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import tiny
 from tests.conftest import make_tiny_checkpoint
-from tests.test_sdxl import make_tiny_sdxl
 
 
 def trace_unet(checkpoint: Path) -> Path:
@@ -17,14 +17,13 @@ def trace_unet(checkpoint: Path) -> Path:
 
     path = checkpoint.with_name(f"{checkpoint.name}-unet.onnx")
     with open_checkpoint(str(checkpoint)) as opened:
-        build = components.unet_xl if opened.family == "sdxl" else components.unet
-        trace.save(trace.trace(build(opened)), path)
+        trace.save(trace.trace(components.unet(opened)), path)
     return path
 
 
 @pytest.fixture(scope="session")
 def sdxl_unet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trace_unet(make_tiny_sdxl(tmp_path_factory.mktemp("passes") / "sdxl"))
+    return trace_unet(tiny.sdxl(tmp_path_factory.mktemp("passes") / "sdxl"))
 
 
 @pytest.fixture(scope="session")
