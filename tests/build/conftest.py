@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import tiny
 from tests.conftest import make_tiny_checkpoint
-from tests.test_sdxl import make_tiny_sdxl
 
 
 def trace_unet(checkpoint: Path) -> Path:
@@ -23,7 +23,7 @@ def trace_unet(checkpoint: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def sdxl_unet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trace_unet(make_tiny_sdxl(tmp_path_factory.mktemp("passes") / "sdxl"))
+    return trace_unet(tiny.sdxl(tmp_path_factory.mktemp("passes") / "sdxl"))
 
 
 @pytest.fixture(scope="session")
