@@ -66,8 +66,9 @@ def scale_embedding(w: float, width: int) -> Float32:
     half = width // 2
     step = np.log(np.float32(10000)) / np.float32(half - 1)
     frequencies: Float32 = np.exp(np.arange(half, dtype=np.float32) * -step)
-    scale: Scalar = np.float32(w) * np.float32(1000)
-    angles: Float32 = frequencies * scale
+    angles = np.full(half, w, np.float32)
+    angles *= 1000
+    angles *= frequencies
     row = np.zeros(width, np.float32)
     row[:half], row[half : 2 * half] = np.sin(angles), np.cos(angles)
     return row
