@@ -69,8 +69,10 @@ def scale_embedding(w: float, width: int) -> Float32:
     """
     half = width // 2
     step = np.log(np.float32(10000)) / np.float32(half - 1)
-    falling: Float32 = np.arange(half, dtype=np.float32) * -step
-    angles: Float32 = np.exp(falling) * (np.float32(w) * np.float32(1000))
+    frequencies: Float32 = np.exp(np.arange(half, dtype=np.float32) * -step)
+    angles = np.full(half, w, np.float32)
+    angles *= 1000
+    angles *= frequencies
     row = np.zeros(width, np.float32)
     row[:half], row[half : 2 * half] = np.sin(angles), np.cos(angles)
     return row

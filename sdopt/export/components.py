@@ -65,9 +65,7 @@ class Part:
     def released(self) -> Part:
         """The same without the model; its weights are freed, though torch's ONNX exporter keeps hold of them (2.13)."""
         for weight in self.module.parameters():
-            storage = weight.untyped_storage()
-            if storage.resizable():  # one that is not is mapped from its file, and the system takes it back
-                storage.resize_(0)
+            weight.data = torch.empty(0)
         return replace(self, module=torch.nn.Identity())
 
 

@@ -159,17 +159,19 @@ def test_a_graph_with_one_changed_weight_fails_the_gate(tmp_path: Path) -> None:
 
 def test_a_model_is_let_go_before_its_graph_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a large model is in memory once: as PyTorch's, then as the graph."""
-    weights: list[Any] = []
-    held: list[int] = []
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    weights: list[StorageWeakRef] = []
+    alive: list[int] = []
 
     def build(checkpoint: Checkpoint) -> components.Part:
         part = components.text_encoder(checkpoint)
-        weights.extend(part.module.parameters())
+        weights.extend(StorageWeakRef(weight.untyped_storage()) for weight in part.module.parameters())
         return part
 
     class Watched(parity.OrtEngine):
         def __init__(self, *args: Any, **options: Any) -> None:
-            held.append(sum(weight.untyped_storage().nbytes() for weight in weights))
+            alive.append(sum(not weight.expired() for weight in weights))
             super().__init__(*args, **options)
 
     monkeypatch.setattr(parity, "OrtEngine", Watched)
@@ -177,7 +179,7 @@ def test_a_model_is_let_go_before_its_graph_is_opened(tmp_path: Path, monkeypatc
         entry = sdopt.export._component(build, checkpoint, tmp_path, 23, parity.FLOOR_DB, lambda line: None)
     assert entry["parity"]
     assert len(weights) > 10
-    assert held == [0]
+    assert alive == [0]
 
 
 def test_nan_in_an_output_never_passes_the_gate() -> None:
