@@ -34,7 +34,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 WIDTH = 128  # of the text encoder: numbers a token
 NOISE = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction")
-GENERATION = dict(num_inference_steps=20, guidance_scale=2.0)  # of its best pictures
+GENERATION = dict(num_inference_steps=20, guidance_scale=4.0)  # of its best pictures
 
 # --- Models: the four networks of latent diffusion, small -------------------------------------------------------------
 
