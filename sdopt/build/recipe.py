@@ -19,6 +19,7 @@ from sdopt.specs import Profile, TensorSpec
 
 HOMES = (Path(__file__).parent.parent / "recipe.toml", Path(__file__).parents[2] / "engines/recipe.toml")
 NAMES = ("batch", "height", "width", "tokens")
+LEARNT_TOKENS = 128  # rows of textual inversions that a text encoder's engine takes at once
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ def part_profile(bundle: Bundle, part: Part, inputs: Sequence[TensorSpec], profi
         "batch": (batch[0], batch[1] * part.rows, batch[2] * part.rows),
         "images": batch,
         "tokens": tokens,
+        "extra_tokens": (1, 1, LEARNT_TOKENS),
         **pixels,
         **{f"latent_{n}": (a // factor, b // factor, c // factor) for n, (a, b, c) in pixels.items()},
     }

@@ -26,7 +26,7 @@ def test_every_case_of_the_project_is_of_a_model_that_can_be_made() -> None:
 
 def test_without_a_name_the_case_is_what_the_bundle_makes() -> None:
     case = Case.of_bundle(Bundle.open(EMOJI_BUNDLE))
-    assert (case.width, case.height, case.steps, case.guidance) == (128, 128, 20, 2.0)
+    assert (case.width, case.height, case.steps, case.guidance) == (128, 128, 20, 4.0)
 
 
 def test_a_case_survives_json(tmp_path: Path) -> None:

@@ -52,12 +52,13 @@ def test_inputs_outputs_and_their_dimensions_have_the_fields_names(tiny_bundle: 
     assert found == {
         "text_encoder": [
             "input_ids int32 [batch, tokens]",
+            "extra_embeddings float32 [extra_tokens, 20]",
             "last_hidden_state float32 [batch, tokens, 20]",
             "hidden_states float32 [batch, 3, tokens, 20]",
         ],
         "unet": [
-            "sample float32 [batch, 4, latent_height, latent_width]",
-            "timestep float32 [batch]",
+            "sample float32 [images, 4, latent_height, latent_width]",
+            "timestep float32 [images]",
             "encoder_hidden_states float32 [batch, tokens, 20]",
             "noise_pred float32 [batch, 4, latent_height, latent_width]",
         ],
