@@ -63,7 +63,7 @@ def refiner(folder: Path, sdxl_bundle: Path) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "euler_a"])
 def test_base_and_refiner_share_the_way_as_in_diffusers(
-    sampler: str, sdxl_checkpoint: Path, sdxl_bundle: Path, refiner: tuple[Path, Path]
+    sampler: str, sdxl_checkpoint: Path, sdxl_bundle: Path, refiner: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import diffusers
 
@@ -71,7 +71,8 @@ def test_base_and_refiner_share_the_way_as_in_diffusers(
     base, fine = theirs(sdxl_checkpoint, XL.format("")), theirs(refiner[0], XL.format("Img2Img"))
     entry = SAMPLERS[sampler]
     for pipe in (base, fine):
-        pipe.scheduler = getattr(diffusers, entry.diffusers).from_config(pipe.scheduler.config, **entry.forced)
+        scheduler = getattr(diffusers, entry.diffusers).from_config(pipe.scheduler.config, **entry.forced)
+        monkeypatch.setattr(pipe, "scheduler", scheduler)
     options = {"num_inference_steps": 6, "guidance_scale": 3.0, "negative_prompt": ["b", "c"]}
     begun = {**options, "denoising_end": 0.6, "output_type": "latent"}
     ended = {**options, "denoising_start": 0.6, "output_type": "np"}
@@ -86,10 +87,7 @@ def test_base_and_refiner_share_the_way_as_in_diffusers(
 
 
 def test_the_refiner_changes_a_picture_as_in_diffusers(refiner: tuple[Path, Path]) -> None:
-    from diffusers import EulerDiscreteScheduler
-
     pipe = theirs(refiner[0], XL.format("Img2Img"))
-    pipe.scheduler = EulerDiscreteScheduler(**tiny.BETAS, timestep_spacing="leading")
     options = {**OPTIONS, "num_inference_steps": 10, "image": picture(24), "negative_prompt": "b"}
     for more in ({}, {"aesthetic_score": 7.5, "negative_aesthetic_score": 1.0, "crops_coords_top_left": (2, 3)}):
         expected = pipe("a cat", generator=generators(5), **options, **more).images

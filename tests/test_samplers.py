@@ -425,7 +425,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"steps": 1000, "sampler": "dpmpp_2m"}, "at most 999 steps"),
     ({}, {"steps": 51, "sampler": "lcm"}, "Use 50 or fewer"),
     ({}, {"steps": 5, "strength": 1.2}, "out of range"),
-    ({}, {"steps": 5, "strength": 0.1}, "use 0.2 or more"),
+    ({}, {"steps": 5, "strength": 0.1}, "Use strength 0.2 or more"),
     ({}, {"steps": 5, "eta": 0.5}, "samplers that have: ddim, tcd"),
     ({}, {"steps": 5, "eta": 2.0, "sampler": "ddim"}, "out of range"),
     ({}, {"steps": 5, "timesteps": [1, 2]}, "samplers that do: ddpm"),

@@ -205,7 +205,7 @@ def test_guidance_in_an_interval_runs_the_other_calls_without(emoji: sdopt.Pipel
         inputs, outputs = unet.inputs, unet.outputs
 
         def __call__(self, **arrays: Any) -> Any:
-            sizes.append(len(arrays["sample"]))
+            sizes.append(len(arrays["encoder_hidden_states"]))
             return unet(**arrays)
 
         def close(self) -> None: ...
@@ -247,8 +247,8 @@ def test_latents_may_take_the_place_of_the_picture(img2img: Any, emoji: sdopt.Pi
     for wrong in (latents[:, :3], latents.astype(np.float64), latents * np.float32(np.nan), np.repeat(latents, 2, 0)):
         with pytest.raises(UsageError, match="image: got latents .*; allowed are finite float32"):
             emoji(["a cat", "a dog"], image=wrong, **options)
-    with pytest.raises(UsageError, match="with mask_image give the picture itself"):
-        emoji("a cat", image=latents[:1], mask_image=mask_of(128), **options)
+    with pytest.raises(UsageError, match="mask_blur: image is latents; give the picture itself"):
+        emoji("a cat", image=latents[:1], mask_image=mask_of(128), mask_blur=2, **options)
 
 
 @pytest.mark.parametrize("content", [b"", b"GIF89a", b"\x89PNG\r\n\x1a\nbroken"])

@@ -166,4 +166,4 @@ def sizes_of(manifest: Mapping[str, Any], latent: int, batch: int = 1) -> dict[s
     factor: int = manifest["latents"]["factor"]
     tokens = max(entry["max_length"] for entry in manifest["tokenizers"].values())
     edges = {"latent_height": latent, "latent_width": latent, "height": latent * factor, "width": latent * factor}
-    return {"batch": batch, "images": batch, "tokens": tokens, **edges}
+    return {"batch": batch, "images": batch, "tokens": tokens, "extra_tokens": 1, **edges}

@@ -46,7 +46,8 @@ def fit(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
             decoded = decoder(latent_sample=mean)["sample"]
             cells = decoded.reshape(1, 3, EDGE, factor, EDGE, factor)
             colours.append(np.clip(np.mean(cells, (3, 5)) / 2 + 0.5, 0, 1))
-    scaled = (np.concatenate(means) - entry["shift_factor"]) * entry["scaling_factor"]
+    scale, shift = (np.asarray(entry[f"{k}_factor"], np.float32).reshape(-1, 1, 1) for k in ("scaling", "shift"))
+    scaled = (np.concatenate(means) - shift) * scale
     latents, wanted = _samples(scaled), _samples(np.concatenate(colours))
     if not (np.isfinite(latents).all() and np.isfinite(wanted).all()):
         return None

@@ -14,7 +14,16 @@ from sdopt.build.diagnose import example
 from sdopt.build.rounded import outputs_of, psnr, rounded, session
 from sdopt.specs import Array
 
-SIZES = {"batch": 2, "images": 2, "tokens": 7, "latent_height": 8, "latent_width": 6, "height": 64, "width": 48}
+SIZES = {
+    "batch": 2,
+    "images": 2,
+    "tokens": 7,
+    "extra_tokens": 1,
+    "latent_height": 8,
+    "latent_width": 6,
+    "height": 64,
+    "width": 48,
+}
 
 
 def checked(model: ir.Model, folder: Path) -> Path:
