@@ -72,9 +72,10 @@ def test_a_profile_is_typed_in_pixels_and_completed_with_the_bundles_own_sizes(e
         for part in read_recipe().parts.values()
         if part.graph in emoji.components
     }
-    assert ranges["unet_step"] == "batch=1:2:4 tokens=32:32:64 latent_height=8:16:32 latent_width=16"
-    assert ranges["unet"] == "batch=1:4:8 tokens=32:32:64 latent_height=8:16:32 latent_width=16"
-    assert ranges["text_encoder"] == "batch=1:4:16 tokens=32"  # two chunks of 4 pictures, with and without the prompt
+    assert ranges["unet_step"] == "batch=1:2:4 images=1:2:4 tokens=32:32:64 latent_height=8:16:32 latent_width=16"
+    assert ranges["unet"] == "batch=1:4:8 images=1:2:4 tokens=32:32:64 latent_height=8:16:32 latent_width=16"
+    # two chunks of 4 pictures, with and without the prompt
+    assert ranges["text_encoder"] == "batch=1:4:16 tokens=32 extra_tokens=1:1:128"
     assert ranges["vae_encoder"] == "batch=1:2:4 height=64:128:256 width=128"
 
 
