@@ -52,8 +52,8 @@ def _sdopt(name: str, message: Message) -> tuple[Message, Draw]:
 
     imported = time.perf_counter()
     case = Case.from_json(message["case"])
-    how = {"precision": case.precision, "memory": case.memory, "threads": message["threads"]}
-    pipe = pipeline.load(message["bundle"], case.backend, **how)
+    threads: int | None = message["threads"]
+    pipe = pipeline.load(message["bundle"], case.backend, precision=case.precision, memory=case.memory, threads=threads)
     for component in pipe.bundle.components if case.memory == "fast" else ():
         if component != "vae_encoder":
             pipe.engine(component)

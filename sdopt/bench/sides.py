@@ -68,8 +68,9 @@ class SdoptSide:
 
     def __init__(self, case: Case, bundle: Path, threads: int) -> None:
         self._case = case
-        how = {"precision": case.precision, "memory": case.memory, "threads": threads}
-        self._pipe = Pipeline(Bundle.open(bundle), case.backend, **how)
+        self._pipe = Pipeline(
+            Bundle.open(bundle), case.backend, precision=case.precision, memory=case.memory, threads=threads
+        )
         self.backend, self.precision = self._pipe.backend, self._pipe.precision
         self.versions: Mapping[str, str] = {}
         self.engine_bytes: Mapping[str, int] = {

@@ -77,7 +77,7 @@ def _known(checkpoint: Checkpoint) -> Mapping[str, Any]:
     names: list[Any] = [checkpoint.provenance.get("hub_id"), checkpoint.index().get("_name_or_path")]
     names.append(checkpoint.config("unet").get("_name_or_path"))
     table = {name.lower(): entry for name, entry in MODELS.items()}
-    return next((table[name] for name in map(str.lower, map(str, names)) if name in table), {})
+    return next((table[name] for name in map(str.lower, map(str, names)) if name in table), Defaults())
 
 
 def _own(checkpoint: Checkpoint) -> Mapping[str, Any]:
