@@ -62,6 +62,22 @@ def bundle_copy(tmp_path: Path) -> Path:
     return Path(shutil.copytree(EMOJI_BUNDLE, tmp_path / "bundle"))
 
 
+@pytest.fixture
+def bundle(bundle_copy: Path) -> Any:
+    """The same, opened."""
+    from sdopt.bundle import Bundle
+
+    return Bundle.open(bundle_copy, verify=False)
+
+
+@pytest.fixture
+def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's state and cache that only this test has."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
 def edit_manifest(bundle: Path, **changes: object) -> None:
     """Change top-level entries of a manifest."""
     path = bundle / "manifest.json"

@@ -17,6 +17,7 @@ from tests.conftest import ROOT
 ALLOWED = {
     "errors": set(),
     "specs": {"errors"},
+    "likeness": {"specs"},
     "bundle": {"specs", "errors"},
     "engine": {"bundle", "specs", "errors"},
     "noise": {"errors", "specs"},
@@ -55,9 +56,9 @@ ALLOWED = {
         "specs",
         "errors",
     },
-    "export": {"engine", "bundle", "samplers", "schedules", "noise", "specs", "errors", ""},
-    "build": {"engine", "bundle", "samplers", "specs", "errors", ""},
-    "bench": {"pipeline", "engine", "bundle", "images", "specs", "errors", ""},
+    "export": {"likeness", "engine", "bundle", "samplers", "schedules", "noise", "specs", "errors", ""},
+    "build": {"likeness", "engine", "bundle", "samplers", "specs", "errors", ""},
+    "bench": {"likeness", "pipeline", "engine", "bundle", "images", "specs", "errors", ""},
     "commands": {
         "engine",
         "export",

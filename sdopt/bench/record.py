@@ -164,7 +164,11 @@ def read(path: Path) -> Record:
 
 def write(path: Path, record: Record) -> None:
     """Write a record, checked; the file appears whole or not at all."""
-    text = json.dumps(check(record), indent=1, allow_nan=False) + "\n"
+    replace_text(path, json.dumps(check(record), indent=1, allow_nan=False) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file, which appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:

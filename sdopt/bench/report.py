@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdopt.bench.record import Record
+from sdopt.bench.record import Record, replace_text
 from sdopt.bench.sides import COMPONENTS
 from sdopt.bench.stats import paired_ratio, summary
 from sdopt.bench.svg import Bar, Curve, bars, lines
@@ -82,17 +81,8 @@ def write(path: Path, records: Sequence[Record], plots: Path | None = None) -> l
         text = f"{before}{START}\n\n{text}\n{END}{rest.split(END, 1)[1]}"
     written = {path: text, **{folder / file: svg for file, svg in drawn.items()}}
     for target, content in written.items():
-        _replace(target, content)
+        replace_text(target, content)
     return list(written)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------------ tables

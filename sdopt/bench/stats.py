@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sdopt import likeness
 from sdopt.errors import NumericsError, UsageError
 from sdopt.specs import Array
 
@@ -61,17 +62,16 @@ def slowdown(old: Sequence[float], new: Sequence[float], seed: int = 0) -> Estim
 
 
 def psnr(reference: Array, other: Array, peak: float | None = None) -> float:
-    """20 log10(peak / RMSE) in dB, 200 where they are equal; `peak` is the largest |reference| unless given.
+    """`sdopt.likeness.psnr` of outputs that can be compared.
 
     Raises: UsageError for different shapes; NumericsError where either is not finite.
     """
     if reference.shape != other.shape:
         raise UsageError(f"pictures of {list(reference.shape)} and {list(other.shape)} cannot be compared")
-    error = float(np.sqrt(np.mean(np.square(np.subtract(other, reference, dtype=np.float64)))))
-    if not np.isfinite(error):
+    found = likeness.psnr(reference, other, peak)
+    if found == -np.inf:
         raise NumericsError("an output has NaN or infinity, so it has no parity")
-    most = float(np.abs(reference).max()) if peak is None else peak
-    return min(200.0, 20 * float(np.log10(most / error))) if error else 200.0
+    return found
 
 
 def _checked(series: Sequence[float]) -> Array:

@@ -18,7 +18,8 @@ import onnx_ir as ir
 from sdopt.build.graph import is_float, load, name_of, save, weights
 from sdopt.build.half import MINUS_INFINITY, TYPES, HalfReport, half
 from sdopt.build.lower import lower
-from sdopt.build.rounded import outputs_of, psnr, rounded, session
+from sdopt.build.rounded import outputs_of, rounded, session
+from sdopt.likeness import psnr
 from sdopt.specs import Array, TensorSpec
 
 GROUP = 150  # values to a run: they are all in memory at once

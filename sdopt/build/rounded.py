@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
@@ -79,13 +78,3 @@ def outputs_of(given: Any, arrays: Mapping[str, Array], names: Sequence[str] | N
     """The outputs of a session by name."""
     wanted = [output.name for output in given.get_outputs()] if names is None else list(names)
     return dict(zip(wanted, given.run(wanted, dict(arrays)), strict=True))
-
-
-def psnr(reference: Array, other: Array) -> float:
-    """20 log10(max |reference| / RMSE) in dB; 200 where they are equal, -inf where one is not finite."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        error = float(np.sqrt(np.mean(np.square(np.subtract(other, reference, dtype=np.float64)))))
-    if not np.isfinite(error):
-        return -np.inf
-    peak = float(np.abs(reference).max(initial=0.0))
-    return float(min(200.0, 20 * np.log10(max(peak, 1e-30) / error))) if error else 200.0

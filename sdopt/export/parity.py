@@ -13,6 +13,7 @@ from sdopt.bundle import Component
 from sdopt.engine.ort import OrtEngine
 from sdopt.errors import ParityError
 from sdopt.export.components import Part
+from sdopt.likeness import psnr
 from sdopt.specs import Array
 
 FLOOR_DB = 80.0
@@ -30,17 +31,6 @@ class Parity:
 
     def to_json(self) -> dict[str, Any]:
         return {"sizes": self.sizes, "output": self.output, "psnr_db": self.psnr_db, "max_error": self.max_error}
-
-
-def psnr(reference: Array, other: Array) -> float:
-    """Peak signal-to-noise ratio in dB: 20 log10(max |reference| / RMSE); 200 where they are equal.
-
-    NaN anywhere counts as no likeness at all: -inf.
-    """
-    error = np.sqrt(np.mean(np.square(np.subtract(other, reference, dtype=np.float64))))
-    if not np.isfinite(error):
-        return -np.inf
-    return float(min(200.0, 20 * np.log10(np.abs(reference).max() / error))) if error else 200.0
 
 
 def references(part: Part) -> list[Reference]:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from sdopt.bundle import Component
 from sdopt.engine.ort import OrtEngine
-from sdopt.export.parity import psnr
+from sdopt.likeness import psnr
 from sdopt.specs import Array, Float32, TensorSpec
 
 PICTURES, EDGE = 16, 16  # how many, and latents a side

@@ -11,7 +11,8 @@ import onnx_ir as ir
 
 from sdopt.build import graph
 from sdopt.build.diagnose import example
-from sdopt.build.rounded import outputs_of, psnr, rounded, session
+from sdopt.build.rounded import outputs_of, rounded, session
+from sdopt.likeness import psnr
 from sdopt.specs import Array
 
 SIZES = {

@@ -14,11 +14,12 @@ import sdopt
 from sdopt.build import graph
 from sdopt.build.diagnose import example
 from sdopt.build.fuse_step import CARRIED, fuse_step
-from sdopt.build.rounded import outputs_of, psnr
+from sdopt.build.rounded import outputs_of
 from sdopt.bundle import Component
 from sdopt.engine.ort import OrtEngine
 from sdopt.errors import UsageError
 from sdopt.guidance import Denoiser
+from sdopt.likeness import psnr
 from sdopt.samplers import SAMPLERS, SamplerTable, sampler_table
 from sdopt.samplers.packed import HISTORY, packed, row_width
 from sdopt.specs import Array

@@ -13,8 +13,9 @@ import pytest
 from sdopt.build import graph
 from sdopt.build.fuse_step import fuse_step
 from sdopt.build.half import half
-from sdopt.build.rounded import outputs_of, psnr
+from sdopt.build.rounded import outputs_of
 from sdopt.errors import UsageError
+from sdopt.likeness import psnr
 from tests.build.common import half_outputs, inputs_of, opened, outputs, parity
 from tests.conftest import EMOJI_BUNDLE
 

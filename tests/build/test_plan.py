@@ -31,16 +31,7 @@ RTX = pytest.mark.skipif(
 SMALL = "batch=1 height=64 width=64"
 
 
-@pytest.fixture(autouse=True)
-def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path
-
-
-@pytest.fixture
-def bundle(bundle_copy: Path) -> Bundle:
-    return Bundle.open(bundle_copy, verify=False)
+pytestmark = pytest.mark.usefixtures("own_folders")
 
 
 @pytest.fixture
@@ -262,7 +253,10 @@ def test_float32_attention_builds_too_and_several_profiles_are_one_engine(bundle
         options=Options(precision="fp32", opt_level=0), report=lambda line: None,
     )  # fmt: skip
     (found,) = stored(bundle, "tensorrt-rtx")
-    assert [str(p) for p in found.record.profiles] == ["batch=1:2:2 tokens=32", "batch=2:8:8 tokens=32"]
+    assert [str(p) for p in found.record.profiles] == [
+        "batch=1:2:2 tokens=32 extra_tokens=1:1:128",
+        "batch=2:8:8 tokens=32 extra_tokens=1:1:128",
+    ]
     assert found.record.notes["layers"]["FLOAT"]
 
 
@@ -284,7 +278,7 @@ def test_a_broken_graph_names_its_node(tmp_path: Path) -> None:
 
 
 @RTX
-def test_the_command_builds_and_then_finds_what_it_built(bundle: Bundle, user: Path) -> None:
+def test_the_command_builds_and_then_finds_what_it_built(bundle: Bundle, own_folders: Path) -> None:
     arguments = ["build", bundle.path, "--backend", "tensorrt-rtx", "--component", "vae_encoder", "--opt-level", "0"]
     arguments += ["--profile", SMALL]
     first, again = command(*arguments), command(*arguments)

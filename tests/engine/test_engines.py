@@ -35,7 +35,7 @@ def test_contract(unet: Engine, promise: Callable[[Engine], None]) -> None:
 def test_bf16_is_near_float32_and_only_where_it_is_asked_for() -> None:
     pytest.importorskip("openvino")
     from sdopt.engine.openvino import native_bf16
-    from sdopt.export.parity import psnr
+    from sdopt.likeness import psnr
 
     bundle = Bundle.open(EMOJI_BUNDLE)
     if not native_bf16():

@@ -17,17 +17,7 @@ HERE = {"tensorrt": "10.13.3.9", "GPU": "Fake GPU", "driver": "CUDA 13"}
 PLAN = b"a plan"
 
 
-@pytest.fixture(autouse=True)
-def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Another user's home for each test."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path
-
-
-@pytest.fixture
-def bundle(bundle_copy: Path) -> Bundle:
-    return Bundle.open(bundle_copy, verify=False)
+pytestmark = pytest.mark.usefixtures("own_folders")
 
 
 def put(bundle: Bundle, **changes: object) -> Path:
@@ -150,10 +140,10 @@ def test_links_are_not_followed(bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_a_bundle_that_cannot_be_written_keeps_its_engines_in_the_users_cache(
-    bundle: Bundle, user: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, own_folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    assert put(bundle).is_relative_to(user / "cache")
+    assert put(bundle).is_relative_to(own_folders / "cache")
     assert looked_up(bundle).read_bytes() == PLAN
 
 
@@ -169,6 +159,6 @@ def test_all_that_changes_an_engine_changes_its_key(bundle: Bundle) -> None:
     assert len(keys) == 7
 
 
-def test_the_key_of_a_user_is_readable_by_nobody_else(bundle: Bundle, user: Path) -> None:
+def test_the_key_of_a_user_is_readable_by_nobody_else(bundle: Bundle, own_folders: Path) -> None:
     put(bundle)
-    assert (user / "state/sdopt/engine-key").stat().st_mode & 0o077 == 0
+    assert (own_folders / "state/sdopt/engine-key").stat().st_mode & 0o077 == 0
