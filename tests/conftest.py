@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,10 @@ import pytest
 from tests import tiny
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for a network
+
+CACHE = tempfile.mkdtemp(prefix="sdopt-tests-cache-")
+os.environ["XDG_CACHE_HOME"] = CACHE  # no test writes into the user's own
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 ROOT = Path(__file__).parent.parent
 EMOJI_CHECKPOINT = ROOT / "engines/emoji/checkpoint"
@@ -57,8 +64,6 @@ def sdxl_bundle(sdxl_checkpoint: Path) -> Path:
 @pytest.fixture
 def bundle_copy(tmp_path: Path) -> Path:
     """A copy of the embedded bundle, to be damaged."""
-    import shutil
-
     return Path(shutil.copytree(EMOJI_BUNDLE, tmp_path / "bundle"))
 
 

@@ -29,7 +29,7 @@ def findings() -> dict[str, Any]:
 
     from sdopt import __version__
     from sdopt.bundle import embedded
-    from sdopt.engine import BACKENDS, choose_backend, describe, installed_backends
+    from sdopt.engine import BACKENDS, cache, choose_backend, describe, installed_backends
     from sdopt.engine.cores import usable_cores
 
     installed = installed_backends()
@@ -41,6 +41,7 @@ def findings() -> dict[str, Any]:
         "platform": platform.platform(),
         "cores": usable_cores() or os.cpu_count(),
         "embedded_model": embedded().is_dir(),
+        "cache": {"path": str(cache.root()), "bytes": cache.nbytes()},
         "backends": backends,
         "auto": auto,
         "why": _why(auto, backends),
@@ -62,6 +63,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"sdopt {found['sdopt']}, Python {found['python']}, {found['platform']}, {found['cores']} cores",
         f"embedded model  {'found' if found['embedded_model'] else 'missing: install sdopt again'}",
     ]
+    kept = found["cache"]
+    lines.append(f"cache           {kept['bytes'] / 1e6:.0f} MB for quicker starts in {kept['path']}; may be deleted")
     for name, entry in found["backends"].items():
         known = ", ".join(
             f"{key} {value if isinstance(value, str) else ' '.join(value)}" for key, value in entry.items()

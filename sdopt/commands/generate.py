@@ -68,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--precision", default="auto", help="float32, or bf16 where the processor has it (default: float32)")
     add("--memory", default="fast", help="low: only one component in memory at a time (default: fast)")
+    add("--no-cache", action="store_true", help="keep nothing for the next start (see `sdopt doctor`)")
     add("--threads", type=int, help="threads of the engine (default: what this process may use)")
     add("--replay", type=Path, metavar="PNG", help="make the picture in PNG again, from the parameters it carries")
     add("--no-metadata", action="store_true", help="do not write the parameters into the PNG")
@@ -93,13 +94,15 @@ def run(args: argparse.Namespace) -> int:
     _check_output(paths[0])
     if args.preview_every is not None and args.preview_every < 1:
         raise UsageError(f"--preview-every {args.preview_every}; allowed is 1 or more")
-    how = {
-        "precision": args.precision,
-        "memory": args.memory,
-        "threads": args.threads,
-        "trust_engines": args.trust_engines,
-    }
-    with pipeline.load(args.model, args.backend, **how) as pipe:
+    with pipeline.load(
+        args.model,
+        args.backend,
+        precision=args.precision,
+        memory=args.memory,
+        threads=args.threads,
+        trust_engines=args.trust_engines,
+        cache=not args.no_cache,
+    ) as pipe:
         for text in args.embedding:
             pipe.load_embedding(*_file_and_token(text))
         plan = make_plan(pipe.bundle, prompt, options)

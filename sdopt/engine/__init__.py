@@ -84,13 +84,19 @@ class Backend:
 
 @dataclass(frozen=True)
 class How:
-    """How a component is opened: the backend's name, device and precision, threads, and whose engines to trust."""
+    """How a component is opened: the backend's name, device and precision, threads, and whose engines to trust.
+
+    `lean`: as little memory as the backend can do with, also where that costs time. `cache`: keep what the library
+    makes of the graph for the next process (see `sdopt.engine.cache`).
+    """
 
     backend: str
     device: str | None = None
     precision: str = "float32"
     threads: int | None = None
     trust: bool = False
+    lean: bool = False
+    cache: bool = True
 
 
 TRT = "sdopt.engine.trt"
@@ -167,10 +173,13 @@ def open_engine(
     threads: int | None = None,
     precision: str = "auto",
     trust: bool = False,
+    lean: bool = False,
+    cache: bool = True,
 ) -> Engine:
     """The engine of one component; `threads=None` takes what the machine gives to this process.
 
-    In bf16, text encoders stay in float32. `trust` also loads engines that somebody else built.
+    In bf16, text encoders stay in float32. `trust` also loads engines that somebody else built; for `lean` and `cache`
+    see `How`.
     """
     if threads is not None and threads < 1:
         raise UsageError(f"threads = {threads}; allowed is 1 or more, or None for all that this process may use")
@@ -178,7 +187,8 @@ def open_engine(
     name, _, device = chosen.partition(":")
     module = importlib.import_module(BACKENDS[name].module)
     precision = "float32" if component in IN_FLOAT32 else exact
-    engine: Engine = module.open_component(bundle, component, How(name, device or None, precision, threads, trust))
+    how = How(name, device or None, precision, threads, trust, lean, cache)
+    engine: Engine = module.open_component(bundle, component, how)
     return engine
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
 import openvino
 
 from sdopt.bundle import Bundle, Component
-from sdopt.engine import How
+from sdopt.engine import How, cache
 from sdopt.errors import BackendError, BundleError, UsageError
 from sdopt.specs import Array, check_inputs
 
@@ -19,7 +21,18 @@ DEVICES = {"cpu": "CPU", "gpu": "GPU"}
 
 def open_component(bundle: Bundle, name: str, how: How) -> OpenVinoEngine:
     """The engine of component `name` on `how.device`, computing in `how.precision`."""
-    return OpenVinoEngine(bundle.component(name), how.threads, how.device or "cpu", how.precision)
+    component, device = bundle.component(name), how.device or "cpu"
+    opened = partial(OpenVinoEngine, component, how.threads, device, how.precision)
+    if not how.cache or device != "cpu":
+        return opened()
+    options = {"openvino": ov.__version__, "precision": how.precision, "threads": how.threads, **_source(component)}
+    folder = cache.entry(bundle, name, "openvino", options)
+    return cache.load(folder, 2 * bundle.nbytes(name), kept=opened, new=opened)
+
+
+def _source(component: Component) -> dict[str, Any]:
+    """The graph as OpenVINO names what it keeps: by path and time."""
+    return {"path": str(component.graph.absolute()), "mtime_ns": component.graph.stat().st_mtime_ns}
 
 
 def describe(backend: str) -> dict[str, Any]:
@@ -30,15 +43,23 @@ def describe(backend: str) -> dict[str, Any]:
 
 
 class OpenVinoEngine:
-    """One compiled model and one inference request behind the Engine contract."""
+    """One compiled model and one inference request behind the Engine contract.
+
+    With `kept`, a folder, the compiled model is read from there, or else left there for the next process.
+    """
 
     def __init__(
-        self, component: Component, threads: int | None = None, device: str = "cpu", precision: str = "float32"
+        self,
+        component: Component,
+        threads: int | None = None,
+        device: str = "cpu",
+        precision: str = "float32",
+        kept: Path | None = None,
     ) -> None:
         self.name, self.inputs, self.outputs = component.name, component.inputs, component.outputs
         if precision == "bf16" and not native_bf16(device):
             raise BackendError(f"precision bf16: {device} here does not compute in bfloat16 itself; use float32")
-        compiled = _compiled(component, _properties(threads, precision), _device(device))
+        compiled = _compiled(component, _properties(threads, precision, kept), _device(device))
         _check_signature(component, compiled)
         self._request: Any = compiled.create_infer_request()
 
@@ -75,15 +96,15 @@ def _device(device: str) -> str:
     return DEVICES[device]
 
 
-def _properties(threads: int | None, precision: str) -> dict[str, Any]:
+def _properties(threads: int | None, precision: str, kept: Path | None) -> dict[str, Any]:
     properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": PRECISIONS[precision]}
-    return properties if threads is None else {**properties, "INFERENCE_NUM_THREADS": threads}
+    chosen = {"INFERENCE_NUM_THREADS": threads, "CACHE_DIR": kept and str(kept)}
+    return properties | {name: value for name, value in chosen.items() if value is not None}
 
 
 def _compiled(component: Component, properties: dict[str, Any], device: str) -> Any:
-    core = ov.Core()
     try:
-        return core.compile_model(core.read_model(component.graph), device, properties)
+        return ov.Core().compile_model(component.graph, device, properties)
     except Exception as error:  # the library raises RuntimeError for every kind of fault
         raise BundleError(
             f"{component.graph}: OpenVINO {ov.__version__} cannot load it: {error}\n"

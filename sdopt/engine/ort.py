@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -11,7 +12,7 @@ import numpy as np
 import onnxruntime
 
 from sdopt.bundle import Bundle, Component
-from sdopt.engine import How
+from sdopt.engine import How, cache
 from sdopt.engine.cores import usable_cores
 from sdopt.engine.plans import built_components, find, user_folder
 from sdopt.errors import BackendError, BundleError, UsageError
@@ -26,8 +27,7 @@ ONNX_TYPES = {
     "tensor(bool)": "bool",
 }
 
-
-GRAPH = "graph.onnx"  # what `sdopt build --backend ort` makes
+GRAPH = "graph.onnx"  # what `sdopt build --backend ort` makes, and what an earlier process kept
 
 # device -> its provider and options; best first. Convolutions are tuned by rule rather than by trying each shape out.
 Providers = list[tuple[str, dict[str, str]]]
@@ -44,12 +44,33 @@ def open_component(bundle: Bundle, name: str, how: How) -> OrtEngine:
     A graph that `sdopt build --backend ort` derived goes before the bundle's own.
     """
     if name not in built_components(bundle, how.backend):
-        return OrtEngine(bundle.component(name), how.threads, how.device)
+        return _from_cache(bundle, name, how)
     found = find(bundle, name, how.backend, lambda record: {}, how.trust)
     for file in found.record.files:
         found.checked(file)
     component = Component(name, found.folder / GRAPH, found.record.inputs, found.record.outputs)
-    return OrtEngine(component, how.threads, how.device, carry=found.record.carry)
+    return OrtEngine(component, how.threads, how.device, lean=how.lean, carry=found.record.carry)
+
+
+def _from_cache(bundle: Bundle, name: str, how: How) -> OrtEngine:
+    """The engine of a graph as ONNX Runtime optimised it: by an earlier process, if that was on this processor.
+
+    Kept are the fused nodes and the weights as float32, in the order that the kernels like. They are mapped from the
+    file: nothing is converted again, and processes share them.
+    """
+    component = bundle.component(name)
+
+    def opened(component: Component, optimise: bool = True, keep: Path | None = None) -> OrtEngine:
+        return OrtEngine(component, how.threads, how.device, lean=how.lean, optimise=optimise, keep=keep)
+
+    if not how.cache or _providers(how.device) != [PROVIDERS["cpu"]]:
+        return opened(component)
+    return cache.load(
+        cache.entry(bundle, name, "ort", {"onnxruntime": ort.__version__}),
+        2 * bundle.nbytes(name),
+        kept=lambda folder: opened(replace(component, graph=folder / GRAPH), optimise=False),
+        new=lambda folder: opened(component, keep=folder and folder / GRAPH),
+    )
 
 
 def describe(backend: str) -> dict[str, Any]:
@@ -62,7 +83,7 @@ def describe(backend: str) -> dict[str, Any]:
 class OrtEngine:
     """One ONNX Runtime session behind the Engine contract, with runs whose carried tensors stay on its device.
 
-    `small`: less memory, and slower (see `_session`).
+    For `lean`, `optimise` and `keep` see `_session`.
     """
 
     def __init__(
@@ -71,12 +92,14 @@ class OrtEngine:
         threads: int | None = None,
         device: str | None = None,
         *,
-        small: bool = False,
+        lean: bool = False,
+        optimise: bool = True,
+        keep: Path | None = None,
         carry: Mapping[str, str] | None = None,
     ) -> None:
         self.name, self.inputs, self.outputs = component.name, component.inputs, component.outputs
         self.carry: Mapping[str, str] = carry or {}
-        self._session: Any = _session(component.graph, threads, _providers(device), small)
+        self._session: Any = _session(component.graph, threads, _providers(device), lean, optimise, keep)
         for kind, specs, nodes in (
             ("input", self.inputs, self._session.get_inputs()),
             ("output", self.outputs, self._session.get_outputs()),
@@ -168,20 +191,33 @@ def _providers(device: str | None) -> Providers:
     if device != "tensorrt":
         return [PROVIDERS[device]]
     name, options = PROVIDERS[device]
-    cache = user_folder("XDG_CACHE_HOME", ".cache") / "ort-tensorrt"  # not the folder where a process happens to run
-    return [(name, {**options, "trt_engine_cache_path": str(cache)}), PROVIDERS["cuda"]]
+    plans = user_folder("XDG_CACHE_HOME", ".cache") / "ort-tensorrt"  # not the folder where a process happens to run
+    return [(name, {**options, "trt_engine_cache_path": str(plans)}), PROVIDERS["cuda"]]
 
 
-def _session(graph: Path, threads: int | None, providers: Providers, small: bool = False) -> Any:
-    """The session of a graph; `small` runs it as it is written, its weights mapped from the file.
+def _session(
+    graph: Path,
+    threads: int | None,
+    providers: Providers,
+    lean: bool = False,
+    optimise: bool = True,
+    keep: Path | None = None,
+) -> Any:
+    """The session of a graph; with `keep`, the optimised graph is also written there, its weights beside it.
 
-    Without it, float16 weights also stand in memory in float32, and again in the order that the kernels like.
+    Without `optimise` the graph is run as it is written, its weights mapped from their file: float16 ones do not
+    also stand in memory in float32. `lean`: the weights of matrix products are not copied into the kernels' own
+    order either, and memory is given back after each call.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or usable_cores()
-    if small:
+    if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if keep is not None:
+        options.optimized_model_filepath = str(keep)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{keep.name}.data")
+    if lean:
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False
     try:
