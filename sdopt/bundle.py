@@ -3,6 +3,7 @@
     manifest.json           what is here, with the size and SHA-256 of every file; written last
     <component>.onnx        the graph, float32-typed standard ONNX
     <component>.onnx.data   its weights in the checkpoint's own precision
+    <component>.ort.onnx    the same, on the same weights, in the operators that one engine library is fast at
     tokenizer/tokenizer.json
 
 A bundle is data from somewhere else: nothing in it is opened before the manifest has been read strictly, and every
@@ -93,16 +94,17 @@ class Bundle:
     def components(self) -> tuple[str, ...]:
         return tuple(self.manifest["components"])
 
-    def component(self, name: str) -> Component:
-        """The entry of `name`, e.g. "unet"."""
+    def component(self, name: str, library: str = "") -> Component:
+        """The entry of `name`, e.g. "unet", with the graph that is meant for `library` (e.g. "ort") if there is one."""
         table: Mapping[str, Any] = self.manifest["components"]
         if name not in table:
             raise BundleError(f"{self.path} has no component {name!r}; it has {choices(name, table)}")
         entry = table[name]
         try:
             inputs, outputs = (tuple(map(TensorSpec.from_json, entry[k])) for k in ("inputs", "outputs"))
-            return Component(name, self.file(entry["graph"]), inputs, outputs, tuple(entry.get("parity", ())))
-        except (KeyError, TypeError, ValueError) as error:
+            own: Mapping[str, Any] = entry.get("graphs", {}).get(library, entry)
+            return Component(name, self.file(own["graph"]), inputs, outputs, tuple(own.get("parity", ())))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BundleError(f"{self.path / MANIFEST}: component {name!r} is malformed ({error!r})") from error
 
     def file(self, name: str) -> Path:

@@ -20,6 +20,7 @@ ALLOWED = {
     "likeness": {"specs"},
     "bundle": {"specs", "errors"},
     "engine": {"bundle", "specs", "errors"},
+    "graph": {"specs", "errors"},
     "noise": {"errors", "specs"},
     "schedules": {"errors", "specs"},
     "samplers": {"schedules", "errors", "specs"},
@@ -56,8 +57,8 @@ ALLOWED = {
         "specs",
         "errors",
     },
-    "export": {"likeness", "engine", "bundle", "samplers", "schedules", "noise", "specs", "errors", ""},
-    "build": {"likeness", "engine", "bundle", "samplers", "specs", "errors", ""},
+    "export": {"graph", "likeness", "engine", "bundle", "samplers", "schedules", "noise", "specs", "errors", ""},
+    "build": {"graph", "likeness", "engine", "bundle", "samplers", "specs", "errors", ""},
     "bench": {"likeness", "pipeline", "engine", "bundle", "images", "specs", "errors", ""},
     "commands": {
         "engine",

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from sdopt.build.graph import is_float, load, name_of, save, weights
 from sdopt.build.half import MINUS_INFINITY, TYPES, HalfReport, half
 from sdopt.build.lower import lower
 from sdopt.build.rounded import outputs_of, rounded, session
+from sdopt.graph import is_float, load, name_of, save, weights
 from sdopt.likeness import psnr
 from sdopt.specs import Array, TensorSpec
 

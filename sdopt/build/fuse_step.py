@@ -49,8 +49,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from sdopt.build.graph import F32, I64, Writer, name_of, redirect
 from sdopt.errors import UsageError
+from sdopt.graph import F32, I64, Writer, name_of, redirect
 from sdopt.samplers.packed import HISTORY, SCALARS, row_width
 
 CARRIED = {"next_sample": "sample", "next_history": "history"}  # output -> the input that it becomes

@@ -22,7 +22,8 @@ from fnmatch import fnmatchcase
 import numpy as np
 import onnx_ir as ir
 
-from sdopt.build.graph import (
+from sdopt.errors import UsageError, choices
+from sdopt.graph import (
     BF16,
     F16,
     F32,
@@ -38,7 +39,6 @@ from sdopt.build.graph import (
     release,
     weights,
 )
-from sdopt.errors import UsageError, choices
 
 TYPES = {"float16": F16, "bfloat16": BF16}
 LARGEST, SMALLEST = 65504.0, 2.0**-25  # of float16; half of the smallest subnormal rounds to 0

@@ -24,8 +24,8 @@ from typing import Any, cast
 import onnx
 import onnx_ir as ir
 
-from sdopt.build.graph import F32, I64, Writer, attribute, constant_of, drop_unused, name_of, rank, redirect
 from sdopt.errors import UsageError
+from sdopt.graph import F32, I64, Writer, attribute, constant_of, drop_unused, name_of, rank, redirect
 
 OPSET = 17
 Rule = Callable[[Writer, ir.Node], ir.Value]

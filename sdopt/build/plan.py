@@ -17,8 +17,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from sdopt import __version__
-from sdopt.build import graph
+from sdopt import __version__, graph
 from sdopt.build.fuse_step import CARRIED, fuse_step
 from sdopt.build.half import half
 from sdopt.build.lock import one_builder
@@ -33,6 +32,7 @@ from sdopt.engine.plans import Record, Stored, changed, engines_folder, stored, 
 from sdopt.engine.trt import PLAN
 from sdopt.engine.trt_api import LIBRARIES, TensorRT, environment
 from sdopt.errors import BackendError, UsageError, choices
+from sdopt.graph.ort_ops import ort_ops
 from sdopt.specs import Profile
 
 BACKENDS = (*LIBRARIES, "ort")
@@ -250,6 +250,8 @@ def derive(
         if unknown:
             notes["lowered"] = unknown
             lower(model)
+    elif not PRECISIONS[options["precision"]]:
+        ort_ops(model)
     return model, notes
 
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 import onnx_ir as ir
 import onnxruntime
 
-from sdopt.build.graph import BF16, F16, F32, Writer, behind, converted, drop_unused, name_of, weights
+from sdopt.graph import BF16, F16, F32, Writer, behind, converted, drop_unused, name_of, weights
 from sdopt.specs import Array
 
 HALF = (F16, BF16)

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sdopt.bundle import Bundle, new_folder
+from sdopt.bundle import Bundle, Component, new_folder
 from sdopt.engine.plans import user_folder
 from sdopt.errors import SdoptError
 
@@ -38,12 +38,13 @@ def nbytes() -> int:
     return sum(path.stat().st_size for path in root().rglob("*") if path.is_file())
 
 
-def entry(bundle: Bundle, component: str, backend: str, options: Mapping[str, Any]) -> Path:
+def entry(bundle: Bundle, component: Component, backend: str, options: Mapping[str, Any]) -> Path:
     """The folder for what `backend` makes of this very graph and its weights, with `options`, on this processor."""
-    graph, files = bundle.component(component).graph.name, bundle.manifest["files"]
-    digests = [files[name]["sha256"] for name in (graph, f"{graph}.data") if name in files]
+    graph, weights = component.graph.name, f"{bundle.component(component.name).graph.name}.data"
+    files = bundle.manifest["files"]
+    digests = [files[name]["sha256"] for name in (graph, weights) if name in files]
     text = json.dumps([digests, processor(), options], sort_keys=True)
-    return root() / f"{component}-{backend}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return root() / f"{component.name}-{backend}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def load(

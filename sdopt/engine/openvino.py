@@ -26,7 +26,7 @@ def open_component(bundle: Bundle, name: str, how: How) -> OpenVinoEngine:
     if not how.cache or device != "cpu":
         return opened()
     options = {"openvino": ov.__version__, "precision": how.precision, "threads": how.threads, **_source(component)}
-    folder = cache.entry(bundle, name, "openvino", options)
+    folder = cache.entry(bundle, component, "openvino", options)
     return cache.load(folder, 2 * bundle.nbytes(name), kept=opened, new=opened)
 
 

@@ -44,7 +44,7 @@ def open_component(bundle: Bundle, name: str, how: How) -> OrtEngine:
     A graph that `sdopt build --backend ort` derived goes before the bundle's own.
     """
     if name not in built_components(bundle, how.backend):
-        return _from_cache(bundle, name, how)
+        return _own_graph(bundle, name, how)
     found = find(bundle, name, how.backend, lambda record: {}, how.trust)
     for file in found.record.files:
         found.checked(file)
@@ -52,21 +52,23 @@ def open_component(bundle: Bundle, name: str, how: How) -> OrtEngine:
     return OrtEngine(component, how.threads, how.device, lean=how.lean, carry=found.record.carry)
 
 
-def _from_cache(bundle: Bundle, name: str, how: How) -> OrtEngine:
-    """The engine of a graph as ONNX Runtime optimised it: by an earlier process, if that was on this processor.
+def _own_graph(bundle: Bundle, name: str, how: How) -> OrtEngine:
+    """The engine of the bundle's own graph; on a CPU as ONNX Runtime optimised it for an earlier process.
 
     Kept are the fused nodes and the weights as float32, in the order that the kernels like. They are mapped from the
     file: nothing is converted again, and processes share them.
     """
-    component = bundle.component(name)
+    if _providers(how.device) != [PROVIDERS["cpu"]]:
+        return OrtEngine(bundle.component(name), how.threads, how.device, lean=how.lean)
+    component = bundle.component(name, "ort")
 
     def opened(component: Component, optimise: bool = True, keep: Path | None = None) -> OrtEngine:
         return OrtEngine(component, how.threads, how.device, lean=how.lean, optimise=optimise, keep=keep)
 
-    if not how.cache or _providers(how.device) != [PROVIDERS["cpu"]]:
+    if not how.cache:
         return opened(component)
     return cache.load(
-        cache.entry(bundle, name, "ort", {"onnxruntime": ort.__version__}),
+        cache.entry(bundle, component, "ort", {"onnxruntime": ort.__version__}),
         2 * bundle.nbytes(name),
         kept=lambda folder: opened(replace(component, graph=folder / GRAPH), optimise=False),
         new=lambda folder: opened(component, keep=folder and folder / GRAPH),

@@ -25,6 +25,7 @@ from sdopt.bundle import new_folder, refuse_existing, write_manifest
 from sdopt.errors import CheckpointError
 from sdopt.export import components, families, parity, presets, preview, schedule, trace
 from sdopt.export.source import Checkpoint, open_checkpoint
+from sdopt.graph.ort_ops import tailored
 
 HEADER = f"{'component':<14}{'seconds':>9}{'MB':>9}  {'weights':<8}{'parity dB':>10}{'max error':>11}"
 Report = Callable[[str], None]
@@ -117,13 +118,15 @@ def _component(
     stored = trace.save(trace.trace(part, opset), graph)
     part = part.released()
     results = parity.measure(part, graph, references) if floor_db is not None else []
-    size = sum(p.stat().st_size for p in folder.glob(f"{graph.name}*")) / 1e6
-    worst = min((r.psnr_db for r in results), default=None)
-    error = max((r.max_error for r in results), default=0.0)
+    own = tailored(graph)
+    theirs = parity.measure(part, own, references) if own is not None and floor_db is not None else []
+    size = sum(p.stat().st_size for p in folder.glob(f"{part.name}.*")) / 1e6
+    worst = min((r.psnr_db for r in (*results, *theirs)), default=None)
+    error = max((r.max_error for r in (*results, *theirs)), default=0.0)
     shown = "unverified" if worst is None else f"{worst:>10.1f}{error:>11.1e}"
     report(f"{part.name:<14}{time.perf_counter() - started:>9.1f}{size:>9.1f}  {stored:<8}{shown}")
     if floor_db is not None:
-        parity.gate(part, results, floor_db)
+        parity.gate(part, [*results, *theirs], floor_db)
     return {
         "graph": graph.name,
         "opset": opset,
@@ -131,6 +134,7 @@ def _component(
         "inputs": [s.to_json() for s in part.inputs],
         "outputs": [s.to_json() for s in part.outputs],
         "parity": [r.to_json() for r in results],
+        "graphs": {} if own is None else {"ort": {"graph": own.name, "parity": [r.to_json() for r in theirs]}},
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from sdopt.build import graph
+from sdopt import graph
 from sdopt.build.diagnose import example
 from sdopt.build.rounded import outputs_of, rounded, session
 from sdopt.likeness import psnr

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sdopt.build import graph
+from sdopt import graph
 from sdopt.build.diagnose import diagnose
 from sdopt.bundle import write_manifest
 from tests.build.common import SIZES, inputs_of

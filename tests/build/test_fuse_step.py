@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 import sdopt
-from sdopt.build import graph
+from sdopt import graph
 from sdopt.build.diagnose import example
 from sdopt.build.fuse_step import CARRIED, fuse_step
 from sdopt.build.rounded import outputs_of

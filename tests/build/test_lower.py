@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from sdopt.build import graph
+from sdopt import graph
 from sdopt.build.fuse_step import fuse_step
 from sdopt.build.half import half
 from sdopt.build.lower import lower

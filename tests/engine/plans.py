@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdopt.build import graph
+from sdopt import graph
 from sdopt.build.plan import Job, Options, Target, _for_part, derive
 from sdopt.build.recipe import part_profile, read_recipe, user_profiles
 from sdopt.bundle import Bundle, new_folder

@@ -75,7 +75,7 @@ def test_another_processor_graph_or_precision_has_its_own(
     bundle: Bundle, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def key(found: Bundle = bundle, **options: str) -> Path:
-        return cache.entry(found, "unet", backend, options)
+        return cache.entry(found, found.component("unet"), backend, options)
 
     changed = {**bundle.manifest["files"], "unet.onnx.data": {"sha256": "another", "bytes": 1}}
     keys = {key(), key(precision="bf16"), key(Bundle(bundle.path, {**bundle.manifest, "files": changed}))}

@@ -154,6 +154,7 @@ class Writer:
         dtype: ir.DataType | None = None,
         shape: Sequence[Any] | ir.Shape | None = None,
         output: str | None = None,
+        domain: str = "",
         **attributes: Any,
     ) -> ir.Value:
         """The output of a new node; dtype and shape are those of its first input unless given, its name the node's."""
@@ -162,7 +163,7 @@ class Writer:
         shape = first.shape if shape is None else shape
         value = ir.Value(name=output or self._prefix + name, type=ir.TensorType(dtype or first.dtype or F32))
         value.shape = None if shape is None else ir.Shape(shape)
-        self.insert(ir.node(op, inputs, attributes, outputs=[value], name=self._prefix + name))
+        self.insert(ir.node(op, inputs, attributes, domain=domain, outputs=[value], name=self._prefix + name))
         return value
 
     def insert(self, node: ir.Node) -> ir.Node:

@@ -1,0 +1,117 @@
+"""A graph in the operators that ONNX Runtime's CPU kernels are fast at; the weights stay in the file where they are.
+
+| the bundle's graph (opset 23)                 | becomes                                                          |
+|-----------------------------------------------|------------------------------------------------------------------|
+| Reshape, Transpose, Attention, and back again | com.microsoft MultiHeadAttention: blocks that stay in the cache   |
+| GroupNormalization                            | InstanceNormalization of the groups, then scale and bias: without |
+|                                               | a kernel for the former it is taken apart into about 20 nodes     |
+
+Ref: Dao et al. 2022, arXiv:2205.14135, algorithm 1, for the attention; Wu & He 2018, arXiv:1803.08494, for the norm.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import cast
+
+import onnx_ir as ir
+
+from sdopt.graph import F32, I64, Writer, attribute, drop_unused, load, name_of, rank, redirect
+
+DOMAIN = "com.microsoft"
+NEUTRAL = {"one": 1.0, "zero": 0.0}  # a scale and a bias that do nothing
+TO_HEADS = (0, 2, 1, 3)  # [batch, tokens, heads, features] <-> [batch, heads, tokens, features]
+
+
+def tailored(path: Path) -> Path | None:
+    """Write NAME.ort.onnx beside the graph NAME.onnx, reading the same weights; None where there is nothing to gain."""
+    model = load(path)
+    if not ort_ops(model):
+        return None
+    target = path.with_suffix(f".ort{path.suffix}")
+    ir.save(model, target)
+    return target
+
+
+def ort_ops(model: ir.Model) -> int:
+    """How many nodes of `model`, which is changed in place, were replaced; what has another form is left as it is."""
+    replaced = 0
+    for node in list(model.graph):
+        if node.op_type == "GroupNormalization" and model.graph.opset_imports[""] >= 21:
+            replaced += _group_norm(model, node)
+        elif node.op_type == "Attention":
+            replaced += _attention(model, node)
+    drop_unused(model)
+    return replaced
+
+
+def _group_norm(model: ir.Model, node: ir.Node) -> bool:
+    x, scale, bias = (cast(ir.Value, value) for value in node.inputs)
+    if x.dtype != F32 or node.outputs[0] in model.graph.outputs:
+        return False
+    groups, dims = attribute(node, "num_groups"), rank(x)
+    write, shared = Writer(model, f"{name_of(node)}/", before=node), Writer(model, "ort/")
+    apart = shared.constant(f"groups_{groups}", [0, groups, -1], I64)
+    one, zero = (
+        shared.constant(f"{name}_{groups}", [value] * groups, F32) for name, value in (("one", 1), ("zero", 0))
+    )
+    column = shared.constant(f"column_{dims}", [-1, *[1] * (dims - 2)], I64)
+
+    grouped = write("Reshape", [x, apart], "grouped", shape=(x.shape and x.shape[0], groups, None))
+    unit = write("InstanceNormalization", [grouped, one, zero], "unit", epsilon=attribute(node, "epsilon", 1e-5))
+    size = write("Shape", [x], "size", dtype=I64, shape=(dims,))
+    back = write("Reshape", [unit, size], "back", shape=x.shape)
+    per_channel = (None, *[1] * (dims - 2))
+    scale, bias = (
+        write("Reshape", [value, column], name, shape=per_channel) for name, value in (("scale", scale), ("bias", bias))
+    )
+    scaled = write("Mul", [back, scale], "scaled")
+    redirect(node.outputs[0], write("Add", [scaled, bias], "shifted"))
+    return True
+
+
+def _attention(model: ir.Model, node: ir.Node) -> bool:
+    """Heads of queries, keys and values side by side in, heads side by side out."""
+    query, flat, merged = node.inputs[0], [_flat(value) for value in node.inputs[:3]], _merged(node.outputs[0])
+    others = [value for value in node.inputs[3:] if value is not None]  # a mask, a cache
+    others += [name for name in ("is_causal", "softcap", "q_num_heads", "kv_num_heads") if attribute(node, name, 0)]
+    others += [value for value in model.graph.outputs if value is merged]
+    if None in flat or merged is None or others or query is None or query.shape is None:
+        return False
+    heads, features = query.shape[1], query.shape[3]
+    if not isinstance(heads, int) or not isinstance(features, int):
+        return False
+    scale = attribute(node, "scale") or 1 / math.sqrt(features)
+    write = Writer(model, f"{name_of(node)}/", before=node)
+    mixed = write("MultiHeadAttention", flat, "mixed", shape=merged.shape, domain=DOMAIN, num_heads=heads, scale=scale)
+    model.graph.opset_imports[DOMAIN] = 1
+    redirect(merged, mixed)
+    return True
+
+
+def _flat(value: ir.Value | None) -> ir.Value | None:
+    """[batch, tokens, heads * features] behind [batch, heads, tokens, features]; None if it is made otherwise."""
+    transpose = value.producer() if value is not None else None
+    if transpose is None or transpose.op_type != "Transpose" or tuple(attribute(transpose, "perm")) != TO_HEADS:
+        return None
+    split = transpose.inputs[0]
+    reshape = split.producer() if split is not None else None
+    if reshape is None or reshape.op_type != "Reshape":
+        return None
+    flat = reshape.inputs[0]
+    return flat if flat is not None and flat.shape is not None and rank(flat) == 3 else None
+
+
+def _merged(value: ir.Value) -> ir.Value | None:
+    """What becomes of [batch, heads, tokens, features] when its heads are put side by side; None if they are not."""
+    for op, dims in (("Transpose", 4), ("Reshape", 3)):
+        readers = [node for node, _ in value.uses()]
+        if len(readers) != 1 or readers[0].op_type != op:
+            return None
+        if op == "Transpose" and tuple(attribute(readers[0], "perm")) != TO_HEADS:
+            return None
+        value = readers[0].outputs[0]
+        if value.shape is None or rank(value) != dims:
+            return None
+    return value
