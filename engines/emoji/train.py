@@ -288,8 +288,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="of latents")
     parser.add_argument("--rate", type=float, default=3e-3, help="the denoiser's learning rate")
     parser.add_argument("--autoencoder-steps", type=int, default=3000)
-    parser.add_argument("--denoiser-steps", type=int, default=4000)
-    parser.add_argument("--decoder-steps", type=int, default=1500)
+    parser.add_argument("--denoiser-steps", type=int, default=6500)
+    parser.add_argument("--decoder-steps", type=int, default=900)
     args = parser.parse_args()
     args.run = args.run or args.out.with_name(args.out.name + ".run")
     if args.smoke:

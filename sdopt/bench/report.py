@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdopt.bench.curves import AXES, costs
 from sdopt.bench.record import Record, replace_text
 from sdopt.bench.sides import COMPONENTS
 from sdopt.bench.stats import paired_ratio, summary
-from sdopt.bench.svg import Bar, Curve, bars, lines
+from sdopt.bench.svg import Bar, bars
 from sdopt.errors import UsageError
 
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
@@ -38,8 +39,13 @@ PARTS = {
 Result = Mapping[str, Any]
 
 
-def report(records: Sequence[Record], stem: str = "bench", folder: str = "") -> tuple[str, dict[str, str]]:
-    """(Markdown, SVG texts by file name); the Markdown shows the plots from `folder`."""
+def report(
+    records: Sequence[Record], stem: str = "bench", folder: str = "", more: Sequence[Record] = ()
+) -> tuple[str, dict[str, str]]:
+    """(Markdown, SVG texts by file name); the Markdown shows the plots from `folder`.
+
+    The results of `more` only join the cost curves.
+    """
     parts, plots = list[str](), dict[str, str]()
     for i, (record, result) in enumerate((r, result) for r in records for result in r["results"]):
         name = f"{stem}-{i + 1}-{_file(result['case']['name'])}"
@@ -48,11 +54,14 @@ def report(records: Sequence[Record], stem: str = "bench", folder: str = "") -> 
         plots |= drawn
         shown = [f"![{Path(file).stem}]({Path(folder, file).as_posix()})" for file in drawn]
         parts.append("\n\n".join([*_tables(record, result), *shown]))
-    for axis in ("steps", "pixels"):
-        for i, (model, text) in enumerate(_costs(records, axis)):
-            file = f"{stem}-{axis}-{i + 1}-{_file(model)}.svg"
-            plots[file] = text
-            parts.append(f"![{Path(file).stem}]({Path(folder, file).as_posix()})")
+    results = [result for record in (*records, *more) for result in record["results"]]
+    for axis in AXES:
+        for i, cost in enumerate(costs(results, axis)):
+            file = f"{stem}-{axis}-{i + 1}-{_file(cost.model)}.svg"
+            plots[file] = cost.svg()
+            shown = f"![{Path(file).stem}]({Path(folder, file).as_posix()})"
+            parts += [f"**{cost.title}**", _markdown(cost.rows()), shown]
+    parts += [f"<sub>{_machine(record)}.</sub>\n\n    {record['command']}" for record in more]
     return "\n\n".join(parts) + "\n", plots
 
 
@@ -61,7 +70,7 @@ def _file(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip(".-")
 
 
-def write(path: Path, records: Sequence[Record], plots: Path | None = None) -> list[Path]:
+def write(path: Path, records: Sequence[Record], plots: Path | None = None, more: Sequence[Record] = ()) -> list[Path]:
     """Write the report to `path` and its plots to the folder `plots` (beside it, unless given); the files written.
 
     A file that has the marks `<!-- bench:start -->` and `<!-- bench:end -->` is kept, and only what is between them
@@ -70,7 +79,7 @@ def write(path: Path, records: Sequence[Record], plots: Path | None = None) -> l
     """
     folder = plots or path.parent
     stem = "bench" if plots else path.stem
-    text, drawn = report(records, stem, os.path.relpath(folder, path.parent))
+    text, drawn = report(records, stem, os.path.relpath(folder, path.parent), more)
     folder.mkdir(parents=True, exist_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     old = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -166,20 +175,22 @@ def _unlike_pictures(result: Result) -> list[str]:
 
 
 def _provenance(record: Record, result: Result) -> str:
-    machine, gpu = record["machine"], record["gpu"]
     own = {f"{s['name']}: {_pairs(s['versions'])}" for s in _measured(result) if s["kind"] == "peer"}
+    texts = [_machine(record), f"{result['threads']} threads, device {result['device']}", *sorted(own)]
+    return f"<sub>{'; '.join(texts)}.</sub>\n\n    {record['command']}"
+
+
+def _machine(record: Record) -> str:
+    machine, gpu = record["machine"], record["gpu"]
     texts = [
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB, {machine['release']}",
         *([f"{gpu['name']}, driver {gpu['driver_version']}"] if gpu else []),
-        f"{result['threads']} threads, device {result['device']}",
         _pairs(record["versions"]),
-        *sorted(own),
         f"{record['created']}, commit {record['commit'] or 'unknown'}",
     ]
-    busy = machine["load_before"] > 0.3 * machine["cores"]
-    if busy:
+    if machine["load_before"] > 0.3 * machine["cores"]:
         texts.append(f"the machine was busy before the run (load {machine['load_before']:g})")
-    return f"<sub>{'; '.join(texts)}.</sub>\n\n    {record['command']}"
+    return "; ".join(texts)
 
 
 def _measured(result: Result) -> list[Mapping[str, Any]]:
@@ -251,26 +262,6 @@ def _speedup(result: Result) -> str:
             groups.append((f"{TITLES[component]}: other time / sdopt's", group))
     title = f"{_title(result)}: speed-up of sdopt, 95 % interval (line: equal)"
     return bars(title, groups, mark=1.0) if groups and ours["quotable"] else ""
-
-
-def _costs(records: Sequence[Record], axis: str) -> list[tuple[str, str]]:
-    """(model, SVG): the seconds of a picture against steps (at one size) or pixels (at one number of steps)."""
-    found: dict[tuple[Any, ...], dict[str, dict[float, float]]] = {}
-    for result in (r for record in records for r in record["results"]):
-        case = result["case"]
-        pixels, steps = case["width"] * case["height"], case["steps"]
-        x, fixed = (steps, pixels) if axis == "steps" else (pixels, steps)
-        key = (case["model"], fixed, case["guidance"], case["batch"], result["device"], result["threads"])
-        for side in _measured(result):
-            if side["quotable"] or side["kind"] != "sdopt":
-                found.setdefault(key, {}).setdefault(side["name"], {})[x] = summary(side["seconds"]["picture"]).median
-    drawn: list[tuple[str, str]] = []
-    for (model, *_), sides in found.items():
-        several = {name: points for name, points in sides.items() if len(points) > 1}
-        if several:
-            curves = [Curve(name, sorted(points.items()), i) for i, (name, points) in enumerate(several.items())]
-            drawn.append((model, lines(f"{model}: a picture against {axis}", axis, "seconds", curves)))
-    return drawn
 
 
 def _title(result: Result) -> str:

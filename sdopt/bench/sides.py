@@ -63,7 +63,7 @@ class SdoptSide:
     """sdopt, on the case's backend."""
 
     name = kind = OURS
-    note = ""
+    note = "its cold starts, and their memory, are those that find the cache of an earlier start"
     half_level = 0.0
 
     def __init__(self, case: Case, bundle: Path, threads: int) -> None:

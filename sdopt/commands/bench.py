@@ -37,6 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     report_.add_argument("results", type=Path, nargs="+", metavar="RESULT.json")
     report_.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.md", help="written, or filled in")
     report_.add_argument("--plots", type=Path, metavar="FOLDER", help="where the plots go (default: beside FILE.md)")
+    report_.add_argument(
+        "--curves",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="RESULT.json",
+        help="only for the plots of cost against steps, pixels and images",
+    )
     parser.epilog = "\n".join(p.format_usage().replace("usage: ", "") for p in (run_, compare_, report_))
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
@@ -165,6 +173,7 @@ def _compare(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from sdopt.bench import record, report
 
-    written = report.write(args.output, [record.read(path) for path in args.results], args.plots)
+    results, curves = ([record.read(path) for path in paths] for paths in (args.results, args.curves))
+    written = report.write(args.output, results, args.plots, curves)
     print(*written, sep="\n")
     return 0

@@ -214,13 +214,14 @@ def _same_embeddings(png: Path, found: dict[str, Any], parameters: dict[str, Any
 
 def _denoise(pipe: Pipeline, plan: Plan, paths: Sequence[Path], every: int | None) -> Float32:
     """The latents of a plan, with a progress bar where a person is watching, and previews if they are asked for."""
-    from tqdm import tqdm
-
     for note in plan.table.notes:
         print(f"sdopt: {note}", file=sys.stderr)
-    total = len(plan.table.timestep)
-    sample = None
-    for step in tqdm(pipe.steps(plan), total=total, unit="it", leave=False, disable=not sys.stderr.isatty()):
+    steps, sample = pipe.steps(plan), None
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        steps = tqdm(steps, total=len(plan.table.timestep), unit="it", leave=False)
+    for step in steps:
         sample = step.sample
         if every and (step.index + 1) % every == 0:
             _show(pipe, step.denoised, step.index + 1, paths)

@@ -53,9 +53,7 @@ def _group_norm(model: ir.Model, node: ir.Node) -> bool:
     groups, dims = attribute(node, "num_groups"), rank(x)
     write, shared = Writer(model, f"{name_of(node)}/", before=node), Writer(model, "ort/")
     apart = shared.constant(f"groups_{groups}", [0, groups, -1], I64)
-    one, zero = (
-        shared.constant(f"{name}_{groups}", [value] * groups, F32) for name, value in (("one", 1), ("zero", 0))
-    )
+    one, zero = (shared.constant(f"{name}_{groups}", [value] * groups, F32) for name, value in NEUTRAL.items())
     column = shared.constant(f"column_{dims}", [-1, *[1] * (dims - 2)], I64)
 
     grouped = write("Reshape", [x, apart], "grouped", shape=(x.shape and x.shape[0], groups, None))
@@ -93,25 +91,28 @@ def _attention(model: ir.Model, node: ir.Node) -> bool:
 def _flat(value: ir.Value | None) -> ir.Value | None:
     """[batch, tokens, heads * features] behind [batch, heads, tokens, features]; None if it is made otherwise."""
     transpose = value.producer() if value is not None else None
-    if transpose is None or transpose.op_type != "Transpose" or tuple(attribute(transpose, "perm")) != TO_HEADS:
+    if value is None or transpose is None or not _moves_heads(transpose):
         return None
     split = transpose.inputs[0]
     reshape = split.producer() if split is not None else None
-    if reshape is None or reshape.op_type != "Reshape":
+    flat = reshape.inputs[0] if reshape is not None and reshape.op_type == "Reshape" else None
+    if flat is None or flat.shape is None or value.shape is None or rank(flat) != 3:
         return None
-    flat = reshape.inputs[0]
-    return flat if flat is not None and flat.shape is not None and rank(flat) == 3 else None
+    heads, features, together = value.shape[1], value.shape[3], flat.shape[2]
+    return flat if isinstance(heads, int) and isinstance(features, int) and heads * features == together else None
 
 
 def _merged(value: ir.Value) -> ir.Value | None:
     """What becomes of [batch, heads, tokens, features] when its heads are put side by side; None if they are not."""
     for op, dims in (("Transpose", 4), ("Reshape", 3)):
         readers = [node for node, _ in value.uses()]
-        if len(readers) != 1 or readers[0].op_type != op:
-            return None
-        if op == "Transpose" and tuple(attribute(readers[0], "perm")) != TO_HEADS:
+        if len(readers) != 1 or readers[0].op_type != op or (op == "Transpose" and not _moves_heads(readers[0])):
             return None
         value = readers[0].outputs[0]
         if value.shape is None or rank(value) != dims:
             return None
     return value
+
+
+def _moves_heads(node: ir.Node) -> bool:
+    return node.op_type == "Transpose" and tuple(attribute(node, "perm", ())) == TO_HEADS

@@ -90,6 +90,19 @@ def test_cost_against_steps_joins_the_cases_that_differ_in_nothing_else() -> Non
     assert not [name for name in plots if "pixels" in name]
 
 
+def test_curves_have_a_table_of_ratios_and_need_no_tables_of_their_own() -> None:
+    def batch(count: int, ours: float, theirs: float) -> dict[str, Any]:
+        case = dataclasses.replace(CASE, name=f"batch-{count}", batch=count)
+        sides = [side(n, {"picture": [s] * 5}) for n, s in (("sdopt", ours), ("eager-float32", theirs))]
+        return record(*sides, case=case)
+
+    text, plots = report([], more=[batch(1, 0.5, 1.0), batch(4, 2.0, 3.0)])
+    assert list(plots) == ["bench-images-1-emoji.svg"]
+    assert "(case `batch-1`)" not in text
+    assert rows(text)["1"] == ["0.5", "1", "2.00x [2.00, 2.00]"]
+    assert rows(text)["4"] == ["2", "3", "1.50x [1.50, 1.50]"]
+
+
 def test_a_strange_name_stays_a_name() -> None:
     entry = run()
     entry["results"][0]["sides"][2]["name"] = "<b>&|"
