@@ -184,7 +184,7 @@ def export_like(checkpoint: Path, target: Path, base: Path, **options: Any) -> P
                     parity.gate(part, parity.measure(part, there.graph))
                 except ParityError:
                     return trace(build, opened, folder, *rest)
-                for file in base.glob(f"{part.name}.onnx*"):
+                for file in base.glob(f"{part.name}.*"):
                     shutil.copy(file, folder)
                 return known.manifest["components"][part.name]
         return trace(build, opened, folder, *rest)

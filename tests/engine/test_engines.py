@@ -104,7 +104,8 @@ def test_threads_must_be_positive(threads: int) -> None:
 def test_a_graph_that_is_not_what_the_manifest_says_is_refused(bundle_copy: object) -> None:
     bundle = Bundle.open(EMOJI_BUNDLE)
     swapped = dict(
-        bundle.manifest["components"], unet=dict(bundle.manifest["components"]["unet"], graph="vae_decoder.onnx")
+        bundle.manifest["components"],
+        unet=dict(bundle.manifest["components"]["unet"], graph="vae_decoder.onnx", graphs={}),
     )
     with pytest.raises(BundleError, match=r"vae_decoder.onnx: its inputs are .*latent_sample.* the manifest says"):
         open_engine(Bundle(bundle.path, dict(bundle.manifest, components=swapped)), "unet")
