@@ -128,7 +128,8 @@ def _timings(result: Result) -> str:
     rows.append(
         ["engines on disk, MB", *(_megabytes(sum(s["memory"]["engine_bytes"].values()) or None) for s in sides)]
     )
-    rows.append(["peak memory of a fresh process, MB", *(_megabytes(s["memory"]["peak_rss_bytes"]) for s in sides)])
+    if any(s["memory"]["peak_rss_bytes"] is not None for s in sides):
+        rows.append(["peak memory of a fresh process, MB", *(_megabytes(s["memory"]["peak_rss_bytes"]) for s in sides)])
     if any(s["memory"]["peak_device_bytes"] is not None for s in sides):
         rows.append(["peak GPU memory, MB", *(_megabytes(s["memory"]["peak_device_bytes"]) for s in sides)])
     rows.append(["parity of the picture, dB", *(_decibel(s["parity"]["picture_db"]) for s in sides)])
