@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import sdopt
+from sdopt.engine import BACKENDS, installed_backends
 from sdopt.errors import NumericsError, UsageError
 from sdopt.guidance import Denoiser
 from sdopt.samplers import SAMPLERS
@@ -19,6 +20,7 @@ from sdopt.specs import Array
 from tests.conftest import EMOJI_BUNDLE, EMOJI_CHECKPOINT
 
 FLOOR_DB = 60.0
+ON_CPUS = [name for name in installed_backends() if BACKENDS[name].precisions]  # that take any bundle as it is
 
 
 def picture_psnr(reference: Array, other: Array) -> float:
@@ -37,17 +39,22 @@ def diffusers_pipeline(checkpoint: Path) -> Any:
 
 
 @cache
-def sdopt_pipeline(bundle: Path) -> sdopt.Pipeline:
-    return sdopt.load(bundle)
+def sdopt_pipeline(bundle: Path, backend: str) -> sdopt.Pipeline:
+    return sdopt.load(bundle, backend)
+
+
+@pytest.fixture(params=ON_CPUS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture(params=["emoji", "tiny"])
-def pair(request: pytest.FixtureRequest) -> tuple[Any, sdopt.Pipeline]:
+def pair(request: pytest.FixtureRequest, backend: str) -> tuple[Any, sdopt.Pipeline]:
     """The same checkpoint in diffusers and in sdopt."""
     if request.param == "emoji":
-        return diffusers_pipeline(EMOJI_CHECKPOINT), sdopt_pipeline(EMOJI_BUNDLE)
+        return diffusers_pipeline(EMOJI_CHECKPOINT), sdopt_pipeline(EMOJI_BUNDLE, backend)
     checkpoint: Path = request.getfixturevalue("tiny_checkpoint")
-    return diffusers_pipeline(checkpoint), sdopt_pipeline(request.getfixturevalue("tiny_bundle"))
+    return diffusers_pipeline(checkpoint), sdopt_pipeline(request.getfixturevalue("tiny_bundle"), backend)
 
 
 @pytest.fixture
