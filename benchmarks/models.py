@@ -141,9 +141,18 @@ def build(name: str, folder: Path, dtype: str = "float16", seed: int = 0) -> Pat
     else:
         unfiltered = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         diffusers.StableDiffusionPipeline(**parts, **unfiltered).save_pretrained(folder)
+    _name_as_published(folder / "text_encoder/model.safetensors")
     if "generation_config" in config:
         (folder / "generation_config.json").write_text(json.dumps(config["generation_config"]))
     return folder
+
+
+def _name_as_published(weights: Path) -> None:
+    """Give CLIP's weights the prefix that published checkpoints have, and that stable-diffusion.cpp looks for."""
+    from safetensors.torch import load_file, save_file
+
+    named = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(weights).items()}
+    save_file(named, weights, {"format": "pt"})
 
 
 def prepared(name: str, cache: Path = CACHE) -> tuple[Path, Path]:

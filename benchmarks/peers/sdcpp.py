@@ -37,7 +37,7 @@ def load(model: Path, message: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             prompt=case["prompt"], width=case["width"], height=case["height"], sample_steps=case["steps"],
             cfg_scale=max(case["guidance"], 1.0), sample_method="euler", seed=0, batch_count=case["batch"],
         )  # fmt: skip
-        return np.stack([np.asarray(picture, np.float32) / 255 for picture in pictures])
+        return np.stack([np.asarray(picture.convert("RGB"), np.float32) / 255 for picture in pictures])
 
     note = "cannot take latents, so its picture is another and is not compared"
     return draw, {"backend": "ggml", "precision": WTYPE, "takes_latents": False, "note": note}
