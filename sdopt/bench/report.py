@@ -153,7 +153,7 @@ def _ratio(ours: Mapping[str, Any], other: Mapping[str, Any], component: str) ->
         return "not quoted"
     e = paired_ratio(other["seconds"][component], ours["seconds"][component])
     verdict = f" ({other['name']} is faster)" if e.high < 1 else ""
-    return f"{e.value:.2f}x [{e.low:.2f}, {e.high:.2f}]{verdict}"
+    return f"{e}{verdict}"
 
 
 def _not_quoted(result: Result) -> list[str]:

@@ -36,6 +36,9 @@ class Estimate:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        return f"{self.value:.2f}x [{self.low:.2f}, {self.high:.2f}]"
+
 
 def summary(series: Sequence[float]) -> Summary:
     """Median, 10th and 90th percentile (linear between neighbours)."""

@@ -64,7 +64,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"embedded model  {'found' if found['embedded_model'] else 'missing: install sdopt again'}",
     ]
     kept = found["cache"]
-    lines.append(f"cache           {kept['bytes'] / 1e6:.0f} MB for quicker starts in {kept['path']}; may be deleted")
+    lines.append(f"{'cache':<16}{kept['bytes'] / 1e6:.0f} MB for quicker starts in {kept['path']}; may be deleted")
     for name, entry in found["backends"].items():
         known = ", ".join(
             f"{key} {value if isinstance(value, str) else ' '.join(value)}" for key, value in entry.items()

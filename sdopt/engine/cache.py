@@ -9,6 +9,7 @@ something new comes. Where nothing can be written the graph is loaded as ever.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -73,6 +74,7 @@ def load(
     return loaded
 
 
+@functools.cache
 def processor() -> str:
     """What this processor can do, as text: kernels are chosen by it, and weights are laid out for them."""
     try:

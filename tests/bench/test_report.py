@@ -103,6 +103,17 @@ def test_curves_have_a_table_of_ratios_and_need_no_tables_of_their_own() -> None
     assert rows(text)["4"] == ["2", "3", "1.50x [1.50, 1.50]"]
 
 
+def test_a_curve_below_the_floor_has_no_ratios() -> None:
+    def batch(count: int) -> dict[str, Any]:
+        case = dataclasses.replace(CASE, name=f"batch-{count}", batch=count)
+        ours, *others = (side(n, {"picture": [1.0] * 5}, db) for n, db in (("sdopt", 31.0), ("eager-float32", 200.0)))
+        return record(ours, *others, side("fast", {"picture": [0.5] * 5}, 31.0, kind="peer"), case=case)
+
+    text, _ = report([], more=[batch(1), batch(4)])
+    assert rows(text)["images"] == ["eager-float32, s", "fast, s"]
+    assert rows(text)["1"] == ["1", "0.5"]
+
+
 def test_a_strange_name_stays_a_name() -> None:
     entry = run()
     entry["results"][0]["sides"][2]["name"] = "<b>&|"
