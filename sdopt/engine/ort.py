@@ -214,6 +214,8 @@ def _session(
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or usable_cores()
+    # Else the threads of the component that ran last go on spinning, and take the cores from the one that runs next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if keep is not None:
