@@ -3,15 +3,20 @@
 | the bundle's graph (opset 23)                 | becomes                                                          |
 |-----------------------------------------------|------------------------------------------------------------------|
 | Reshape, Transpose, Attention, and back again | com.microsoft MultiHeadAttention: blocks that stay in the cache   |
-| GroupNormalization                            | InstanceNormalization of the groups, then scale and bias: without |
-|                                               | a kernel for the former it is taken apart into about 20 nodes     |
+| GroupNormalization                            | InstanceNormalization of the groups, then BatchNormalization for  |
+|                                               | scale and bias: without a kernel for it, it is taken apart into   |
+|                                               | about 20 nodes                                                    |
+| a MatMul with bias whose result is Split      | a MatMul with bias for each part: nothing is copied, and Gelu     |
+|                                               | takes in its bias                                                 |
 
-Ref: Dao et al. 2022, arXiv:2205.14135, algorithm 1, for the attention; Wu & He 2018, arXiv:1803.08494, for the norm.
+Ref: Dao et al. 2022, arXiv:2205.14135, algorithm 1, for the attention; Wu & He 2018, arXiv:1803.08494, for the norm;
+Shazeer 2020, arXiv:2002.05202, for the feed-forward layer whose two halves come from one MatMul.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -20,7 +25,6 @@ import onnx_ir as ir
 from sdopt.graph import F32, I64, Writer, attribute, drop_unused, load, name_of, rank, redirect
 
 DOMAIN = "com.microsoft"
-NEUTRAL = {"one": 1.0, "zero": 0.0}  # a scale and a bias that do nothing
 TO_HEADS = (0, 2, 1, 3)  # [batch, tokens, heads, features] <-> [batch, heads, tokens, features]
 
 
@@ -37,36 +41,82 @@ def tailored(path: Path) -> Path | None:
 def ort_ops(model: ir.Model) -> int:
     """How many nodes of `model`, which is changed in place, were replaced; what has another form is left as it is."""
     replaced = 0
+    sizes: dict[tuple[str, ...], ir.Value] = {}
     for node in list(model.graph):
         if node.op_type == "GroupNormalization" and model.graph.opset_imports[""] >= 21:
-            replaced += _group_norm(model, node)
+            replaced += _group_norm(model, node, sizes)
+        elif node.op_type == "Split":
+            replaced += _split_linear(model, node)
         elif node.op_type == "Attention":
             replaced += _attention(model, node)
     drop_unused(model)
     return replaced
 
 
-def _group_norm(model: ir.Model, node: ir.Node) -> bool:
+def _group_norm(model: ir.Model, node: ir.Node, sizes: dict[tuple[str, ...], ir.Value]) -> bool:
+    """`sizes` holds the shapes that were measured for earlier nodes, by the names of their dimensions."""
     x, scale, bias = (cast(ir.Value, value) for value in node.inputs)
-    if x.dtype != F32 or node.outputs[0] in model.graph.outputs:
+    channels = x.shape[1] if x.shape is not None else None
+    if x.dtype != F32 or x.shape is None or not isinstance(channels, int) or node.outputs[0] in model.graph.outputs:
         return False
-    groups, dims = attribute(node, "num_groups"), rank(x)
+    groups = attribute(node, "num_groups")
     write, shared = Writer(model, f"{name_of(node)}/", before=node), Writer(model, "ort/")
-    apart = shared.constant(f"groups_{groups}", [0, groups, -1], I64)
-    one, zero = (shared.constant(f"{name}_{groups}", [value] * groups, F32) for name, value in NEUTRAL.items())
-    column = shared.constant(f"column_{dims}", [-1, *[1] * (dims - 2)], I64)
 
-    grouped = write("Reshape", [x, apart], "grouped", shape=(x.shape and x.shape[0], groups, None))
-    unit = write("InstanceNormalization", [grouped, one, zero], "unit", epsilon=attribute(node, "epsilon", 1e-5))
-    size = write("Shape", [x], "size", dtype=I64, shape=(dims,))
-    back = write("Reshape", [unit, size], "back", shape=x.shape)
-    per_channel = (None, *[1] * (dims - 2))
-    scale, bias = (
-        write("Reshape", [value, column], name, shape=per_channel) for name, value in (("scale", scale), ("bias", bias))
-    )
-    scaled = write("Mul", [back, scale], "scaled")
-    redirect(node.outputs[0], write("Add", [scaled, bias], "shifted"))
+    def filled(length: int, number: float) -> ir.Value:
+        return shared.constant(f"{number:.0f}_{length}", [number] * length, F32)
+
+    apart = shared.constant(f"groups_{groups}", [0, groups, -1], I64)
+    grouped = write("Reshape", [x, apart], "grouped", shape=(x.shape[0], groups, None))
+    inputs = [grouped, filled(groups, 1), filled(groups, 0)]
+    unit = write("InstanceNormalization", inputs, "unit", epsilon=attribute(node, "epsilon", 1e-5))
+    named = tuple(str(d if isinstance(d, int) else d.value or x.name) for d in x.shape)  # unnamed: this tensor's own
+    if named not in sizes:
+        sizes[named] = write("Shape", [x], "size", dtype=I64, shape=(rank(x),))
+    back = write("Reshape", [unit, sizes[named]], "back", shape=x.shape)
+    inputs = [back, scale, bias, filled(channels, 0), filled(channels, 1)]  # of mean 0 and variance 1: x scale + bias
+    redirect(node.outputs[0], write("BatchNormalization", inputs, "scaled", epsilon=0.0))
     return True
+
+
+def _split_linear(model: ir.Model, node: ir.Node) -> bool:
+    """The parts of x weight + bias, each by itself; the weight is cut once, when the graph is loaded."""
+    added = _made_by(node.inputs[0], "Add")
+    product = _made_by(added.inputs[0], "MatMul") if added else None
+    if added is None or product is None or any(value in model.graph.outputs for value in node.outputs):
+        return False
+    (x, weight), bias = product.inputs, cast(ir.Value, added.inputs[1])
+    weight = cast(ir.Value, weight)
+    equal = attribute(node, "num_outputs") == len(node.outputs)
+    last = attribute(node, "axis", 0) in (-1, rank(node.outputs[0]) - 1)
+    if not (equal and last and _is_constant(weight) and _is_constant(bias)) or (rank(weight), rank(bias)) != (2, 1):
+        return False
+    write = Writer(model, f"{name_of(node)}/", before=product)
+    columns, offsets = (_cut(write, value, len(node.outputs)) for value in (weight, bias))
+    for i, (old, column, offset) in enumerate(zip(node.outputs, columns, offsets, strict=True)):
+        part = write("MatMul", [x, column], f"part_{i}", shape=old.shape)
+        redirect(old, write("Add", [part, offset], f"shifted_{i}", shape=old.shape))
+    return True
+
+
+def _cut(write: Writer, value: ir.Value, count: int) -> Sequence[ir.Value]:
+    """A weight's last axis in `count` equal parts."""
+    parts = [ir.Value(name=f"{value.name}/{i}", type=value.type) for i in range(count)]
+    write.insert(ir.node("Split", [value], {"axis": -1, "num_outputs": count}, outputs=parts, name=f"{value.name}/cut"))
+    return parts
+
+
+def _made_by(value: ir.Value | None, op: str) -> ir.Node | None:
+    """The node that makes `value`, if it is an `op` that makes it for one reader only."""
+    maker = value.producer() if value is not None else None
+    return maker if maker is not None and maker.op_type == op and len(maker.outputs[0].uses()) == 1 else None
+
+
+def _is_constant(value: ir.Value) -> bool:
+    """Whether it is a weight, or one that is stored narrower."""
+    maker = value.producer()
+    if maker is not None and maker.op_type == "Cast" and maker.inputs[0] is not None:
+        value = maker.inputs[0]
+    return value.is_initializer()
 
 
 def _attention(model: ir.Model, node: ir.Node) -> bool:

@@ -62,6 +62,8 @@ def test_norms_and_attention_are_kept_whole(copied: Path) -> None:
     before, after = operators(copied), operators(own)
     assert after["InstanceNormalization"] == before["GroupNormalization"] > 10
     assert after["GroupNormalization"] == 0
+    assert after["BatchNormalization"] == before["GroupNormalization"]
+    assert after["Shape"] < before["Shape"] + before["GroupNormalization"]  # equal shapes are measured once
     assert after["MultiHeadAttention"] + after["Attention"] == before["Attention"]
     assert after["MultiHeadAttention"] >= before["Attention"] - 1  # the first one reads what both halves share
     assert after["Transpose"] < before["Transpose"]
@@ -128,6 +130,56 @@ def test_a_group_norm_of_an_older_opset_means_something_else() -> None:
     x = model.graph.inputs[0]
     graph.Writer(model, "")("GroupNormalization", [x, x, x], "norm", num_groups=2)
     assert ort_ops(model) == 1  # the attention alone
+
+
+def linear(weight: Any, axis: int = -1, outputs: int = 2, biased: bool = True) -> ir.Model:
+    """The parts of x weight + bias, last to first."""
+    x = ir.Value(name="x", type=FLOAT, shape=ir.Shape(["batch", 4, 6]))
+    model = ir.Model(ir.Graph([x], [], nodes=[], name="g", opset_imports={"": 23}), ir_version=10)
+    write = graph.Writer(model, "")
+    stored = write.constant("weight", weight, ir.DataType.FLOAT16)
+    columns = write("Cast", [stored], "wide", dtype=ir.DataType.FLOAT, shape=stored.shape, to=ir.DataType.FLOAT)
+    offset = write.constant("bias", np.arange(weight.shape[1]), ir.DataType.FLOAT)
+    product = write("MatMul", [x, columns], "product", shape=("batch", 4, weight.shape[1]))
+    added = write("Add", [product, offset if biased else product], "added")
+    parts = [ir.Value(name=f"part{i}", type=FLOAT, shape=ir.Shape(["batch", None, None])) for i in range(outputs)]
+    model.graph.append(ir.node("Split", [added], {"axis": axis, "num_outputs": outputs}, outputs=parts, name="split"))
+    model.graph.outputs.append(write("Concat", parts[::-1], "y", axis=axis))
+    return model
+
+
+@pytest.mark.parametrize("outputs", [2, 3])
+def test_a_linear_layer_whose_result_is_split_becomes_one_for_each_part(tmp_path: Path, outputs: int) -> None:
+    rng = np.random.default_rng(2)
+    model = linear(rng.standard_normal((6, 12)), outputs=outputs)
+    x = rng.standard_normal((2, 4, 6), np.float32)
+    expected = run(model, tmp_path, x)
+    assert ort_ops(model) == 1
+    assert Counter(node.op_type for node in model.graph)["MatMul"] == outputs
+    np.testing.assert_allclose(run(model, tmp_path, x), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("odd", [{"axis": 1}, {"biased": False}])
+def test_a_split_of_something_else_stays(odd: dict[str, Any]) -> None:
+    model = linear(np.ones((6, 12)), **odd)
+    before = [node.op_type for node in model.graph]
+    assert ort_ops(model) == 0
+    assert [node.op_type for node in model.graph] == before
+
+
+def test_shapes_without_names_are_not_taken_for_equal(tmp_path: Path) -> None:
+    x = ir.Value(name="x", type=FLOAT, shape=ir.Shape([None, 4, None]))
+    model = ir.Model(ir.Graph([x], [], nodes=[], name="g", opset_imports={"": 23}), ir_version=10)
+    write = graph.Writer(model, "")
+    one, zero = (write.constant(name, [value] * 4, ir.DataType.FLOAT) for name, value in (("one", 1), ("zero", 0)))
+    first = write("GroupNormalization", [x, one, zero], "first", num_groups=2)
+    half = write("MaxPool", [first], "half", kernel_shape=[2], strides=[2])
+    second = write("GroupNormalization", [half, one, zero], "second", num_groups=2)
+    model.graph.outputs.append(write("Neg", [second], "y"))
+    numbers = np.random.default_rng(3).standard_normal((1, 4, 8), np.float32)
+    expected = run(model, tmp_path, numbers)
+    assert ort_ops(model) == 2
+    np.testing.assert_allclose(run(model, tmp_path, numbers), expected, atol=1e-5)
 
 
 def test_the_engine_takes_the_graph_that_is_meant_for_it() -> None:
