@@ -69,9 +69,9 @@ def load(
     """The pipeline of the bundle at `path`; the embedded text-to-emoji model if None.
 
     `precision`: "float32", or "bf16" where the processor has it; "auto" is float32, so that pictures are diffusers'.
-    `memory`: "fast" keeps every component that was loaded; "low" frees it when another one is needed, and takes no
-    more for each than it must. `cache`: keep what the engine library makes of the graphs in this user's cache folder
-    (for Stable Diffusion 1.5 about 4 GB), so that the next process starts sooner and takes less memory.
+    `memory`: "fast" keeps every component that was loaded; "low" frees it when another one is needed.
+    `cache`: keep what the engine library makes of the graphs in this user's cache folder (for Stable Diffusion 1.5
+    about 4 GB), so that the next process starts sooner and takes less memory.
     Engines that `sdopt build` made are loaded if this user built them; `trust_engines` takes anybody's: they are code.
     Raises: BundleError for a bundle that is damaged or unsafe; BackendError if no engine library is installed.
     """
@@ -212,7 +212,6 @@ class Pipeline:
                 threads=self.threads,
                 precision=self.precision,
                 trust=self.trust_engines,
-                lean=self.memory == "low",
                 cache=self.cache,
             )
         return self._engines[component]

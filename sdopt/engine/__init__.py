@@ -86,8 +86,7 @@ class Backend:
 class How:
     """How a component is opened: the backend's name, device and precision, threads, and whose engines to trust.
 
-    `lean`: as little memory as the backend can do with, also where that costs time. `cache`: keep what the library
-    makes of the graph for the next process (see `sdopt.engine.cache`).
+    `cache`: keep what the library makes of the graph for the next process (see `sdopt.engine.cache`).
     """
 
     backend: str
@@ -95,7 +94,6 @@ class How:
     precision: str = "float32"
     threads: int | None = None
     trust: bool = False
-    lean: bool = False
     cache: bool = True
 
 
@@ -173,13 +171,12 @@ def open_engine(
     threads: int | None = None,
     precision: str = "auto",
     trust: bool = False,
-    lean: bool = False,
     cache: bool = True,
 ) -> Engine:
     """The engine of one component; `threads=None` takes what the machine gives to this process.
 
-    In bf16, text encoders stay in float32. `trust` also loads engines that somebody else built; for `lean` and `cache`
-    see `How`.
+    In bf16, text encoders stay in float32. `trust` also loads engines that somebody else built; for `cache` see
+    `How`.
     """
     if threads is not None and threads < 1:
         raise UsageError(f"threads = {threads}; allowed is 1 or more, or None for all that this process may use")
@@ -187,7 +184,7 @@ def open_engine(
     name, _, device = chosen.partition(":")
     module = importlib.import_module(BACKENDS[name].module)
     precision = "float32" if component in IN_FLOAT32 else exact
-    how = How(name, device or None, precision, threads, trust, lean, cache)
+    how = How(name, device or None, precision, threads, trust, cache)
     engine: Engine = module.open_component(bundle, component, how)
     return engine
 

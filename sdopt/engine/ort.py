@@ -49,7 +49,7 @@ def open_component(bundle: Bundle, name: str, how: How) -> OrtEngine:
     for file in found.record.files:
         found.checked(file)
     component = Component(name, found.folder / GRAPH, found.record.inputs, found.record.outputs)
-    return OrtEngine(component, how.threads, how.device, lean=how.lean, carry=found.record.carry)
+    return OrtEngine(component, how.threads, how.device, carry=found.record.carry)
 
 
 def _own_graph(bundle: Bundle, name: str, how: How) -> OrtEngine:
@@ -59,11 +59,11 @@ def _own_graph(bundle: Bundle, name: str, how: How) -> OrtEngine:
     file: nothing is converted again, and processes share them.
     """
     if _providers(how.device) != [PROVIDERS["cpu"]]:
-        return OrtEngine(bundle.component(name), how.threads, how.device, lean=how.lean)
+        return OrtEngine(bundle.component(name), how.threads, how.device)
     component = bundle.component(name, "ort")
 
     def opened(component: Component, optimise: bool = True, keep: Path | None = None) -> OrtEngine:
-        return OrtEngine(component, how.threads, how.device, lean=how.lean, optimise=optimise, keep=keep)
+        return OrtEngine(component, how.threads, how.device, optimise=optimise, keep=keep)
 
     if not how.cache:
         return opened(component)
@@ -85,7 +85,7 @@ def describe(backend: str) -> dict[str, Any]:
 class OrtEngine:
     """One ONNX Runtime session behind the Engine contract, with runs whose carried tensors stay on its device.
 
-    For `lean`, `optimise` and `keep` see `_session`.
+    For `optimise`, `keep` and `lean` see `_session`.
     """
 
     def __init__(
@@ -94,14 +94,14 @@ class OrtEngine:
         threads: int | None = None,
         device: str | None = None,
         *,
-        lean: bool = False,
         optimise: bool = True,
         keep: Path | None = None,
+        lean: bool = False,
         carry: Mapping[str, str] | None = None,
     ) -> None:
         self.name, self.inputs, self.outputs = component.name, component.inputs, component.outputs
         self.carry: Mapping[str, str] = carry or {}
-        self._session: Any = _session(component.graph, threads, _providers(device), lean, optimise, keep)
+        self._session: Any = _session(component.graph, threads, _providers(device), optimise, keep, lean)
         for kind, specs, nodes in (
             ("input", self.inputs, self._session.get_inputs()),
             ("output", self.outputs, self._session.get_outputs()),
@@ -201,22 +201,24 @@ def _session(
     graph: Path,
     threads: int | None,
     providers: Providers,
-    lean: bool = False,
     optimise: bool = True,
     keep: Path | None = None,
+    lean: bool = False,
 ) -> Any:
     """The session of a graph; with `keep`, the optimised graph is also written there, its weights beside it.
 
-    Without `optimise` the graph is run as it is written, its weights mapped from their file: float16 ones do not
-    also stand in memory in float32. `lean`: the weights of matrix products are not copied into the kernels' own
-    order either, and memory is given back after each call.
+    Without `optimise` the graph is run as it is written, its weights mapped from their file. `lean`, for a few calls
+    in little memory: as without `optimise`, nor are weights copied into the kernels' own order, and memory is given
+    back after each call.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or usable_cores()
     # Else the threads of the component that ran last go on spinning, and take the cores from the one that runs next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    if not optimise:
+    # A plan for all tensors of a call comes with its second run, beside what the first one took, and saves no time.
+    options.enable_mem_pattern = False
+    if lean or not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if keep is not None:
         options.optimized_model_filepath = str(keep)

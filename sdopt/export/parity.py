@@ -45,7 +45,7 @@ def measure(part: Part, graph: Path, expected: Sequence[Reference] | None = None
     """
     expected = references(part) if expected is None else expected
     results: list[Parity] = []
-    with OrtEngine(Component(part.name, graph, part.inputs, part.outputs), lean=True, optimise=False) as engine:
+    with OrtEngine(Component(part.name, graph, part.inputs, part.outputs), lean=True) as engine:
         for seed, (sizes, wanted) in enumerate(zip(part.sizes[1:], expected, strict=True)):
             outputs = engine(**part.example(sizes, seed))
             for name, reference in wanted.items():

@@ -57,11 +57,6 @@ def test_what_is_kept_is_really_read(backend: str, bundle_copy: Path) -> None:
     assert np.abs(answer(backend, bundle_copy, cache=False) - expected).max() > 0.1
 
 
-def test_lean_memory_answers_the_same() -> None:
-    np.testing.assert_allclose(answer("ort", lean=True), answer("ort"), atol=1e-5)
-    assert len(entries()) == 1  # one file serves both
-
-
 @pytest.mark.parametrize("damage", ["empty", "garbage"])
 def test_what_is_damaged_is_made_anew(backend: str, damage: str) -> None:
     expected, (entry,) = answer(backend), entries()

@@ -120,7 +120,7 @@ unet = Bundle.open(sys.argv[1]).component("unet")
 def held():
     return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) / 1024
 before = held()
-engine = OrtEngine(unet, 1, "cpu", lean=sys.argv[2] == "small", optimise=sys.argv[2] != "small")
+engine = OrtEngine(unet, 1, "cpu", lean=sys.argv[2] == "small")
 print(held() - before)
 """
 
