@@ -67,7 +67,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="ort (or ort:cpu, ort:cuda), openvino, tensorrt, tensorrt-rtx (default: `sdopt doctor` says)",
     )
     add("--precision", default="auto", help="float32, or bf16 where the processor has it (default: float32)")
-    add("--memory", default="fast", help="low: only one component in memory at a time (default: fast)")
     add("--no-cache", action="store_true", help="keep nothing for the next start (see `sdopt doctor`)")
     add("--threads", type=int, help="threads of the engine (default: what this process may use)")
     add("--replay", type=Path, metavar="PNG", help="make the picture in PNG again, from the parameters it carries")
@@ -98,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         args.model,
         args.backend,
         precision=args.precision,
-        memory=args.memory,
+        memory="low",  # each component is used once, so that letting go of it costs nothing
         threads=args.threads,
         trust_engines=args.trust_engines,
         cache=not args.no_cache,
