@@ -17,6 +17,7 @@ import torch
 from sdopt.errors import CheckpointError, UsageError
 from sdopt.export.components import Part
 from sdopt.export.share import share_halves
+from sdopt.graph.linears import part_linears
 from sdopt.specs import TensorSpec
 
 OPSETS = (18, 19, 20, 21, 22, 23)
@@ -53,6 +54,7 @@ def trace(part: Part, opset: int = 23) -> ir.Model:
     _name_dimensions(model, part)
     if part.shared:
         share_halves(model, part.shared)
+    part_linears(model)
     return model
 
 

@@ -6,17 +6,13 @@
 | GroupNormalization                            | InstanceNormalization of the groups, then BatchNormalization for  |
 |                                               | scale and bias: without a kernel for it, it is taken apart into   |
 |                                               | about 20 nodes                                                    |
-| a MatMul with bias whose result is Split      | a MatMul with bias for each part: nothing is copied, and Gelu     |
-|                                               | takes in its bias                                                 |
 
-Ref: Dao et al. 2022, arXiv:2205.14135, algorithm 1, for the attention; Wu & He 2018, arXiv:1803.08494, for the norm;
-Shazeer 2020, arXiv:2002.05202, for the feed-forward layer whose two halves come from one MatMul.
+Ref: Dao et al. 2022, arXiv:2205.14135, algorithm 1, for the attention; Wu & He 2018, arXiv:1803.08494, for the norm.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -45,8 +41,6 @@ def ort_ops(model: ir.Model) -> int:
     for node in list(model.graph):
         if node.op_type == "GroupNormalization" and model.graph.opset_imports[""] >= 21:
             replaced += _group_norm(model, node, sizes)
-        elif node.op_type == "Split":
-            replaced += _split_linear(model, node)
         elif node.op_type == "Attention":
             replaced += _attention(model, node)
     drop_unused(model)
@@ -76,47 +70,6 @@ def _group_norm(model: ir.Model, node: ir.Node, sizes: dict[tuple[str, ...], ir.
     inputs = [back, scale, bias, filled(channels, 0), filled(channels, 1)]  # of mean 0 and variance 1: x scale + bias
     redirect(node.outputs[0], write("BatchNormalization", inputs, "scaled", epsilon=0.0))
     return True
-
-
-def _split_linear(model: ir.Model, node: ir.Node) -> bool:
-    """The parts of x weight + bias, each by itself; the weight is cut once, when the graph is loaded."""
-    added = _made_by(node.inputs[0], "Add")
-    product = _made_by(added.inputs[0], "MatMul") if added else None
-    if added is None or product is None or any(value in model.graph.outputs for value in node.outputs):
-        return False
-    (x, weight), bias = product.inputs, cast(ir.Value, added.inputs[1])
-    weight = cast(ir.Value, weight)
-    equal = attribute(node, "num_outputs") == len(node.outputs)
-    last = attribute(node, "axis", 0) in (-1, rank(node.outputs[0]) - 1)
-    if not (equal and last and _is_constant(weight) and _is_constant(bias)) or (rank(weight), rank(bias)) != (2, 1):
-        return False
-    write = Writer(model, f"{name_of(node)}/", before=product)
-    columns, offsets = (_cut(write, value, len(node.outputs)) for value in (weight, bias))
-    for i, (old, column, offset) in enumerate(zip(node.outputs, columns, offsets, strict=True)):
-        part = write("MatMul", [x, column], f"part_{i}", shape=old.shape)
-        redirect(old, write("Add", [part, offset], f"shifted_{i}", shape=old.shape))
-    return True
-
-
-def _cut(write: Writer, value: ir.Value, count: int) -> Sequence[ir.Value]:
-    """A weight's last axis in `count` equal parts."""
-    parts = [ir.Value(name=f"{value.name}/{i}", type=value.type) for i in range(count)]
-    write.insert(ir.node("Split", [value], {"axis": -1, "num_outputs": count}, outputs=parts, name=f"{value.name}/cut"))
-    return parts
-
-
-def _made_by(value: ir.Value | None, op: str) -> ir.Node | None:
-    """The node that makes `value`, if it is an `op` that makes it for one reader only."""
-    maker = value.producer() if value is not None else None
-    return maker if maker is not None and maker.op_type == op and len(maker.outputs[0].uses()) == 1 else None
-
-
-def _is_constant(value: ir.Value) -> bool:
-    """Whether it is a weight, or one that is stored narrower."""
-    maker = value.producer()
-    if maker is not None and maker.op_type == "Cast" and maker.inputs[0] is not None:
-        value = maker.inputs[0]
-    return value.is_initializer()
 
 
 def _attention(model: ir.Model, node: ir.Node) -> bool:

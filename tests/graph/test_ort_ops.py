@@ -17,10 +17,9 @@ from sdopt.bundle import Bundle
 from sdopt.engine.ort import OrtEngine
 from sdopt.graph.ort_ops import ort_ops, tailored
 from sdopt.likeness import psnr
-from sdopt.specs import Array
 from tests.conftest import EMOJI_BUNDLE
+from tests.graph.common import FLOAT, run
 
-FLOAT = ir.TensorType(ir.DataType.FLOAT)
 SIZES = {"images": 1, "batch": 2, "tokens": 7, "height": 32, "width": 48, "latent_height": 12, "latent_width": 20}
 
 
@@ -89,16 +88,6 @@ def attention(perm: tuple[int, ...] = (0, 2, 1, 3), **attributes: Any) -> ir.Mod
     return model
 
 
-def run(model: ir.Model, folder: Path, x: Array) -> Array:
-    import onnxruntime
-
-    ir.save(model, folder / "g.onnx")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session: Any = onnxruntime.InferenceSession(folder / "g.onnx", options, providers=["CPUExecutionProvider"])
-    return session.run(None, {"x": x})[0]
-
-
 @pytest.mark.parametrize("scale", [None, 0.2])
 def test_attention_of_any_scale(tmp_path: Path, scale: float | None) -> None:
     attributes = {} if scale is None else {"scale": scale}
@@ -130,41 +119,6 @@ def test_a_group_norm_of_an_older_opset_means_something_else() -> None:
     x = model.graph.inputs[0]
     graph.Writer(model, "")("GroupNormalization", [x, x, x], "norm", num_groups=2)
     assert ort_ops(model) == 1  # the attention alone
-
-
-def linear(weight: Any, axis: int = -1, outputs: int = 2, biased: bool = True) -> ir.Model:
-    """The parts of x weight + bias, last to first."""
-    x = ir.Value(name="x", type=FLOAT, shape=ir.Shape(["batch", 4, 6]))
-    model = ir.Model(ir.Graph([x], [], nodes=[], name="g", opset_imports={"": 23}), ir_version=10)
-    write = graph.Writer(model, "")
-    stored = write.constant("weight", weight, ir.DataType.FLOAT16)
-    columns = write("Cast", [stored], "wide", dtype=ir.DataType.FLOAT, shape=stored.shape, to=ir.DataType.FLOAT)
-    offset = write.constant("bias", np.arange(weight.shape[1]), ir.DataType.FLOAT)
-    product = write("MatMul", [x, columns], "product", shape=("batch", 4, weight.shape[1]))
-    added = write("Add", [product, offset if biased else product], "added")
-    parts = [ir.Value(name=f"part{i}", type=FLOAT, shape=ir.Shape(["batch", None, None])) for i in range(outputs)]
-    model.graph.append(ir.node("Split", [added], {"axis": axis, "num_outputs": outputs}, outputs=parts, name="split"))
-    model.graph.outputs.append(write("Concat", parts[::-1], "y", axis=axis))
-    return model
-
-
-@pytest.mark.parametrize("outputs", [2, 3])
-def test_a_linear_layer_whose_result_is_split_becomes_one_for_each_part(tmp_path: Path, outputs: int) -> None:
-    rng = np.random.default_rng(2)
-    model = linear(rng.standard_normal((6, 12)), outputs=outputs)
-    x = rng.standard_normal((2, 4, 6), np.float32)
-    expected = run(model, tmp_path, x)
-    assert ort_ops(model) == 1
-    assert Counter(node.op_type for node in model.graph)["MatMul"] == outputs
-    np.testing.assert_allclose(run(model, tmp_path, x), expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize("odd", [{"axis": 1}, {"biased": False}])
-def test_a_split_of_something_else_stays(odd: dict[str, Any]) -> None:
-    model = linear(np.ones((6, 12)), **odd)
-    before = [node.op_type for node in model.graph]
-    assert ort_ops(model) == 0
-    assert [node.op_type for node in model.graph] == before
 
 
 def test_shapes_without_names_are_not_taken_for_equal(tmp_path: Path) -> None:
