@@ -247,6 +247,18 @@ def test_tensorrt_rtx_builds_it_in_half(bundle: Bundle, component: str) -> None:
 
 
 @RTX
+def test_tensorrt_rtx_builds_all_of_sdxl(sdxl_bundle: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(shutil.copytree(sdxl_bundle, tmp_path / "sdxl"), verify=False)
+    build(bundle, "tensorrt-rtx", profiles=[SMALL], options=Options(opt_level=0), report=lambda line: None)
+    found = {engine.record.component: engine.record for engine in stored(bundle, "tensorrt-rtx")}
+    assert set(found) == {"unet_step", "text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder"}
+    layers = {name: record.notes["layers"] for name, record in found.items()}
+    assert all(layers[name]["HALF"] for name in ("unet_step", "text_encoder", "text_encoder_2"))
+    assert "HALF" not in layers["vae_decoder"]  # it overflows in float16
+    assert {"text_embeds", "time_ids"} <= {s.name for s in found["unet_step"].inputs}
+
+
+@RTX
 def test_float32_attention_builds_too_and_several_profiles_are_one_engine(bundle: Bundle) -> None:
     build(
         bundle, "tensorrt-rtx", components=["text_encoder"], profiles=["batch=1", "batch=2:4:4"],
