@@ -106,10 +106,13 @@ def _widened(low: int, high: int, wanted: float, limit: int) -> tuple[int, int]:
 
 
 def _filled(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The whole picture in the middle of width x height; the bars beside it repeat its edge."""
+    """The whole picture in the middle of width x height; the bars beside it repeat its edge.
+
+    What is so thin that nothing would be left of it, which diffusers refuses, stays one pixel wide.
+    """
     wide = width / height < image.width / image.height  # bars above and below
-    w = width if wide else image.width * height // image.height
-    h = image.height * width // image.width if wide else height
+    w = width if wide else max(1, image.width * height // image.height)
+    h = max(1, image.height * width // image.width) if wide else height
     resized = image.resize((w, h), LANCZOS)
     filled = Image.new(image.mode, (width, height))
     x, y = width // 2 - w // 2, height // 2 - h // 2
