@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import sdopt
-from sdopt.engine import BACKENDS, installed_backends
+from sdopt.cli import main
+from sdopt.engine import BACKENDS, installed_backends, open_engine
 from sdopt.errors import NumericsError, UsageError
 from sdopt.guidance import Denoiser
 from sdopt.samplers import SAMPLERS
@@ -358,3 +360,31 @@ def test_low_memory_keeps_one_component_and_makes_the_same_picture() -> None:
     assert loaded == [{"unet"}, {"vae_decoder"}, {"unet"}, {"unet"}]
     with pytest.raises(sdopt.UsageError, match=r"memory = 'lots'; allowed are .*low"):
         sdopt.load(memory="lots")
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_command_opens_each_component_once(
+    family: str, tmp_path: Path, sdxl_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def counted(bundle: Any, component: str, *given: Any, **options: Any) -> Any:
+        opened.append(component)
+        return open_engine(bundle, component, *given, **options)
+
+    monkeypatch.setattr("sdopt.pipeline.open_engine", counted)
+    Image.new("RGB", (64, 64), "green").save(tmp_path / "photo.png")
+    Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
+    model = ["-m", str(sdxl_bundle)] if family == "sdxl" else []
+    files = [
+        "--image",
+        str(tmp_path / "photo.png"),
+        "--mask",
+        str(tmp_path / "mask.png"),
+        "-o",
+        str(tmp_path / "a.png"),
+    ]
+    more = ["--steps", "3", "-n", "2", "--vae-slice", "--size", "64x64", "--negative", "dull", "--guidance", "3"]
+    assert main(["generate", "a cat", *model, *files, *more, "--preview-every", "1", "--no-cache"]) == 0
+    encoders = ["text_encoder", "text_encoder_2"][: 1 + (family == "sdxl")]
+    assert opened == [*encoders, "vae_encoder", "unet", "vae_decoder"]
