@@ -27,9 +27,7 @@ from sdopt.build.trt_build import Builder, Progress
 from sdopt.bundle import Bundle, new_folder
 from sdopt.engine.cuda import Gpu, bytes_text
 from sdopt.engine.device import shared_device
-from sdopt.engine.ort import GRAPH
-from sdopt.engine.plans import Record, Stored, changed, engines_folder, stored, user_folder, write_record
-from sdopt.engine.trt import PLAN
+from sdopt.engine.plans import GRAPH, PLAN, Record, Stored, changed, engines_folder, stored, user_folder, write_record
 from sdopt.engine.trt_api import LIBRARIES, TensorRT, environment
 from sdopt.errors import BackendError, UsageError, choices
 from sdopt.graph.ort_ops import ort_ops

@@ -14,7 +14,7 @@ import onnxruntime
 from sdopt.bundle import Bundle, Component
 from sdopt.engine import How, cache
 from sdopt.engine.cores import usable_cores
-from sdopt.engine.plans import built_components, find, user_folder
+from sdopt.engine.plans import GRAPH, built_components, find, user_folder
 from sdopt.errors import BackendError, BundleError, UsageError
 from sdopt.specs import Array, TensorSpec, check_begin, check_inputs
 
@@ -26,8 +26,6 @@ ONNX_TYPES = {
     "tensor(int64)": "int64",
     "tensor(bool)": "bool",
 }
-
-GRAPH = "graph.onnx"  # what `sdopt build --backend ort` makes, and what an earlier process kept
 
 # device -> its provider and options; best first. Convolutions are tuned by rule rather than by trying each shape out.
 Providers = list[tuple[str, dict[str, str]]]

@@ -29,6 +29,8 @@ from sdopt.errors import BackendError, BundleError
 from sdopt.specs import Profile, TensorSpec
 
 RECORD = "record.json"
+PLAN = "engine.plan"  # TensorRT's
+GRAPH = "graph.onnx"  # ONNX Runtime's: what `sdopt build` makes, and what an earlier process kept
 FOLDER = "engines"
 MAX_RECORD_BYTES = 1 << 20
 

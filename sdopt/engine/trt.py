@@ -23,12 +23,11 @@ from sdopt.engine import How
 from sdopt.engine.cuda import LostContextError
 from sdopt.engine.device import Device, shared_device
 from sdopt.engine.lane import Lane
-from sdopt.engine.plans import Record, find
+from sdopt.engine.plans import PLAN, Record, find
 from sdopt.engine.trt_api import LoadedPlan, TensorRT, environment
 from sdopt.errors import BackendError, UsageError
 from sdopt.specs import Array, check_begin, check_inputs
 
-PLAN = "engine.plan"
 MAX_IDLE = 4  # lanes that an engine keeps for shapes that may come again
 
 Dims = tuple[tuple[str, int], ...]

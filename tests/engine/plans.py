@@ -11,8 +11,7 @@ from sdopt.build.plan import Job, Options, Target, _for_part, derive
 from sdopt.build.recipe import part_profile, read_recipe, user_profiles
 from sdopt.bundle import Bundle, new_folder
 from sdopt.engine.cuda import Gpu
-from sdopt.engine.plans import write_record
-from sdopt.engine.trt import PLAN
+from sdopt.engine.plans import PLAN, write_record
 from tests.engine.fake_gpu import fake_plan
 
 PARTS = ("unet_step", "unet", "text_encoder", "vae_decoder", "vae_encoder")
