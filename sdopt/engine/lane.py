@@ -101,7 +101,7 @@ class Lane:
         self.tensors, self.tables = Memory(device, owner), Memory(device, owner)
         self.streamed: dict[str, Memory] = {}  # of each input that `stream_in` is given, one place for each call
         self._epoch, self._graph = -1, 0
-        self._warm, self._capturable = False, True  # run once where it is now; whether its work can become a graph
+        self._capturable = True  # until it is known that its work cannot become a graph
         self._rows: dict[str, tuple[int, int]] = {}  # input -> (offset of its table, bytes of a row)
         self._slots = 0
         self.uploaded, self.done = device.cuda.event(), device.cuda.event()
@@ -158,13 +158,12 @@ class Lane:
             cuda.copy(self.address(name), self.tables.address + offset + k * nbytes, nbytes, stream)
         if self._epoch != self.device.epoch:
             self._arm()
-        elif self._warm and not self._graph and self._capturable:
+        elif not self._graph and self._capturable:
             self._capture()
         if self._graph:
             cuda.launch(self._graph, stream)
         else:
             self._work()
-            self._warm = True
 
     @property
     def replays(self) -> bool:
@@ -172,10 +171,10 @@ class Lane:
         return bool(self._graph)
 
     def _arm(self) -> None:
-        """Take the arena where it is now."""
+        """Take the arena where it is now. The launch that does so runs plainly: TensorRT may have work to catch up on."""
         self._drop_graph()
         self.context.scratch(*self.device.arena(self._scratch))
-        self._epoch, self._warm = self.device.epoch, False
+        self._epoch = self.device.epoch
 
     def _capture(self) -> None:
         """Make a graph of a launch, or say why there is none."""

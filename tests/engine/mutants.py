@@ -46,12 +46,11 @@ class Mutant:
 
 MUTANTS = (
     # capture
-    Mutant("no warm-up before the capture", "lane.py", "elif self._warm and not", "if not"),
+    Mutant("no warm-up before the capture", "lane.py", "elif not self._graph", "if not self._graph"),
     Mutant("no scratch memory", "lane.py", "self.context.scratch(*self.device.arena(self._scratch))", "self.device.arena(self._scratch)"),
     Mutant("too little scratch memory", "lane.py", "self.device.arena(self._scratch))", "self.device.arena(self._scratch // 2))"),
     Mutant("the arena's move goes unnoticed", "lane.py", "if self._epoch != self.device.epoch:", "if self._epoch < 0:"),
-    Mutant("warm at another place", "lane.py", "self._epoch, self._warm = self.device.epoch, False", "self._epoch = self.device.epoch"),
-    Mutant("the old graph is kept", "lane.py", '"""Take the arena where it is now."""\n        self._drop_graph()', '"""Take the arena where it is now."""'),
+    Mutant("the old graph is kept", "lane.py", "        self._drop_graph()\n        self.context.scratch", "        self.context.scratch"),
     Mutant("no collection rests during a capture", "device.py", "gc.disable()", "pass"),
     Mutant("a refused capture leaves the stream in it", "cuda.py", "self._rt.cudaStreamEndCapture(handle)  # the stream", "pass  # the stream"),
     Mutant("a graph that fails late is leaked", "cuda.py", "            self.drop(kept)\n            raise", "            raise"),
@@ -116,7 +115,9 @@ def survives(mutant: Mutant, folder: Path) -> bool:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=600, check=False)
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, env=environment, timeout=600, check=False
+        )
     except subprocess.TimeoutExpired:
         return False
     if done.returncode not in (0, 1):  # 1: a test failed; everything else is no verdict
