@@ -171,7 +171,7 @@ class Lane:
         return bool(self._graph)
 
     def _arm(self) -> None:
-        """Take the arena where it is now. The launch that does so runs plainly: TensorRT may have work to catch up on."""
+        """Take the arena where it is now. The launch that does so runs plainly: TensorRT does some work late."""
         self._drop_graph()
         self.context.scratch(*self.device.arena(self._scratch))
         self._epoch = self.device.epoch
