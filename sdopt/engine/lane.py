@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,6 +14,8 @@ from sdopt.engine.device import Device, rounded
 from sdopt.engine.trt_api import Context
 from sdopt.errors import BackendError
 from sdopt.specs import Array, TensorSpec
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,18 +44,20 @@ class Memory:
         """Hold at least `nbytes`; their content is lost if they move."""
         if nbytes <= self.nbytes:
             return
-        self.free()
+        if self.address:
+            self.device.cuda.synchronize(self.device.stream)
+            self.free()
         address = self.device.allocate(self.owner, nbytes)
         try:
             self.staging = self.device.cuda.pinned(nbytes)
-        except BackendError:
+        except BaseException:
             self.device.free(self.owner, address, nbytes)
             raise
         self.address, self.nbytes = address, nbytes
 
     def free(self) -> None:
+        """Give the memory back; nothing may be queued that uses it."""
         if self.address:
-            self.device.cuda.synchronize(self.device.stream)
             self.device.free(self.owner, self.address, self.nbytes)
             self.device.cuda.unpin(self.staging)
         self.address, self.nbytes = 0, 0
@@ -68,7 +73,9 @@ class Memory:
 class Lane:
     """A context that is ready for one set of shapes. Its methods are called with the device's lock held.
 
-    The scratch memory may move when another engine needs more: the next launch notices and captures its graph again.
+    The first launch runs the engine plainly, since TensorRT does some of its work late. The second one captures a
+    graph, which it and all further ones launch. So a component that is called once runs once, and captures nothing. The
+    scratch memory may move when another engine needs more: the next launches begin anew.
     """
 
     def __init__(
@@ -91,14 +98,20 @@ class Lane:
                 raise BackendError(f"{owner}: the engine cannot tell the shape of {name!r} before it runs")
             self.places[name] = Place(total, shape, np.dtype(dtype), asked)
             total += rounded(self.places[name].nbytes)
-        self.tensors, self.tables, self.streamed = (Memory(device, owner) for _ in range(3))
-        self.tensors.reserve(total)
-        for name, place in self.places.items():
-            context.bind(name, self.tensors.address + place.offset)
+        self.tensors, self.tables = Memory(device, owner), Memory(device, owner)
+        self.streamed: dict[str, Memory] = {}  # of each input that `stream_in` is given, one place for each call
         self._epoch, self._graph = -1, 0
+        self._capturable = True  # until it is known that its work cannot become a graph
         self._rows: dict[str, tuple[int, int]] = {}  # input -> (offset of its table, bytes of a row)
         self._slots = 0
         self.uploaded, self.done = device.cuda.event(), device.cuda.event()
+        try:
+            self.tensors.reserve(total)
+            for name, place in self.places.items():
+                context.bind(name, self.tensors.address + place.offset)
+        except BaseException:
+            self.close()
+            raise
 
     def address(self, name: str) -> int:
         return self.tensors.address + self.places[name].offset
@@ -110,13 +123,13 @@ class Lane:
         self._rows, self._slots = {}, 0
 
     def put(self, name: str, array: Array) -> None:
-        """Queue the upload of an input."""
+        """Queue the upload of an input. Its staging place may be written again after `settle`."""
         place = self.places[name]
         self.tensors.upload(place.offset, np.ascontiguousarray(array, place.dtype))
         self.device.cuda.record(self.uploaded, self.device.stream)
 
     def settle(self) -> None:
-        """Wait until the GPU has read all staging memory, so that it may be written again."""
+        """Wait until the GPU has read what `put` left in staging memory."""
         self.device.wait(self.uploaded)
 
     def put_tables(self, tables: Mapping[str, Array], calls: int) -> None:
@@ -129,15 +142,14 @@ class Lane:
             self._rows[name] = (offset, table.nbytes // len(table))
             offset += rounded(table.nbytes)
         self._slots = calls
-        self.device.cuda.record(self.uploaded, self.device.stream)
 
     def stream_in(self, k: int, name: str, array: Array) -> None:
         """Queue an input of call `k` from a staging place of its own: nothing waits for the one before."""
         place = self.places[name]
         slot = rounded(place.nbytes)
-        self.streamed.reserve(slot * self._slots)
-        self.streamed.upload(slot * k, np.ascontiguousarray(array, place.dtype), self.address(name))
-        self.device.cuda.record(self.uploaded, self.device.stream)
+        memory = self.streamed.setdefault(name, Memory(self.device, self.owner))
+        memory.reserve(slot * self._slots)
+        memory.upload(slot * k, np.ascontiguousarray(array, place.dtype), self.address(name))
 
     def launch(self, k: int = 0) -> None:
         """Queue one call: its rows to their inputs, then the graph."""
@@ -146,26 +158,40 @@ class Lane:
             cuda.copy(self.address(name), self.tables.address + offset + k * nbytes, nbytes, stream)
         if self._epoch != self.device.epoch:
             self._arm()
+        elif not self._graph and self._capturable:
+            self._capture()
         if self._graph:
             cuda.launch(self._graph, stream)
         else:
             self._work()
 
+    @property
+    def replays(self) -> bool:
+        """Whether the next launch is that of a graph."""
+        return bool(self._graph)
+
     def _arm(self) -> None:
-        """Take the arena where it is now, run once outside of any graph, and capture the graph."""
-        cuda, stream = self.device.cuda, self.device.stream
+        """Take the arena where it is now. The launch that does so runs plainly: TensorRT does some work late."""
         self._drop_graph()
         self.context.scratch(*self.device.arena(self._scratch))
         self._epoch = self.device.epoch
-        self.context.enqueue(stream)  # what TensorRT does late it does now; outputs only, so nothing is carried
-        if not self.context.capturable(stream):
-            return
+
+    def _capture(self) -> None:
+        """Make a graph of a launch, or say why there is none."""
+        if not self.context.capturable(self.device.stream):
+            return self._stay_without_graph("TensorRT says that this stream cannot be captured")
         try:
-            self._graph = cuda.capture(self._work, stream)
+            self._graph = self.device.capture(self._work)
         except LostContextError:
             raise
-        except BackendError:  # e.g. streamed weights cannot be captured: launched plainly, with the same result
-            self._graph = 0
+        except BackendError as error:
+            self._stay_without_graph(str(error))
+
+    def _stay_without_graph(self, reason: str) -> None:
+        self._capturable = False
+        log.warning(
+            "%s: no CUDA graph, so every call is launched kernel by kernel, which is slower: %s", self.owner, reason
+        )
 
     def _work(self) -> None:
         self.context.enqueue(self.device.stream)
@@ -194,9 +220,11 @@ class Lane:
         self._graph = 0
 
     def close(self) -> None:
+        """Free everything, also TensorRT's context: whoever still knows the lane must not keep its memory."""
         self.device.cuda.synchronize(self.device.stream)
         self._drop_graph()
-        for memory in (self.tensors, self.tables, self.streamed):
+        del self.context
+        for memory in (self.tensors, self.tables, *self.streamed.values()):
             memory.free()
         self.device.cuda.drop_event(self.uploaded)
         self.device.cuda.drop_event(self.done)
