@@ -35,6 +35,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "engines/emoji/bundle"
 MB = 1_000_000
+XZ_HELP = "the level of xz (default: 9, whose window of 64 MB finds what is alike in TensorRT's kernels; quick: 0)"
 PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in (28, 27, 24, 17)] + ["manylinux2014_x86_64"]
 EXTRAS = ("cpu", "build", "tensorrt")
 NOT_PACKED = ("tensorrt",)  # of PyPI it only fetches gigabytes of libraries from elsewhere
@@ -117,7 +118,7 @@ def main() -> None:
     add("tree", choices=TREES)
     add("-o", "--output", type=Path, required=True, metavar="FOLDER", help="for the pieces; made anew")
     add("--piece", type=float, default=60, metavar="MB", help="the largest piece, in 10^6 bytes (default: 60)")
-    add("--xz", type=int, default=6, choices=range(10), metavar="0-9", help="the level of xz (default: 6; quick: 0)")
+    add("--xz", type=int, default=9, choices=range(10), metavar="0-9", help=XZ_HELP)
     add("--with", dest="additions", action="append", default=[], choices=ADDITIONS, help="site: pack this too")
     add("--python", type=Path, metavar="FILE", help="the Python of that version here (default: it is looked for)")
     add("--no-check", action="store_true", help="do not unpack and try the tree here")
