@@ -43,7 +43,8 @@ def open_component(bundle: Bundle, name: str, how: How) -> OrtEngine:
     """
     if name not in built_components(bundle, how.backend):
         return _own_graph(bundle, name, how)
-    found = find(bundle, name, how.backend, lambda record: {}, how.trust)
+    provider = "CUDA" if _providers(how.device)[0] != PROVIDERS["cpu"] else "CPU"
+    found = find(bundle, name, how.backend, lambda record: {"provider": provider}, how.trust)
     for file in found.record.files:
         found.checked(file)
     component = Component(name, found.folder / GRAPH, found.record.inputs, found.record.outputs)

@@ -129,7 +129,7 @@ def find(bundle: Bundle, component: str, backend: str, environment: Environment,
 
     Raises: BackendError saying that there is none, or whose it is, or what changed, and the command that builds it.
     """
-    build = f"sdopt build {bundle.path} --backend {backend}"
+    build = f"sdopt build {bundle.path} --backend {backend} --component {component}"
     candidates = [s for s in stored(bundle, backend) if s.record.component == component]
     if not candidates:
         raise BackendError(f"{bundle.path} has no {backend} engine of {component}. Build it: {build}")

@@ -12,7 +12,7 @@ import pytest
 
 import sdopt
 from sdopt import graph
-from sdopt.build.diagnose import example
+from sdopt.build.examples import example
 from sdopt.build.fuse_step import CARRIED, fuse_step
 from sdopt.build.rounded import outputs_of
 from sdopt.bundle import Component

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 
 import sdopt
-from sdopt.build import plan as plans
-from sdopt.build.plan import Options, build
+from sdopt import graph
+from sdopt.build.checks import size_warning
+from sdopt.build.derive import derive
+from sdopt.build.options import Options, exceptions, part_options
+from sdopt.build.plan import build
 from sdopt.build.recipe import Part, part_profile, read_recipe, user_profiles
 from sdopt.build.trt_build import Builder, meaning
 from sdopt.bundle import Bundle
@@ -63,7 +66,7 @@ def test_a_profile_is_typed_in_pixels_and_completed_with_the_bundles_own_sizes(e
         for part in read_recipe().parts.values()
         if part.graph in emoji.components
     }
-    assert ranges["unet_step"] == "batch=1:2:4 images=1:2:4 tokens=32:32:64 latent_height=8:16:32 latent_width=16"
+    assert ranges["unet_step"] == "batch=1:2:4 tokens=32:32:64 latent_height=8:16:32 latent_width=16"
     assert ranges["unet"] == "batch=1:4:8 images=1:2:4 tokens=32:32:64 latent_height=8:16:32 latent_width=16"
     # two chunks of 4 pictures, with and without the prompt
     assert ranges["text_encoder"] == "batch=1:4:16 tokens=32 extra_tokens=1:1:128"
@@ -107,14 +110,32 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
         read_recipe(tmp_path / "recipe.toml")
 
 
-def test_what_is_unsafe_in_half_stays_float32(bundle: Bundle) -> None:
+@pytest.mark.parametrize(("bf16", "instead"), [(True, "bf16"), (False, "fp32")])
+def test_what_overflows_in_half_is_built_in_another_precision(bundle: Bundle, bf16: bool, instead: str) -> None:
     edit_manifest(bundle.path, float16_unsafe=["vae_decoder"])
     unsafe = Bundle.open(bundle.path, verify=False)
-    precisions = {
-        p.name: plans._for_part(Options(), p, unsafe)["precision"] for p in read_recipe().chosen(unsafe, None)
-    }
-    assert precisions == {"unet_step": "fp16", "text_encoder": "fp16", "vae_decoder": "fp32", "vae_encoder": "fp16"}
-    assert plans._for_part(Options(), Part("unet", "unet", precision="bf16"), unsafe)["precision"] == "bf16"
+    parts = read_recipe().chosen(unsafe, None)
+    options = {part.name: part_options(Options(), part, unsafe, bf16) for part in parts}
+    precisions = {name: own["precision"] for name, own in options.items()}
+    assert precisions == {"unet_step": "fp16", "text_encoder": "fp16", "vae_decoder": instead, "vae_encoder": "fp16"}
+    (decoder,) = [part for part in parts if part.name == "vae_decoder"]
+    assert exceptions(options["vae_decoder"], "fp16", decoder, unsafe) == [
+        f"{instead} instead of fp16, in which this model's vae_decoder overflows"
+    ]
+    assert part_options(Options(), Part("unet", "unet", precision="bf16"), unsafe)["precision"] == "bf16"
+
+
+def test_attention_that_overflows_in_half_stays_float32(bundle: Bundle) -> None:
+    edit_manifest(bundle.path, float16_attention_unsafe=["unet"])
+    unsafe = Bundle.open(bundle.path, verify=False)
+    recipe = read_recipe()
+    for precision, kept in {"fp16": True, "bf16": False, "fp32": False}.items():
+        own = part_options(Options(precision=precision), recipe.parts["unet_step"], unsafe)
+        assert own["attention"] is kept
+        assert not part_options(Options(precision=precision), recipe.parts["vae_decoder"], unsafe)["attention"]
+        model, _ = derive(unsafe, recipe.parts["unet_step"], own)
+        types = {node.outputs[0].dtype for node in model.graph if node.op_type in ("Attention", "MultiHeadAttention")}
+        assert types == {{"fp16": graph.F32, "bf16": graph.BF16, "fp32": graph.F32}[precision]}
 
 
 def test_tensorrts_errors_are_told_in_plain_words() -> None:
@@ -124,23 +145,13 @@ def test_tensorrts_errors_are_told_in_plain_words() -> None:
     assert meaning("something new") == "something new"
 
 
-def test_a_plan_that_is_not_half_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "plan").write_bytes(b"x")
-    plans._check_half("unet", "fp16", {"HALF": 9, "FLOAT": 3}, tmp_path / "plan", 1)
-    plans._check_half("unet", "fp32", {"FLOAT": 9}, tmp_path / "plan", 1)
-    with pytest.raises(BackendError, match=r"unet: asked for fp16, but its layers are .*FLOAT"):
-        plans._check_half("unet", "fp16", {"HALF": 2, "FLOAT": 9}, tmp_path / "plan", 1)
-    with (tmp_path / "plan").open("wb") as stream:
-        stream.truncate(400 << 20)
-    with pytest.raises(BackendError, match=r"the plan has 419.43 MB for 209.72 MB of weights"):
-        plans._check_half("unet", "fp16", {"HALF": 9}, tmp_path / "plan", 200 << 20)
-
-
-def test_the_inspectors_types_are_counted() -> None:
-    layers = """{"Layers": [{"Inputs": [{"Name": "x", "Format/Datatype": "Row major linear FP32"}],
-        "Outputs": [{"Name": "Half", "Format/Datatype": "Half"}, {"Format/Datatype": "Channel major FP16 format"}]}]}"""
-    assert plans.inspected(layers) == {"HALF": 2, "FLOAT": 1}
-    assert plans.inspected("") == {}
+def test_a_plan_of_float32_weights_is_told_but_kept() -> None:
+    weights = 200 << 20
+    assert size_warning("fp16", int(1.5 * weights), weights, 1) == ""
+    assert "the plan has 419.43 MB for 209.72 MB of fp16 weights" in size_warning("fp16", 2 * weights, weights, 1)
+    assert size_warning("fp16", 2 * weights, weights, 2) == ""  # a second profile may bring its own copy
+    assert size_warning("fp32", 2 * weights, weights, 1) == ""
+    assert size_warning("fp16", 2000, 1000, 1) == ""  # too small to tell
 
 
 # ---- engines for ONNX Runtime: derived graphs, which need no other library
@@ -212,13 +223,17 @@ def test_a_build_that_fails_leaves_nothing(bundle: Bundle) -> None:
     part = replace(read_recipe().parts["vae_encoder"], islands=("nothing matches this",))
     recipe = replace(read_recipe(), parts={"vae_encoder": part})
     with pytest.raises(UsageError, match="nothing matches this"):
-        build(bundle, "ort", recipe=recipe, report=lambda line: None)
+        build(bundle, "ort", recipe=recipe, options=Options(precision="fp16"), report=lambda line: None)
     assert not [p for p in (bundle.path / "engines").iterdir() if not p.name.endswith(".lock")]
 
 
 def test_a_backend_that_builds_nothing_or_has_no_gpu_says_so(bundle: Bundle) -> None:
     with pytest.raises(UsageError, match="backend 'openvino' builds no engines; these do: "):
         build(bundle, "openvino")
+    with pytest.raises(UsageError, match="backend 'tensorrt:cuda' is not known; there are tensorrt, tensorrt:0, tens"):
+        build(bundle, "tensorrt:cuda")
+    with pytest.raises(UsageError, match="backend 'ort:0' is not known; there are ort, ort:cpu and ort:cuda"):
+        build(bundle, "ort:0")
     with pytest.raises(BackendError, match="cuda-bindings|NVIDIA driver|GPU|tensorrt"):
         build(bundle, "tensorrt", report=lambda line: None)
 
