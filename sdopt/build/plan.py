@@ -178,7 +178,7 @@ class Job:
         name = "-".join(self.record.environment.values())
         name = "".join(c if c.isalnum() or c in ".-" else "_" for c in name) + ".cache"
         timing = user_folder("XDG_CACHE_HOME", ".cache") / "timing" / name
-        return Builder(self.target.lib, self.options, self.target.free, timing, progress, report)
+        return Builder(self.target.lib, self.options, self.target.free, timing, progress, report, self.part.name)
 
     def _checked(
         self, builder: Builder, plan: Path, record: Record, types: Mapping[str, str], weights: int, report: Report

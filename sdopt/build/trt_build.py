@@ -55,6 +55,7 @@ class Builder:
     timing: Path | None = None  # the timing cache, read and written
     progress: Progress | None = None
     report: Callable[[str], None] = print
+    name: str = "graph"  # of what is built, for messages
 
     def build(
         self,
@@ -76,7 +77,7 @@ class Builder:
         parser = self._parsed(network, graph)
         if not self.strongly_typed and self.options["precision"] == "fp16":
             keep_types(network, types or {})
-        self._check_half(graph.stem, network, half_products)
+        self._check_half(network, half_products)
         errors = ""
         for workspace in self._workspaces():
             self.lib.log.lines.clear()
@@ -88,8 +89,8 @@ class Builder:
             errors = self.lib.log.errors()
             if not any(word in errors for word in MEMORY) or workspace is None:
                 break
-            self.report(f"{graph.stem}: {workspace / GIB:.2f} GiB of workspace did not do; trying less")
-        raise BackendError(f"{graph.stem}: {self.lib.backend} {self.lib.version} builds no engine: {meaning(errors)}")
+            self.report(f"{self.name}: {workspace / GIB:.2f} GiB of workspace did not do; trying less")
+        raise self._failed("builds no engine", errors)
 
     def unsupported(self, operators: Sequence[str]) -> list[str]:
         """Those of `operators` that this version's parser does not know."""
@@ -114,7 +115,10 @@ class Builder:
             raise self._failed("makes no builder", self.lib.log.errors()) from error
 
     def _failed(self, what: str, errors: str) -> BackendError:
-        return BackendError(f"{self.lib.backend} {self.lib.version} {what}: {meaning(errors)}")
+        return BackendError(f"{self.name}: {self.lib.backend} {self.lib.version} {what}: {meaning(errors)}")
+
+    def _refused(self, profile: Profile, errors: str) -> UsageError:
+        return UsageError(f"{self.name}: {self.lib.backend} refuses the profile {profile}: {meaning(errors)}")
 
     def _check_options(self) -> None:
         """Raises: UsageError for what this library does not have, before anything is built."""
@@ -127,14 +131,14 @@ class Builder:
             if self.options[option]:
                 raise UsageError(f"--{option.replace('_', '-')}: {self.lib.backend} does not have it: {reason}")
 
-    def _check_half(self, name: str, network: Any, wanted: int) -> None:
+    def _check_half(self, network: Any, wanted: int) -> None:
         """Raises: BackendError if what is in half in the graph is not so in the network: it would be slow unnoticed."""
         products = product_types(network)
         found = products.get("HALF", 0) + products.get("BF16", 0)
         if 2 * found < wanted:
             raise BackendError(
-                f"{name}: the graph has {wanted} convolutions and matrix products in {self.options['precision']}, and "
-                f"{self.lib.backend} {self.lib.version} makes {dict(products)} of them. "
+                f"{self.name}: the graph has {wanted} convolutions and matrix products in {self.options['precision']}, "
+                f"and {self.lib.backend} {self.lib.version} makes {dict(products)} of them. "
                 "Build it with --precision fp32, and please report this"
             )
 
@@ -148,12 +152,12 @@ class Builder:
         if not parser.parse_from_file(str(graph)):
             errors = [parser.get_error(i) for i in range(parser.num_errors)]
             found = "; ".join(f"{getattr(e, 'node_name', str)() or f'node {e.node()}'}: {e.desc()}" for e in errors)
-            raise self._failed(f"cannot parse {graph.stem}", f"{found} | {self.lib.log.errors()}")
+            raise self._failed("cannot parse it", f"{found} | {self.lib.log.errors()}")
         for i in range(network.num_layers if hasattr(self.lib.trt, "IAttentionInputLayer") else 0):
-            layer = network.get_layer(i)
-            if layer.type.name == "ATTENTION_INPUT":  # where no kernel fits, e.g. float32, its parts will do
-                layer.__class__ = self.lib.trt.IAttentionInputLayer
-                layer.attention.decomposable = True
+            made = network.get_layer(i)
+            if made.type.name == "ATTENTION_INPUT":  # where no kernel fits, e.g. float32, its parts will do
+                made.__class__ = self.lib.trt.IAttentionInputLayer
+                made.attention.decomposable = True
         return parser
 
     def _workspaces(self) -> list[int | None]:
@@ -199,7 +203,7 @@ class Builder:
                     f"profile {profile}: TensorRT refuses it: {error} | {self.lib.log.errors()}"
                 ) from error
             if index < 0:
-                raise UsageError(f"profile {profile}: TensorRT refuses it: {self.lib.log.errors()}")
+                raise self._refused(profile, self.lib.log.errors())
         return config
 
     def _member(self, enum: Any, name: str, option: str) -> Any:

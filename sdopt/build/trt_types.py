@@ -15,7 +15,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from sdopt.graph import SHORT, is_float, name_of
+from sdopt.graph import BF16, F16, SHORT, is_float, name_of
 
 FLOATS = {"float32": "FLOAT", "float16": "HALF"}  # of a graph -> of TensorRT
 OWN_TYPE = ("CONSTANT", "SHAPE", "CAST", "ASSERTION")  # layers whose type is that of their numbers
@@ -34,7 +34,7 @@ def types_of(model: ir.Model) -> dict[str, str]:
 def half_products(model: ir.Model) -> int:
     """How many convolutions and matrix products of the graph are in half."""
     nodes = [node for node in model.graph if node.op_type in PRODUCT_NODES]
-    return sum(node.outputs[0].dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) for node in nodes)
+    return sum(node.outputs[0].dtype in (F16, BF16) for node in nodes)
 
 
 def keep_types(network: Any, types: Mapping[str, str]) -> int:
@@ -48,14 +48,18 @@ def keep_types(network: Any, types: Mapping[str, str]) -> int:
         shapes = any(tensor.is_shape_tensor for tensor in outputs)
         if layer.type.name in OWN_TYPE or shapes or not floats or not dtype:
             continue
-        members: Any = type(outputs[floats[0]].dtype)
-        member = getattr(members, dtype)
+        member = _member(outputs[floats[0]].dtype, dtype)
         if layer.type.name != "NORMALIZATION":  # this one computes in float32 as long as nobody says otherwise
             layer.precision = member
         for k in floats:
             layer.set_output_type(k, member)
         kept += 1
     return kept
+
+
+def _member(like: Any, name: str) -> Any:
+    """The member of that name of an enum that `like` is a member of."""
+    return getattr(like.__class__, name)
 
 
 def layer_types(network: Any) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -298,7 +298,9 @@ def test_float32_attention_builds_too_and_several_profiles_are_one_engine(bundle
 @RTX
 def test_what_cannot_be_built_says_why_and_leaves_nothing(bundle: Bundle) -> None:
     options = Options(refit=True, opt_level=0)
-    with pytest.raises(BackendError, match=r"text_encoder|graph: tensorrt-rtx .* builds no engine"):
+    with pytest.raises(
+        BackendError, match=r"text_encoder: tensorrt-rtx .* builds no engine: --refit needs a GPU.*TensorRT says"
+    ):
         build(bundle, "tensorrt-rtx", components=["text_encoder"], options=options, report=lambda line: None)
     assert stored(bundle, "tensorrt-rtx") == []
 
@@ -306,7 +308,7 @@ def test_what_cannot_be_built_says_why_and_leaves_nothing(bundle: Bundle) -> Non
 @RTX
 def test_a_broken_graph_names_its_node(tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"no graph")
-    builder = Builder(TensorRT("tensorrt-rtx"), {"workspace": None}, None)
+    builder = Builder(TensorRT("tensorrt-rtx"), asdict(Options(precision="fp16")), None, name="bad")
     with pytest.raises(BackendError, match="bad: tensorrt-rtx .* cannot parse it"):
         builder.build(tmp_path / "bad.onnx", tmp_path / "plan", [], [])
     assert builder.unsupported(["Attention", "Conv", "NoSuchOperator"]) == ["NoSuchOperator"]
