@@ -63,20 +63,20 @@ def _numbers(model: ir.Model, node: ir.Node, known: Mapping[ir.Value, Array]) ->
         return [np.array(asked, np.int64)] if all(isinstance(d, int) for d in asked) else None
     if node.op_type in UNTOUCHED or node.domain or not node.inputs:
         return None
-    if not all(output.dtype in WHOLE for output in node.outputs):
+    if not all(output.dtype in (None, *WHOLE) for output in node.outputs):
         return None
     if not all(value is None or value in known for value in node.inputs):
         return None
     arrays = {name_of(value): known[value] for value in node.inputs if value is not None}
     found = _computed(node, arrays, model.graph.opset_imports[""])
-    return found if all(array.size <= SMALL for array in found) else None
+    return found if all(array.size <= SMALL and array.dtype.kind in "ib" for array in found) else None
 
 
 def _computed(node: ir.Node, arrays: Mapping[str, Array], opset: int) -> list[Array]:
     """The outputs of one node, by ONNX's reference implementation."""
     info, dtype = onnx.helper.make_tensor_value_info, onnx.helper.np_dtype_to_tensor_dtype
     inputs = [info(name, dtype(array.dtype), array.shape) for name, array in arrays.items()]
-    outputs = [info(name_of(v), int(cast(ir.DataType, v.dtype)), None) for v in node.outputs]
+    outputs = [info(name_of(v), int(v.dtype or ir.DataType.UNDEFINED), None) for v in node.outputs]
     alone = onnx.helper.make_graph([ir.serde.serialize_node(node)], "alone", inputs, outputs)
     model = onnx.helper.make_model(alone, opset_imports=[onnx.helper.make_opsetid("", opset)])
     found = cast(list[Any], ReferenceEvaluator(model).run(None, dict(arrays)))
@@ -86,9 +86,9 @@ def _computed(node: ir.Node, arrays: Mapping[str, Array], opset: int) -> list[Ar
 def _constant(model: ir.Model, output: ir.Value, array: Array) -> ir.Value:
     """The constant that the readers of `output` read from now on."""
     name = f"{name_of(output)}/fixed"
-    dtype = cast(ir.DataType, output.dtype)
-    constant = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(array.shape))
-    constant.const_value = ir.Tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)
+    constant = ir.Value(name=name, shape=ir.Shape(array.shape))
+    constant.const_value = ir.Tensor(array, name=name)
+    constant.type = ir.TensorType(constant.const_value.dtype)
     model.graph.register_initializer(constant)
     redirect(output, constant)
     return constant

@@ -142,7 +142,7 @@ class Job:
         return self.folder
 
     def _write(self, folder: Path, report: Report, progress: Progress | None) -> None:
-        builder = self._builder(report, progress)
+        name, builder = self.part.name, self._builder(report, progress)
         model, notes = derive(self.bundle, self.part, self.options, builder, self.target.device)
         inputs, outputs = graph.specs(model)
         record = replace(self.record, inputs=inputs, outputs=outputs)
@@ -154,21 +154,19 @@ class Job:
         names = [GRAPH, f"{GRAPH}.data"]
         if builder is not None:
             if "lowered" in notes:
-                report(
-                    f"{self.part.name}: written in operators that {builder.lib.version} knows: "
-                    f"{', '.join(notes['lowered'])}"
-                )
-            report(f"{self.part.name}: building, {self.options['precision']}, {'; '.join(map(str, record.profiles))}")
+                library = f"{builder.lib.backend} {builder.lib.version}"
+                report(f"{name}: written in operators that {library} knows: {', '.join(notes['lowered'])}")
+            report(f"{name}: building, {self.options['precision']}, {'; '.join(map(str, record.profiles))}")
             types = types_of(model)
             notes["layers"] = builder.build(
                 folder / GRAPH, folder / PLAN, inputs, record.profiles, types, half_products(model)
             )
-            for name in names:
-                (folder / name).unlink()
+            for file in names:
+                (folder / file).unlink()
             names = [PLAN]
             notes |= self._checked(builder, folder / PLAN, record, types, notes["weight_bytes"], report)
         write_record(folder, replace(record, notes=notes), names)
-        report(f"{self.part.name}: {bytes_text((folder / names[0]).stat().st_size)}")
+        report(f"{name}: {bytes_text(sum((folder / file).stat().st_size for file in names))}")
 
     def _builder(self, report: Report, progress: Progress | None) -> Builder | None:
         """What makes the plan; None where the graph is all."""

@@ -96,16 +96,16 @@ def lost_islands(layers: str, types: Mapping[str, str]) -> tuple[list[str], int]
     What is inside of a fused layer is not shown.
     """
     lost, shown = list[str](), 0
-    for tensor in _shown(layers):
-        if types.get(tensor.get("Name", "")) != "float32":
+    for output in _shown(layers):
+        if types.get(output.get("Name", "")) != "float32":
             continue
         shown += 1
-        if any(re.search(rf"\b({WORDS[half]})\b", tensor.get("Format/Datatype", "")) for half in HALVES):
-            lost.append(tensor["Name"])
+        if any(re.search(rf"\b({WORDS[half]})\b", output.get("Format/Datatype", "")) for half in HALVES):
+            lost.append(output["Name"])
     return lost, shown
 
 
 def _shown(layers: str) -> list[dict[str, Any]]:
     """The outputs of all layers of a finished engine; without details, layers are names alone."""
     found: list[Any] = json.loads(layers or "{}").get("Layers", [])
-    return [tensor for layer in found if not isinstance(layer, str) for tensor in layer.get("Outputs", [])]
+    return [output for entry in found if not isinstance(entry, str) for output in entry.get("Outputs", [])]

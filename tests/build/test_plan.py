@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,12 +22,15 @@ from sdopt.build.derive import derive
 from sdopt.build.options import Options, exceptions, part_options
 from sdopt.build.plan import build
 from sdopt.build.recipe import Part, part_profile, read_recipe, user_profiles
+from sdopt.build.target import Target
 from sdopt.build.trt_build import Builder, meaning
 from sdopt.bundle import Bundle
+from sdopt.engine.cuda import Gpu
 from sdopt.engine.plans import stored
 from sdopt.engine.trt_api import TensorRT
 from sdopt.errors import BackendError, UsageError
-from tests.conftest import EMOJI_BUNDLE, edit_manifest
+from sdopt.specs import Profile, TensorSpec
+from tests.conftest import EMOJI_BUNDLE, ROOT, edit_manifest
 from tests.conftest import sdopt as command
 
 RTX = pytest.mark.skipif(
@@ -53,6 +59,15 @@ def test_a_bundle_becomes_the_engines_that_it_runs_with(bundle: Bundle) -> None:
     assert "unet_step_alone" in names(Bundle.open(bundle.path, verify=False))
     with pytest.raises(UsageError, match="component 'unett': this bundle becomes unet, "):
         names(bundle, "unett")
+
+
+def test_what_a_bundle_becomes_follows_from_its_manifest(bundle: Bundle) -> None:
+    told = {
+        **bundle.manifest["conditioning"],
+        "guidance_embedding": 6,
+    }  # LCM: its scale is above 1, and there is one half
+    edit_manifest(bundle.path, conditioning=told)
+    assert names(Bundle.open(bundle.path, verify=False))[0] == "unet_step_alone"
 
 
 def test_a_profile_is_typed_in_pixels_and_completed_with_the_bundles_own_sizes(emoji: Bundle) -> None:
@@ -189,6 +204,76 @@ def test_a_stale_engine_is_built_again_with_a_sentence_and_removed(bundle: Bundl
     assert not old.exists()
 
 
+def test_engines_of_other_sizes_and_providers_stand_beside_each_other(bundle: Bundle) -> None:
+    def made(backend: str, size: int) -> Path:
+        lines: list[str] = []
+        profile = [f"batch=1 height={size} width={size}"]
+        (folder,) = build(bundle, backend, components=["vae_encoder"], profiles=profile, report=lines.append)
+        assert not [line for line in lines if "already" in line or "again" in line]
+        return folder
+
+    folders = [made("ort", 64), made("ort", 128), made("ort:cuda", 64)]
+    assert len({*folders}) == 3
+    assert {s.folder for s in stored(bundle, "ort")} == {*folders}
+    records = {s.folder: s.record for s in stored(bundle, "ort")}
+    assert [records[f].environment for f in folders] == [{"provider": "CPU"}] * 2 + [{"provider": "CUDA"}]
+    assert [records[f].options["precision"] for f in folders] == ["fp32", "fp32", "fp16"]
+    assert all(record.key == folder.name for folder, record in records.items())
+    lines: list[str] = []
+    build(bundle, "ort:cpu", components=["vae_encoder"], profiles=["batch=1 height=64 width=64"], report=lines.append)
+    assert lines == [f"vae_encoder: already built, {folders[0]}"]
+
+
+def test_a_stale_step_is_found_too(bundle: Bundle) -> None:
+    (old,) = build(bundle, "ort", components=["unet_step"], report=lambda line: None)
+    files = {
+        **bundle.manifest["files"],
+        "unet.onnx.data": {**bundle.manifest["files"]["unet.onnx.data"], "sha256": "1"},
+    }
+    changed, lines = replace(bundle, manifest={**bundle.manifest, "files": files}), list[str]()
+    (new,) = build(changed, "ort", components=["unet_step"], report=lines.append)
+    assert "unet_step: built again, because unet.onnx.data is another file" in lines[0]
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+def test_the_gpu_that_is_named_is_the_one_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def no_gpu(index: int = 0) -> Any:
+        asked.append(index)
+        raise BackendError("there is no such GPU")
+
+    monkeypatch.setattr("sdopt.build.target.shared_device", no_gpu)
+    for backend, index in {"tensorrt": 0, "tensorrt:1": 1, "tensorrt-rtx:2": 2}.items():
+        with pytest.raises(BackendError, match="there is no such GPU"):
+            Target.here(backend)
+        assert asked[-1] == index
+
+
+@pytest.mark.parametrize(("capability", "has"), [("7.5", False), ("8.0", True), ("9.0", True)])
+def test_bf16_is_had_from_ampere_on(capability: str, has: bool) -> None:
+    assert Target("tensorrt", None, Gpu(0, "GPU", capability, 13000, 1), None).has_bf16 is has
+    assert not Target("tensorrt-rtx", None, None, None).has_bf16
+
+
+BARE = """
+import sys
+for name in ("onnxruntime", "torch", "diffusers", "transformers"):
+    sys.modules[name] = None
+import sdopt.commands.build, sdopt.build.plan
+from sdopt.bundle import Bundle
+folders = sdopt.build.plan.build(Bundle.open(sys.argv[1], verify=False), sys.argv[2], components=["vae_encoder"],
+                                 profiles=["batch=1 height=64 width=64"], options=sdopt.build.plan.Options(opt_level=0))
+"""
+
+
+@pytest.mark.parametrize("backend", ["ort", pytest.param("tensorrt-rtx", marks=RTX)])
+def test_a_build_needs_neither_onnx_runtime_nor_torch(backend: str, bundle: Bundle) -> None:
+    done = subprocess.run([sys.executable, "-c", BARE, bundle.path, backend], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(stored(bundle, backend)) == 1
+
+
 def test_a_damaged_engine_is_built_again(bundle: Bundle) -> None:
     (folder,) = build(bundle, "ort", components=["vae_encoder"], report=lambda line: None)
     (folder / "graph.onnx.data").write_bytes(b"")
@@ -293,6 +378,79 @@ def test_float32_attention_builds_too_and_several_profiles_are_one_engine(bundle
         "batch=2:8:8 tokens=32 extra_tokens=1:1:128",
     ]
     assert found.record.notes["layers"]["FLOAT"]
+
+
+@RTX
+def test_static_engines_have_their_lengths_in_the_graph_and_their_names_in_the_record(bundle: Bundle) -> None:
+    sizes = ["batch=1:2:4 height=64", "batch=1 height=64:128:128"]
+    folders = build(
+        bundle, "tensorrt-rtx", components=["unet_step"], profiles=sizes, static=True, options=Options(opt_level=0),
+        report=lambda line: None,
+    )  # fmt: skip
+    records = {s.folder: s.record for s in stored(bundle, "tensorrt-rtx")}
+    assert [str(p) for folder in folders for p in records[folder].profiles] == [
+        "batch=2 tokens=32 latent_height=8 latent_width=16", "batch=1 tokens=32 latent_height=16 latent_width=16",
+    ]  # fmt: skip
+    for folder in folders:
+        record = records[folder]
+        assert {s.name: s.shape for s in record.inputs}["sample"] == ("batch", 4, "latent_height", "latent_width")
+        assert record.notes["fixed"]["nodes"] > 30
+        assert record.key == folder.name
+
+
+@RTX
+def test_operators_that_the_parser_does_not_know_are_written_in_others_and_said(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Builder, "unsupported", lambda self, names: ["GroupNormalization"])
+    lines: list[str] = []
+    build(
+        bundle, "tensorrt-rtx", components=["vae_encoder"], profiles=[SMALL], options=Options(opt_level=0),
+        report=lines.append,
+    )  # fmt: skip
+    assert re.search(r"vae_encoder: written in operators that tensorrt-rtx .* knows: GroupNormalization", lines[0])
+    (found,) = stored(bundle, "tensorrt-rtx")
+    assert found.record.notes["lowered"] == ["GroupNormalization"]
+
+
+@RTX
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("hardware_compatible", "--hardware-compatible: tensorrt-rtx does not have it: its engines run on every GPU"),
+        ("version_compatible", "--version-compatible: tensorrt-rtx does not have it: its engines run with the version"),
+    ],
+)
+def test_options_that_tensorrt_rtx_would_ignore_are_refused(bundle: Bundle, option: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        build(bundle, "tensorrt-rtx", components=["vae_encoder"], options=Options(**{option: True}), report=print)
+
+
+@RTX
+def test_weights_can_be_streamed(bundle: Bundle) -> None:
+    options = Options(weight_streaming=True, opt_level=0)
+    build(
+        bundle, "tensorrt-rtx", components=["vae_encoder"], profiles=[SMALL], options=options, report=lambda line: None
+    )
+    assert stored(bundle, "tensorrt-rtx")[0].record.options["weight_streaming"]
+
+
+@RTX
+def test_a_refused_profile_is_told_with_tensorrts_words(bundle: Bundle, tmp_path: Path) -> None:
+    component = bundle.component("vae_encoder")
+    builder = Builder(TensorRT("tensorrt-rtx"), asdict(Options(precision="fp32")), None, name="vae_encoder")
+    fixed = Profile({"batch": (1, 1, 1), "height": (64, 64, 64), "width": (64, 64, 64)})
+    wrong = TensorSpec("sample", "float32", ("batch", 4, "height", "width"))  # it takes 3 channels
+    with pytest.raises((UsageError, BackendError), match=r"vae_encoder: tensorrt-rtx .*(sample|profile|dimension)"):
+        builder.build(component.graph, tmp_path / "plan", [wrong], [fixed])
+
+
+@RTX
+def test_a_graph_in_half_that_became_float32_is_refused_before_it_is_built(bundle: Bundle, tmp_path: Path) -> None:
+    component = bundle.component("vae_encoder")
+    builder = Builder(TensorRT("tensorrt-rtx"), asdict(Options(precision="fp16")), None, name="vae_encoder")
+    with pytest.raises(BackendError, match=r"vae_encoder: the graph has 30 convolutions .* --precision fp32"):
+        builder.build(component.graph, tmp_path / "plan", component.inputs, [], half_products=30)
 
 
 @RTX
