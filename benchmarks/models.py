@@ -54,7 +54,7 @@ SD21 = SD15 | {
     "text_encoder": CLIP_H,
     "unet": SD15["unet"] | {
         "sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20),
-        "use_linear_projection": True,
+        "use_linear_projection": True, "upcast_attention": True,
     },
     "vae": VAE | {"sample_size": 768, "scaling_factor": 0.18215},
     "scheduler": BETAS | {

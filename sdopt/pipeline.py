@@ -26,7 +26,7 @@ from sdopt import previews
 from sdopt.arguments import Options
 from sdopt.bundle import Bundle, embedded
 from sdopt.conditioning import TextEncoders
-from sdopt.engine import Engine, built_components, choose_backend, open_engine
+from sdopt.engine import BACKENDS, Engine, built_components, choose_backend, open_engine
 from sdopt.errors import UsageError, choices
 from sdopt.guidance import Denoiser
 from sdopt.noise import batch, generator
@@ -141,7 +141,8 @@ class Pipeline:
         draw = self._drawing(plan)
         cond, negative = self._text.conditions(plan)
         canvas = begin(plan, self._joins, draw, partial(self._posterior, plan))
-        fused = fused_component(plan, negative is not None, self._built)
+        needs_built = not BACKENDS[self.backend.partition(":")[0]].precisions
+        fused = fused_component(negative is not None, self._built, needs_built)
         if fused is None:
             options = (plan.guidance_batch, plan.guidance_rescale, plan.guidance_embedding)
             denoiser = Denoiser(partial(self.engine, "unet"), cond, negative, canvas.extra, *options)

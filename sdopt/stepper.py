@@ -17,7 +17,7 @@ import numpy as np
 
 from sdopt.engine import Carrying, Engine, Run
 from sdopt.errors import NumericsError, UsageError
-from sdopt.guidance import Denoiser
+from sdopt.guidance import Denoiser, scale_embedding
 from sdopt.request import Plan
 from sdopt.samplers.packed import packed
 from sdopt.specs import Float32, Scalar
@@ -67,12 +67,15 @@ def host_steps(plan: Plan, canvas: Canvas, denoiser: Denoiser, draw: Draw) -> It
         yield Step(k, len(table), float(timestep), float(table.sigma[k]), data.__getitem__)
 
 
-def fused_component(plan: Plan, guided: bool, built: Collection[str]) -> str | None:
-    """Which of the `built` components makes whole steps of this plan; None if the UNet alone is called."""
-    if (plan.guidance_rescale and guided) or plan.guidance_embedding:  # what no row of numbers holds
-        return None
+def fused_component(guided: bool, built: Collection[str], needs_built: bool = False) -> str | None:
+    """Which of the `built` components makes whole steps; None if the UNet alone is called.
+
+    `needs_built`: the backend runs nothing else. Where it has no UNet that fits, this names the engine that is missing:
+    opening it tells how to build it.
+    """
     wanted = (STEP,) if guided else (STEP_ALONE, STEP)
-    return next((name for name in wanted if name in built), None)
+    fused = next((name for name in wanted if name in built), None)
+    return wanted[0] if fused is None and needs_built and "unet" not in built else fused
 
 
 def fused_steps(
@@ -92,8 +95,11 @@ def fused_steps(
         inputs["extra"] = canvas.extra
     if any(name.startswith("negative_") for name in names):
         inputs |= {f"negative_{name}": array for name, array in (negative or cond).items()}
-    rows = packed(table, [max(1.0, scale) if negative is not None else 1.0 for scale in plan.guidance])
-    run = carrying.begin({n: np.ascontiguousarray(a, np.float32) for n, a in inputs.items()}, {"row": rows})
+    scales = [max(1.0, scale) if negative is not None else 1.0 for scale in plan.guidance]
+    tables = {"row": packed(table, scales, plan.guidance_rescale)}
+    if plan.guidance_embedding:
+        tables["timestep_cond"] = np.stack([scale_embedding(s - 1, plan.guidance_embedding) for s in plan.guidance])
+    run = carrying.begin({n: np.ascontiguousarray(a, np.float32) for n, a in inputs.items()}, tables)
     current = _Current(run, len(table))
     try:
         for k, timestep in enumerate(table.timestep):

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ CACHE = tempfile.mkdtemp(prefix="sdopt-tests-cache-")
 os.environ["XDG_CACHE_HOME"] = CACHE  # no test writes into the user's own
 os.environ["XDG_STATE_HOME"] = f"{CACHE}/state"
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+
+PlugIn = Callable[..., Any]  # of `plug_in`: (flavour, bytes of memory, GPUs) -> tests.fakes.gpu.Simulator
 
 ROOT = Path(__file__).parent.parent
 EMOJI_CHECKPOINT = ROOT / "engines/emoji/checkpoint"
@@ -82,6 +85,36 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path
+
+
+@pytest.fixture
+def plug_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlugIn]:
+    """Puts a fake GPU in place, and a TensorRT of some flavour; afterwards nothing may be left on the GPU."""
+    from sdopt.engine import device
+    from tests.fakes.gpu import TOTAL, Simulator, as_module
+    from tests.fakes.trt import FLAVOURS, fake_tensorrt
+
+    plugged: list[Simulator] = []
+
+    def put(flavour: str = "10", total: int = TOTAL, devices: int = 1) -> Simulator:
+        simulator = Simulator(total, devices)
+        monkeypatch.setattr(device, "_devices", {})
+        monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", as_module(simulator))
+        monkeypatch.setitem(sys.modules, FLAVOURS[flavour], fake_tensorrt(simulator, flavour))
+        plugged.append(simulator)
+        return simulator
+
+    yield put
+    for simulator in plugged:
+        if not simulator.fail:
+            assert simulator.leaks() == {}
+            assert simulator.spins == 0
+
+
+@pytest.fixture
+def gpu(plug_in: PlugIn) -> Any:
+    """A fake GPU with TensorRT 10."""
+    return plug_in()
 
 
 def edit_manifest(bundle: Path, **changes: object) -> None:

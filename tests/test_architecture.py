@@ -59,7 +59,7 @@ ALLOWED = {
         "errors",
     },
     "export": {"graph", "likeness", "engine", "bundle", "samplers", "schedules", "noise", "specs", "errors", ""},
-    "build": {"graph", "likeness", "engine", "bundle", "samplers", "specs", "errors", ""},
+    "build": {"graph", "likeness", "engine", "bundle", "samplers", "specs", "stamps", "errors", ""},
     "bench": {"likeness", "pipeline", "engine", "bundle", "images", "specs", "errors", ""},
     "commands": {
         "engine",

@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -20,7 +19,7 @@ from sdopt.build.lower import lower
 from sdopt.build.rounded import outputs_of, rounded, session
 from sdopt.graph import is_float, load, name_of, save, weights
 from sdopt.likeness import psnr
-from sdopt.specs import Array, TensorSpec
+from sdopt.specs import Array
 
 GROUP = 150  # values to a run: they are all in memory at once
 EXACT_DB = 200.0
@@ -97,20 +96,6 @@ def diagnose(
     return Diagnosis(layers, outputs, done, floor_db)
 
 
-def example(inputs: Sequence[TensorSpec], sizes: Mapping[str, int], seed: int = 0) -> dict[str, Array]:
-    """Arrays to compute with: normal numbers, timesteps in the middle of the schedule, small token ids."""
-    rng, arrays = np.random.default_rng(seed), dict[str, Array]()
-    for spec in inputs:
-        shape = tuple(d if isinstance(d, int) else sizes[d] for d in spec.shape)
-        if spec.dtype.startswith("int"):
-            arrays[spec.name] = rng.integers(0, 50, shape).astype(spec.dtype)
-        elif spec.name == "timestep":
-            arrays[spec.name] = np.linspace(400.5, 700.0, num=shape[0], dtype=np.float32)
-        else:
-            arrays[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
-    return arrays
-
-
 def _comparable(exact: ir.Model, coarse: ir.Model) -> list[ir.Node]:
     """The nodes whose floating-point outputs both graphs have under one name."""
     there = {name_of(value) for node in coarse.graph for value in node.outputs}
@@ -160,11 +145,3 @@ def _layer(node: ir.Node, value: ir.Value, found: Mapping[str, _Seen]) -> Layer:
     inputs = [found[name_of(v)].db for v in node.inputs if v is not None and name_of(v) in found]
     island = name_of(node).partition("/")[0]
     return Layer(island, node.op_type, name_of(value), seen.db, min([*inputs, seen.best]), seen.largest)
-
-
-def sizes_of(manifest: Mapping[str, Any], latent: int, batch: int = 1) -> dict[str, int]:
-    """Lengths of a bundle's named dimensions for a square picture of `latent` x `latent` latents."""
-    factor: int = manifest["latents"]["factor"]
-    tokens = max(entry["max_length"] for entry in manifest["tokenizers"].values())
-    edges = {"latent_height": latent, "latent_width": latent, "height": latent * factor, "width": latent * factor}
-    return {"batch": batch, "images": batch, "tokens": tokens, "extra_tokens": 1, **edges}

@@ -23,6 +23,7 @@ of them: nothing is passed in double, the graph joins the two halves itself):
     history   [H, B, C, latent_height, latent_width]  newest first; starts as zeros (0 * NaN is NaN); carried
     noise     [B, C, latent_height, latent_width]     finite always: zeros where the row's last weight is 0
     row       [row_width(H)]                          see sdopt.samplers.packed
+    timestep_cond [width]                             only a UNet that takes it: the guidance scale as an embedding
     extra     [B, UNet's channels - C, latent_height, latent_width]   only a UNet with more channels than the latents
     encoder_hidden_states, text_embeds, time_ids ...  the UNet's other inputs, with its names and shapes: the prompt's
     negative_encoder_hidden_states ...                the same once more, for the unconditional half; guided graphs only
@@ -37,10 +38,12 @@ Outputs (float32):
 guidance is ignored), same carried tensors. It is the one to launch in the calls whose guidance is 1 or less, so that a
 loop may change between the two from call to call.
 
+The guidance embedding of a distilled UNet comes as a table of rows too, one for each call. The host computes it: its
+angles reach thousands, and the sines of a GPU's fast arithmetic are not exact there.
 Left out: the mask of inpainting with a four-channel UNet (`Canvas.hold`), which changes the sample between calls; such
-a request uses the UNet alone, or gives `sample` anew for each call. `rescale` (Lin et al. 2024) is in the graph only
-when asked for (`rescale=True`); otherwise that column is ignored, and a request that rescales uses the UNet alone.
-Ref: Ho & Salimans 2022, arXiv:2207.12598, eq. 6.
+a request gives `sample` anew for each call. Rescaled guidance is in the graph with `rescale=True`; a row whose
+`rescale` is 0 leaves the guided output exactly as it is.
+Ref: Ho & Salimans 2022, arXiv:2207.12598, eq. 6; Lin et al. 2024, arXiv:2305.08891, section 3.4.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from sdopt.errors import UsageError
-from sdopt.graph import F32, I64, Writer, name_of, redirect
+from sdopt.graph import BOOL, F32, I64, Writer, name_of, redirect
 from sdopt.samplers.packed import HISTORY, SCALARS, row_width
 
 CARRIED = {"next_sample": "sample", "next_history": "history"}  # output -> the input that it becomes
@@ -71,7 +74,7 @@ def fuse_step(
     Raises: UsageError if the graph is not a UNet (no sample, timestep and noise_pred), or a number makes no sense.
     """
     graph = unet.graph
-    inner, times, conditions, predicted = _unet_values(unet)
+    inner, times, embedding, conditions, predicted = _unet_values(unet)
     assert inner.shape is not None
     batch, of_unet, *size = (d if isinstance(d, int) else d.value for d in inner.shape)
     assert isinstance(of_unet, int)
@@ -87,6 +90,7 @@ def fuse_step(
         noise=_value("noise", latent),
         row=_value("row", (row_width(history),)),
         extra=_value("extra", (rows, of_unet - channels, *size)) if channels < of_unet else None,
+        embedding=None if embedding is None else _value("timestep_cond", _any(embedding)[1:]),
     )
     if guided:
         _rename(unet, rows, None)  # inside of a UNet that gets two rows per image, it is not the number of images
@@ -96,6 +100,8 @@ def fuse_step(
     row = _columns(before, ends.row, history)
     redirect(inner, _doubled(before, _input(before, ends, row), doubles), unless=_ours)
     redirect(times, _times(before, ends.sample, row["timestep"], doubles), unless=_ours)
+    if embedding is not None and ends.embedding is not None:
+        redirect(embedding, _for_each_row(before, ends.sample, ends.embedding, guided), unless=_ours)
     for negative, given in zip(negatives, conditions, strict=bool(negatives)):
         joined = before("Concat", [negative, given], f"both_{name_of(given)}", axis=0, shape=_any(given))
         redirect(given, joined, unless=_ours)
@@ -116,13 +122,15 @@ class _Ends:
     noise: ir.Value
     row: ir.Value
     extra: ir.Value | None
+    embedding: ir.Value | None
 
     def all(self) -> list[ir.Value]:
-        return [v for v in (self.sample, self.history, self.noise, self.row, self.extra) if v is not None]
+        values = (self.sample, self.history, self.noise, self.row, self.embedding, self.extra)
+        return [value for value in values if value is not None]
 
 
-def _unet_values(unet: ir.Model) -> tuple[ir.Value, ir.Value, list[ir.Value], ir.Value]:
-    """(sample, timestep, the other inputs, noise_pred) of a UNet."""
+def _unet_values(unet: ir.Model) -> tuple[ir.Value, ir.Value, ir.Value | None, list[ir.Value], ir.Value]:
+    """(sample, timestep, timestep_cond if it takes it, the other inputs, noise_pred) of a UNet."""
     inputs = {name_of(value): value for value in unet.graph.inputs}
     outputs = [name_of(value) for value in unet.graph.outputs]
     if not {"sample", "timestep"} <= inputs.keys() or outputs != ["noise_pred"]:
@@ -130,8 +138,8 @@ def _unet_values(unet: ir.Model) -> tuple[ir.Value, ir.Value, list[ir.Value], ir
             f"fuse_step takes a UNet, sample and timestep -> noise_pred; this graph is {', '.join(inputs)} -> "
             f"{', '.join(outputs)}"
         )
-    others = [value for name, value in inputs.items() if name not in ("sample", "timestep")]
-    return inputs["sample"], inputs["timestep"], others, unet.graph.outputs[0]
+    others = [value for name, value in inputs.items() if name not in ("sample", "timestep", "timestep_cond")]
+    return inputs["sample"], inputs["timestep"], inputs.get("timestep_cond"), others, unet.graph.outputs[0]
 
 
 def _rename(unet: ir.Model, dimension: str, name: str | None) -> None:
@@ -188,10 +196,21 @@ def _doubled(write: Writer, value: ir.Value, doubles: bool) -> ir.Value:
 
 def _times(write: Writer, sample: ir.Value, timestep: ir.Value, doubles: bool) -> ir.Value:
     """The timestep once for each row that the UNet gets."""
-    count = write("Shape", [sample], "images", start=0, end=1, dtype=I64, shape=(1,))
-    if doubles:
-        count = write("Mul", [count, write.constant("two", [2], I64)], "twice")
-    return write("Expand", [timestep, count], "timesteps", shape=(None,))
+    return write("Expand", [timestep, _count(write, sample, doubles, "images")], "timesteps", shape=(None,))
+
+
+def _for_each_row(write: Writer, sample: ir.Value, embedding: ir.Value, guided: bool) -> ir.Value:
+    """The guidance embedding once for each row of the prompts."""
+    assert embedding.shape is not None
+    one = write.constant("one_column", [1], I64)
+    size = write("Concat", [_count(write, sample, guided, "prompts"), one], "prompts_size", axis=0, shape=(2,))
+    return write("Expand", [embedding, size], "prompts_embedding", shape=(None, embedding.shape[0]))
+
+
+def _count(write: Writer, sample: ir.Value, twice: bool, name: str) -> ir.Value:
+    """[the number of images], or twice as many."""
+    count = write("Shape", [sample], name, start=0, end=1, dtype=I64, shape=(1,))
+    return write("Mul", [count, write.constant("two", [2], I64)], f"twice_{name}") if twice else count
 
 
 def _guided(write: Writer, predicted: ir.Value, row: dict[str, ir.Value], rescale: bool) -> ir.Value:
@@ -208,7 +227,10 @@ def _guided(write: Writer, predicted: ir.Value, row: dict[str, ir.Value], rescal
 
 
 def _rescaled(write: Writer, guided: ir.Value, cond: ir.Value, share: ir.Value) -> ir.Value:
-    """guided * (1 + share * (std(cond) / std(guided) - 1)). Ref: Lin et al. 2024, arXiv:2305.08891, section 3.4."""
+    """guided * (1 + share * (std(cond) / std(guided) - 1)); at a share of 0 exactly `guided`, also where its std is 0.
+
+    Ref: Lin et al. 2024, arXiv:2305.08891, section 3.4.
+    """
     axes = write.constant("image_axes", [1, 2, 3], I64)
     spreads = list[ir.Value]()
     for name, value in (("cond", cond), ("guided", guided)):
@@ -219,7 +241,9 @@ def _rescaled(write: Writer, guided: ir.Value, cond: ir.Value, share: ir.Value) 
     ratio = write("Sqrt", [write("Div", spreads, "ratio2")], "ratio")
     one = write.constant("one", [1.0], F32)
     scale = write("Add", [write("Mul", [write("Sub", [ratio, one], "excess"), share], "share"), one], "scale")
-    return write("Mul", [guided, scale], "rescaled")
+    rescaled = write("Mul", [guided, scale], "rescaled_fully")
+    asked = write("Greater", [share, write.constant("no_share", [0.0], F32)], "rescales", dtype=BOOL)
+    return write("Where", [asked, rescaled, guided], "rescaled", dtype=F32, shape=guided.shape)
 
 
 def _advanced(write: Writer, ends: _Ends, row: dict[str, ir.Value], output: ir.Value) -> list[ir.Value]:

@@ -1,4 +1,5 @@
-"""A graph of opset 18 to 23 in the operators of opset 17, which is what TensorRT 8.6 parses.
+"""A graph of opset 18 to 23 in older operators: all of it in opset 17, which is what TensorRT 8.6 parses, or only those
+operators that a newer TensorRT's parser does not know, the others as they are.
 
 The source is the bundle's own graph (opset 23): one node per concept, so that each is lowered in one place. After
 `half`, norms compute in float32 between two Casts, as their `stash_type` says, and attention scores are half.
@@ -18,7 +19,7 @@ The source is the bundle's own graph (opset 23): one node per concept, so that e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, cast
 
 import onnx
@@ -43,12 +44,10 @@ def lower(model: ir.Model, *, ir_version: int = 8) -> ir.Model:
 
     Raises: UsageError naming the operators, and what about them, that have no form in opset 17.
     """
-    if model.graph.opset_imports[""] < 21 and any(n.op_type == "GroupNormalization" for n in model.graph):
-        raise UsageError("GroupNormalization before opset 21 has one scale per group; export the graph with --opset 23")
-    for node in list(model.graph):
-        if node.op_type in RULES:
-            _replace(model, node, RULES[node.op_type])
-        elif node.op_type in REDUCTIONS:
+    _refuse_old_norms(model)
+    _apply_rules(model, RULES)
+    for node in model.graph:
+        if node.op_type in REDUCTIONS:
             _axes_as_attribute(node)
         for name, value in IMPLIED.get(node.op_type, {}).items():
             if name in node.attributes and value in (..., _plain(attribute(node, name))):
@@ -61,6 +60,36 @@ def lower(model: ir.Model, *, ir_version: int = 8) -> ir.Model:
     model.graph.opset_imports[""] = OPSET
     model.ir_version = ir_version
     return model
+
+
+def lower_operators(model: ir.Model, operators: Collection[str]) -> ir.Model:
+    """`model` without these operators, changed in place; its opset and all its other operators stay.
+
+    Raises: UsageError naming the operators that have no other form.
+    """
+    formless = sorted(set(operators) - set(RULES))
+    if formless:
+        raise UsageError(
+            f"{', '.join(formless)}: there is no form in other operators; there is one for {', '.join(RULES)}"
+        )
+    if model.graph.opset_imports[""] <= OPSET:  # the rules write operators of opset 18
+        return lower(model)
+    if "GroupNormalization" in operators:
+        _refuse_old_norms(model)
+    _apply_rules(model, operators)
+    drop_unused(model)
+    return model
+
+
+def _refuse_old_norms(model: ir.Model) -> None:
+    if model.graph.opset_imports[""] < 21 and any(n.op_type == "GroupNormalization" for n in model.graph):
+        raise UsageError("GroupNormalization before opset 21 has one scale per group; export the graph with --opset 23")
+
+
+def _apply_rules(model: ir.Model, operators: Collection[str]) -> None:
+    for node in list(model.graph):
+        if node.op_type in operators and not node.domain:
+            _replace(model, node, RULES[node.op_type])
 
 
 def _plain(value: Any) -> Any:
@@ -140,15 +169,19 @@ def _reduced(x: ir.Value, axes: list[int]) -> list[Any]:
 def _scaled_to_one(write: Writer, x: ir.Value, axes: list[int], epsilon: float) -> ir.Value:
     """x / sqrt(mean of its squares + epsilon)."""
     square = write("Mul", [x, x], "square")
-    mean = write("ReduceMean", [square], "variance", axes=axes, keepdims=1, shape=_reduced(x, axes))
+    mean = _mean(write, square, axes, "variance")
     spread = write("Sqrt", [write("Add", [mean, write.constant("epsilon", epsilon, F32)], "stable")], "spread")
     return write("Div", [x, spread], "unit")
 
 
 def _normalized(write: Writer, x: ir.Value, axes: list[int], epsilon: float) -> ir.Value:
     """(x - mean) / standard deviation over `axes`, of float32."""
-    mean = write("ReduceMean", [x], "mean", axes=axes, keepdims=1, shape=_reduced(x, axes))
+    mean = _mean(write, x, axes, "mean")
     return _scaled_to_one(write, write("Sub", [x, mean], "centred"), axes, epsilon)
+
+
+def _mean(write: Writer, x: ir.Value, axes: list[int], name: str) -> ir.Value:
+    return write("ReduceMean", [x, write.constant("axes", axes, I64)], name, keepdims=1, shape=_reduced(x, axes))
 
 
 def _affine(write: Writer, x: ir.Value, scale: ir.Value, bias: ir.Value, dims: int) -> ir.Value:

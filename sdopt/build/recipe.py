@@ -53,8 +53,13 @@ class Recipe:
         unknown = [name for name in names or () if name not in possible]
         if unknown:
             raise UsageError(f"component {unknown[0]!r}: this bundle becomes {choices(unknown[0], possible)}")
-        guided = "guided" if bundle.manifest["defaults"]["guidance_scale"] > 1 else "unguided"
-        return [p for n, p in possible.items() if (n in names if names else p.when in ("", guided))]
+        distilled = bundle.manifest["conditioning"].get("guidance_embedding", 0)  # its UNet has no unconditional half
+        guided = bundle.manifest["defaults"]["guidance_scale"] > 1 and not distilled
+        return [
+            p
+            for n, p in possible.items()
+            if (n in names if names else p.when in ("", "guided" if guided else "unguided"))
+        ]
 
 
 def read_recipe(path: Path | None = None) -> Recipe:
@@ -131,4 +136,6 @@ def part_profile(bundle: Bundle, part: Part, inputs: Sequence[TensorSpec], profi
         **{f"latent_{n}": (a // factor, b // factor, c // factor) for n, (a, b, c) in pixels.items()},
     }
     names = {d for spec in inputs for d in spec.shape if isinstance(d, str)}
+    if part.fuse:  # the graph itself makes two rows of a picture
+        names.discard("images")
     return Profile({name: lengths for name, lengths in ranges.items() if name in names})

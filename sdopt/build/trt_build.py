@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdopt.build.trt_types import keep_types, layer_types, product_types
 from sdopt.engine.trt_api import TensorRT
 from sdopt.errors import BackendError, UsageError
 from sdopt.specs import Profile, TensorSpec
@@ -21,6 +22,11 @@ FLAGS = {  # option -> BuilderFlag
     "version_compatible": "VERSION_COMPATIBLE",
     "weight_streaming": "WEIGHT_STREAMING",
 }
+# options that TensorRT-RTX takes without doing anything, or cannot do -> what to know instead
+NOT_IN_RTX = {
+    "hardware_compatible": "its engines run on every GPU that it knows",
+    "version_compatible": "its engines run with the version that built them",
+}
 # what TensorRT logs -> what it means and what helps; the first that fits is told
 MEANINGS = {
     "Could not find any implementation": "no kernel fits into the memory that it may use: free some of the GPU's, "
@@ -29,7 +35,7 @@ MEANINGS = {
     "out of memory": "the GPU's memory is full: close other programs, or give a smaller profile",
     "OutOfMemory": "the GPU's memory is full: close other programs, or give a smaller profile",
     "libnvinfer_lean": "--version-compatible needs TensorRT's lean library beside it: pip install tensorrt-lean",
-    "graph_jit": "this option needs a GPU while it builds: leave out --refit, or build where the GPU is",
+    "graph_jit": "--refit needs a GPU while it builds: leave it out, or build where the GPU is",
     "cudaError 35": "this option needs an NVIDIA driver while it builds",
     "not supported by a dedicated kernel": "there is no attention kernel for this precision: build with fp16",
     "does not support this compute capability": "this library has no kernels for this GPU: use --backend tensorrt",
@@ -49,34 +55,46 @@ class Builder:
     timing: Path | None = None  # the timing cache, read and written
     progress: Progress | None = None
     report: Callable[[str], None] = print
+    name: str = "graph"  # of what is built, for messages
 
     def build(
-        self, graph: Path, plan: Path, inputs: Sequence[TensorSpec], profiles: Sequence[Profile]
+        self,
+        graph: Path,
+        plan: Path,
+        inputs: Sequence[TensorSpec],
+        profiles: Sequence[Profile],
+        types: Mapping[str, str] | None = None,
+        half_products: int = 0,
     ) -> dict[str, int]:
         """Write `plan`, with less workspace where there is no memory; how many layers have each type.
 
-        Raises: BackendError with what TensorRT's log means.
+        `types` are those of the graph's tensors, `half_products` its convolutions and matrix products in half.
+        Raises: BackendError with what TensorRT's log says and means; UsageError for an option that it does not have.
         """
-        builder = self.lib.trt.Builder(self.lib.log)
+        self._check_options()
+        builder = self._builder()
         network = builder.create_network(self._network_flags())
         parser = self._parsed(network, graph)
-        types, errors = layer_types(network), ""
+        if not self.strongly_typed and self.options["precision"] == "fp16":
+            keep_types(network, types or {})
+        self._check_half(network, half_products)
+        errors = ""
         for workspace in self._workspaces():
             self.lib.log.lines.clear()
             config = self._config(builder, inputs, profiles, workspace)
             if self._written(builder, network, config, plan):
                 self._keep_timing(config)
                 del parser  # it holds the weights until here
-                return types
+                return layer_types(network)
             errors = self.lib.log.errors()
             if not any(word in errors for word in MEMORY) or workspace is None:
                 break
-            self.report(f"{graph.stem}: {workspace / GIB:.2f} GiB of workspace did not do; trying less")
-        raise BackendError(f"{graph.stem}: {self.lib.backend} {self.lib.version} builds no engine: {meaning(errors)}")
+            self.report(f"{self.name}: {workspace / GIB:.2f} GiB of workspace did not do; trying less")
+        raise self._failed("builds no engine", errors)
 
     def unsupported(self, operators: Sequence[str]) -> list[str]:
         """Those of `operators` that this version's parser does not know."""
-        network = self.lib.trt.Builder(self.lib.log).create_network(self._network_flags())
+        network = self._builder().create_network(self._network_flags())
         parser = self.lib.trt.OnnxParser(network, self.lib.log)
         return [name for name in operators if not parser.supports_operator(name)]
 
@@ -84,6 +102,45 @@ class Builder:
     def strongly_typed(self) -> bool:
         """Whether precision is in the graph, or a flag of the builder as well."""
         return hasattr(self.lib.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+
+    def _builder(self) -> Any:
+        """The library's builder.
+
+        Raises: BackendError where there is none: without a driver its constructor raises a TypeError.
+        """
+        self.lib.log.lines.clear()
+        try:
+            return self.lib.trt.Builder(self.lib.log)
+        except (TypeError, RuntimeError) as error:
+            raise self._failed("makes no builder", self.lib.log.errors()) from error
+
+    def _failed(self, what: str, errors: str) -> BackendError:
+        return BackendError(f"{self.name}: {self.lib.backend} {self.lib.version} {what}: {meaning(errors)}")
+
+    def _refused(self, profile: Profile, errors: str) -> UsageError:
+        return UsageError(f"{self.name}: {self.lib.backend} refuses the profile {profile}: {meaning(errors)}")
+
+    def _check_options(self) -> None:
+        """Raises: UsageError for what this library does not have, before anything is built."""
+        trt = self.lib.trt
+        if self.options["precision"] == "bf16" and not has_bf16(self.lib):
+            raise UsageError(
+                f"precision 'bf16': {self.lib.backend} {self.lib.version} does not have it; --precision fp16 or fp32"
+            )
+        for option, reason in NOT_IN_RTX.items() if hasattr(trt, "ComputeCapability") else ():
+            if self.options[option]:
+                raise UsageError(f"--{option.replace('_', '-')}: {self.lib.backend} does not have it: {reason}")
+
+    def _check_half(self, network: Any, wanted: int) -> None:
+        """Raises: BackendError if what is in half in the graph is not so in the network: it would be slow unnoticed."""
+        products = product_types(network)
+        found = products.get("HALF", 0) + products.get("BF16", 0)
+        if 2 * found < wanted:
+            raise BackendError(
+                f"{self.name}: the graph has {wanted} convolutions and matrix products in {self.options['precision']}, "
+                f"and {self.lib.backend} {self.lib.version} makes {dict(products)} of them. "
+                "Build it with --precision fp32, and please report this"
+            )
 
     def _network_flags(self) -> int:
         kinds = self.lib.trt.NetworkDefinitionCreationFlag
@@ -94,13 +151,13 @@ class Builder:
         parser = self.lib.trt.OnnxParser(network, self.lib.log)
         if not parser.parse_from_file(str(graph)):
             errors = [parser.get_error(i) for i in range(parser.num_errors)]
-            told = "; ".join(f"{getattr(e, 'node_name', str)() or f'node {e.node()}'}: {e.desc()}" for e in errors)
-            raise BackendError(f"{graph.stem}: {self.lib.backend} {self.lib.version} cannot parse it: {told}")
+            found = "; ".join(f"{getattr(e, 'node_name', str)() or f'node {e.node()}'}: {e.desc()}" for e in errors)
+            raise self._failed("cannot parse it", f"{found} | {self.lib.log.errors()}")
         for i in range(network.num_layers if hasattr(self.lib.trt, "IAttentionInputLayer") else 0):
-            layer = network.get_layer(i)
-            if layer.type.name == "ATTENTION_INPUT":  # where no kernel fits, e.g. float32, its parts will do
-                layer.__class__ = self.lib.trt.IAttentionInputLayer
-                layer.attention.decomposable = True
+            made = network.get_layer(i)
+            if made.type.name == "ATTENTION_INPUT":  # where no kernel fits, e.g. float32, its parts will do
+                made.__class__ = self.lib.trt.IAttentionInputLayer
+                made.attention.decomposable = True
         return parser
 
     def _workspaces(self) -> list[int | None]:
@@ -120,6 +177,8 @@ class Builder:
         for option, name in FLAGS.items():
             if self.options[option]:
                 config.set_flag(self._member(trt.BuilderFlag, name, option))
+        if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # RTX: nothing is allocated late, so graphs capture it
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         if self.options["precision"] == "fp16" and not self.strongly_typed:
             config.set_flag(trt.BuilderFlag.FP16)
             config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
@@ -137,10 +196,16 @@ class Builder:
             config.progress_monitor = make_monitor(trt, self.progress)
         for profile in profiles:
             optimization = builder.create_optimization_profile()
-            for spec in inputs:
-                optimization.set_shape(spec.name, *(profile.shape(spec, i) for i in range(3)))
-            if config.add_optimization_profile(optimization) < 0:
-                raise UsageError(f"profile {profile}: TensorRT refuses it")
+            try:
+                for spec in inputs:
+                    optimization.set_shape(spec.name, *(profile.shape(spec, i) for i in range(3)))
+                index = config.add_optimization_profile(optimization)
+            except (ValueError, RuntimeError) as error:
+                raise UsageError(
+                    f"profile {profile}: TensorRT refuses it: {error} | {self.lib.log.errors()}"
+                ) from error
+            if index < 0:
+                raise self._refused(profile, self.lib.log.errors())
         return config
 
     def _member(self, enum: Any, name: str, option: str) -> Any:
@@ -177,15 +242,9 @@ class Builder:
             temporary.replace(self.timing)
 
 
-def layer_types(network: Any) -> dict[str, int]:
-    """How many layers give each type, e.g. {"HALF": 240, "FLOAT": 6}: strongly typed, that is what they compute in."""
-    counts: dict[str, int] = {}
-    for i in range(network.num_layers):
-        layer = network.get_layer(i)
-        if layer.num_outputs:
-            name = layer.get_output(0).dtype.name
-            counts[name] = counts.get(name, 0) + 1
-    return counts
+def has_bf16(lib: TensorRT) -> bool:
+    """Whether the library computes in bfloat16."""
+    return hasattr(lib.trt.DataType, "BF16")
 
 
 def meaning(errors: str) -> str:

@@ -12,7 +12,7 @@ from sdopt.errors import BackendError
 
 EXTRA = 'the builder needs onnx-ir and onnx: pip install "sdopt[tensorrt]" (or "sdopt[tensorrt-rtx]", "sdopt[build]")'
 FLAGS = {
-    "refit": "weights can be changed later; may be slower",
+    "refit": "weights can be changed later with TensorRT's own Refitter; may be slower",
     "version_compatible": "runs with newer TensorRT versions too; may be slower",
     "hardware_compatible": "runs on every GPU from Ampere on; slower",
     "weight_streaming": "weights may stay in the host's memory; slower",
@@ -22,15 +22,26 @@ FLAGS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("bundle", type=Path, metavar="BUNDLE", help="the folder that `sdopt export` made")
-    add("--backend", required=True, help="tensorrt, tensorrt-rtx (GeForce; builds without a GPU), or ort")
+    add(
+        "--backend", required=True,
+        help="tensorrt, or tensorrt:1 for the second GPU; tensorrt-rtx (GeForce; builds without a GPU); "
+        "ort (a graph for ONNX Runtime on the CPU) or ort:cuda",
+    )  # fmt: skip
     add("--component", action="append", metavar="NAME", help="build only this one; may be given again")
-    add("--precision", default="fp16", help="fp16, bf16 or fp32 (default: fp16; what is unsafe in fp16 stays fp32)")
+    add(
+        "--precision", default="auto",
+        help="fp16, bf16 or fp32 (default: fp16, on a CPU fp32; what overflows in fp16 is built in bf16 or fp32)",
+    )  # fmt: skip
     add(
         "--profile", action="append", default=[], metavar="RANGES",
         help='sizes that the engines take, e.g. "batch=1:1:4 height=512:512:768 width=512": smallest:best:largest; '
         "may be given again: several narrow ones run faster than a wide one (default: the bundle's size, batch 1 to 4)",
     )  # fmt: skip
-    add("--static", action="store_true", help="take each profile's best sizes only; the fastest")
+    add(
+        "--static",
+        action="store_true",
+        help="an engine of its own for each profile, for its best sizes only; the fastest",
+    )
     add("--opt-level", type=int, default=3, metavar="0-5", help="how long TensorRT searches (default: 3)")
     add("--workspace", type=float, metavar="GIB", help="memory that a kernel may use (default: what is free)")
     for name, meaning in FLAGS.items():
@@ -73,7 +84,7 @@ def command(args: argparse.Namespace) -> str:
     """What builds with the same options but other profiles: a record keeps it for messages."""
     words = ["sdopt", "build", str(args.bundle), "--backend", args.backend]
     words += [word for name in args.component or () for word in ("--component", name)]
-    for name, default in (("precision", "fp16"), ("opt_level", 3), ("workspace", None), ("recipe", None)):
+    for name, default in (("precision", "auto"), ("opt_level", 3), ("workspace", None), ("recipe", None)):
         if getattr(args, name) != default:
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     return shlex.join(words + [f"--{name.replace('_', '-')}" for name in FLAGS if getattr(args, name)])

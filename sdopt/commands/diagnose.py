@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        from sdopt.build.diagnose import diagnose, example, sizes_of
+        from sdopt.build.diagnose import diagnose
+        from sdopt.build.examples import example, sizes_of
     except ImportError as error:
         raise BackendError(f'{error}; pip install "sdopt[build,cpu]"') from error
     import numpy as np

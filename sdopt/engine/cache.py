@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sdopt.bundle import Bundle, Component, new_folder
-from sdopt.engine.plans import user_folder
 from sdopt.errors import SdoptError
+from sdopt.stamps import user_folder
 
 UNUSED_SECONDS = 30 * 24 * 3600
 Loaded = TypeVar("Loaded")

@@ -10,9 +10,10 @@ from typing import Any
 from sdopt.engine.cuda import OutOfMemoryError
 from sdopt.engine.device import Device
 from sdopt.engine.lane import Lane
-from sdopt.engine.plans import Record, user_folder
+from sdopt.engine.plans import Record
 from sdopt.engine.trt_api import LoadedPlan, TensorRT
 from sdopt.errors import BackendError
+from sdopt.stamps import user_folder
 
 MAX_IDLE = 4  # lanes that a plan keeps for shapes that may come again
 

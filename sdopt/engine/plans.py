@@ -106,6 +106,17 @@ class Stored:
         return path
 
 
+@dataclass(frozen=True)
+class Unsigned:
+    """An engine that was just built here: its files need no check, and its record is not written yet."""
+
+    folder: Path
+    record: Record
+
+    def checked(self, name: str) -> Path:
+        return self.folder / name
+
+
 def engines_folder(bundle: Bundle) -> Path:
     """Where a bundle's engines are: in it, or, where it cannot be written, under this user's cache."""
     inside = bundle.path / FOLDER

@@ -27,10 +27,12 @@ from sdopt.engine.cuda import LostContextError, OutOfMemoryError
 from sdopt.engine.device import Device, shared_device
 from sdopt.engine.lane import Lane
 from sdopt.engine.loaded import Loaded
-from sdopt.engine.plans import PLAN, Stored, usable
+from sdopt.engine.plans import PLAN, Stored, Unsigned, usable
 from sdopt.engine.trt_api import TensorRT, environment
 from sdopt.errors import BackendError, UsageError
 from sdopt.specs import Array, Profile, check_begin, check_inputs
+
+Plan = Stored | Unsigned
 
 
 def open_component(bundle: Bundle, name: str, how: How) -> TrtEngine:
@@ -78,7 +80,7 @@ class TrtEngine:
         self,
         lib: TensorRT,
         device: Device,
-        plans: Sequence[Stored],
+        plans: Sequence[Plan],
         units: Mapping[str, int] | None = None,
         cache: bool = True,
     ) -> None:
@@ -157,7 +159,7 @@ class TrtEngine:
             loaded = self._load(plan)
             return loaded, loaded.take(profile, dims)
 
-    def _fitting(self, dims: Mapping[str, int]) -> tuple[Stored, int]:
+    def _fitting(self, dims: Mapping[str, int]) -> tuple[Plan, int]:
         """The plan and the index of its profile for these lengths: in the newest plan's precision where that is
         possible, then with the nearest best lengths, then the newest.
 
@@ -165,7 +167,7 @@ class TrtEngine:
         """
         precision = self._plans[0].record.options.get("precision")
 
-        def rank(choice: tuple[Stored, int]) -> tuple[bool, bool, float]:
+        def rank(choice: tuple[Plan, int]) -> tuple[bool, bool, float]:
             record, profile = choice[0].record, choice[0].record.profiles[choice[1]]
             return bool(profile.outside(dims)), record.options.get("precision") != precision, profile.distance(dims)
 
@@ -182,7 +184,7 @@ class TrtEngine:
             )
         return plan, index
 
-    def _rebuild(self, plan: Stored, ranges: Mapping[str, tuple[int, int, int]]) -> str:
+    def _rebuild(self, plan: Plan, ranges: Mapping[str, tuple[int, int, int]]) -> str:
         """The command that built a plan, with a profile of these ranges in the user's units: pixels."""
         words: list[str] = []
         for name, lengths in ranges.items():
@@ -190,7 +192,7 @@ class TrtEngine:
             words.append(f"{name.removeprefix('latent_')}={':'.join(str(n * unit) for n in lengths)}")
         return f'{plan.record.command} --profile "{" ".join(words)}"'
 
-    def _load(self, plan: Stored) -> Loaded:
+    def _load(self, plan: Plan) -> Loaded:
         """A plan that is loaded; where the GPU is full, other plans of this engine that are idle go first."""
         key = plan.record.key
         loaded = self._loaded.pop(key, None)
@@ -207,7 +209,7 @@ class TrtEngine:
         self._loaded[key] = loaded
         return loaded
 
-    def _open(self, plan: Stored) -> Loaded:
+    def _open(self, plan: Plan) -> Loaded:
         data: Any = np.memmap(plan.checked(PLAN), np.uint8, "r")
         return Loaded(self._lib, self.device, data, plan.record, self._cache)
 

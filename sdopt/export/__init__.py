@@ -96,6 +96,7 @@ def describe(checkpoint: Checkpoint, steps: int | None = None, guidance: float |
         "defaults": presets.defaults(checkpoint, latents["factor"], steps, guidance),
         "conditioning": families.conditioning(checkpoint),
         "float16_unsafe": families.float16_unsafe(checkpoint),
+        "float16_attention_unsafe": families.float16_attention_unsafe(checkpoint),
         "requires_safety_checker": asks,
         "tokenizers": {},
         "components": {},

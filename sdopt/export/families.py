@@ -69,3 +69,8 @@ def float16_unsafe(checkpoint: Checkpoint) -> list[str]:
     vae = checkpoint.config("vae")
     unsafe = checkpoint.family == "sdxl" and vae.get("force_upcast", not is_tiny(vae))
     return ["vae_decoder", "vae_encoder"] if unsafe else []
+
+
+def float16_attention_unsafe(checkpoint: Checkpoint) -> list[str]:
+    """The components whose attention overflows in half precision: the UNet of SD 2.1, which says so itself."""
+    return ["unet"] if checkpoint.config("unet").get("upcast_attention") else []

@@ -105,6 +105,8 @@ class _Halves:
         counts = ir.node("Concat", [_known(self.repeats), rest], {"axis": 0})
         tile = ir.node("Tile", [value, counts.outputs[0]])
         counts.outputs[0].name, tile.outputs[0].name = f"{value.name}/counts", f"{value.name}/both"
+        counts.outputs[0].type = ir.TensorType(ir.DataType.INT64)
+        counts.outputs[0].shape = ir.Shape([len(value.shape)])
         tile.outputs[0].type, tile.outputs[0].shape = value.type, ir.Shape([_BATCH, *value.shape[1:]])
         if producer is None:
             self.graph.insert_after(_known(_known(self.repeats).producer()), [counts, tile])

@@ -29,6 +29,8 @@ def row_width(history: int = HISTORY) -> int:
 def packed(table: SamplerTable, guidance: Sequence[float], rescale: float = 0.0, *, history: int = HISTORY) -> Float32:
     """The rows of `table` for a graph that keeps `history` earlier values; `guidance` has one scale per call.
 
+    Calls whose scale is 1 or less rescale nothing: there is only the conditional output.
+
     Shapes: [calls, row_width(history)].
     Raises: UsageError if the table looks further back than the graph does, or the scales are not one per call.
     """
@@ -40,7 +42,8 @@ def packed(table: SamplerTable, guidance: Sequence[float], rescale: float = 0.0,
             f"{table.name} looks back {depth - 1} calls, this graph keeps {history}; fuse it again with more history"
         )
     rows = np.zeros((len(table), row_width(history)), np.float32)
-    rows[:, 0], rows[:, 1], rows[:, 2] = table.timestep, guidance, rescale
+    rows[:, 0], rows[:, 1] = table.timestep, guidance
+    rows[:, 2] = np.where(np.asarray(guidance) > 1, rescale, 0)
     rows[:, 3], rows[:, 4], rows[:, 5] = table.c_in, table.c_skip, table.c_out
     rows[:, 6:8] = table.denoised
     width = min(table.order + 1, history + 2)

@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from sdopt import graph
-from sdopt.build.diagnose import example
+from sdopt.build.examples import example
 from sdopt.build.rounded import outputs_of, rounded, session
 from sdopt.likeness import psnr
 from sdopt.specs import Array

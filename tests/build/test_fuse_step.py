@@ -12,7 +12,7 @@ import pytest
 
 import sdopt
 from sdopt import graph
-from sdopt.build.diagnose import example
+from sdopt.build.examples import example
 from sdopt.build.fuse_step import CARRIED, fuse_step
 from sdopt.build.rounded import outputs_of
 from sdopt.bundle import Component
@@ -147,6 +147,31 @@ def test_guidance_rescale_is_in_the_graph_when_asked_for(share: float, unet: Any
     noise = [random(*LATENT, seed=k) for k in range(7)]
     expected = unfused(unet, table, guidance, conditions(), noise, rescale=share)
     assert worst(expected, fused({True: one}, table, guidance, conditions(), noise, rescale=share)) >= FLOOR_DB
+
+
+def test_a_rescale_of_nothing_leaves_the_guided_output_as_it_is(tmp_path: Path) -> None:
+    plain, able = (opened(fuse_step(graph.load(UNET), rescale=rescale), tmp_path) for rescale in (False, True))
+    table = table_of("euler", 2)
+    rows = packed(table, [1.0, 3.0], 0.7)
+    assert rows[:, 2].tolist() == [0.0, np.float32(0.7)]  # without guidance there is nothing to rescale
+    given = {"sample": np.zeros(LATENT, np.float32), "history": np.zeros((HISTORY, *LATENT), np.float32)}
+    given |= {"noise": np.zeros(LATENT, np.float32), "row": packed(table, [3.0, 3.0])[0]}
+    both = [outputs_of(step, {**conditions(), **given}) for step in (plain, able)]
+    for name in both[0]:
+        np.testing.assert_allclose(both[1][name], both[0][name], atol=1e-6)
+
+
+def test_at_a_share_of_zero_an_output_without_spread_is_no_nan(tmp_path: Path) -> None:
+    model = fuse_step(graph.load(UNET), rescale=True)
+    inside = {value.name: value for node in model.graph for value in node.outputs}
+    spread = inside["step/spread_guided"]
+    for user, index in tuple(spread.uses()):
+        user.replace_input_with(index, graph.Writer(model, "", before=user)("Sub", [spread, spread], "no_spread"))
+    row = packed(table_of("euler", 2), [3.0, 3.0])[0]
+    given = {"sample": random(*LATENT), "history": np.zeros((HISTORY, *LATENT), np.float32)}
+    given |= {"noise": np.zeros(LATENT, np.float32), "row": row}
+    found = outputs_of(opened(model, tmp_path), {**conditions(), **given})
+    assert np.isfinite(found["next_sample"]).all()
 
 
 def test_the_signature_is_the_one_that_is_written_down(tmp_path: Path) -> None:

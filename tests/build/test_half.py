@@ -203,7 +203,7 @@ def parity_of_step(model: ir.Model, folder: Path) -> float:
 
 
 def inputs_of_step(model: ir.Model) -> Any:
-    from sdopt.build.diagnose import example
+    from sdopt.build.examples import example
     from tests.build.common import SIZES
 
     arrays = example(graph.specs(model)[0], SIZES)

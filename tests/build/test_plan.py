@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +16,21 @@ import numpy as np
 import pytest
 
 import sdopt
-from sdopt.build import plan as plans
-from sdopt.build.plan import Options, build
+from sdopt import graph
+from sdopt.build.checks import size_warning
+from sdopt.build.derive import derive
+from sdopt.build.options import Options, exceptions, part_options
+from sdopt.build.plan import build
 from sdopt.build.recipe import Part, part_profile, read_recipe, user_profiles
+from sdopt.build.target import Target
 from sdopt.build.trt_build import Builder, meaning
 from sdopt.bundle import Bundle
+from sdopt.engine.cuda import Gpu
 from sdopt.engine.plans import stored
 from sdopt.engine.trt_api import TensorRT
 from sdopt.errors import BackendError, UsageError
-from tests.conftest import EMOJI_BUNDLE, edit_manifest
+from sdopt.specs import Profile, TensorSpec
+from tests.conftest import EMOJI_BUNDLE, ROOT, edit_manifest
 from tests.conftest import sdopt as command
 
 RTX = pytest.mark.skipif(
@@ -52,6 +61,15 @@ def test_a_bundle_becomes_the_engines_that_it_runs_with(bundle: Bundle) -> None:
         names(bundle, "unett")
 
 
+def test_what_a_bundle_becomes_follows_from_its_manifest(bundle: Bundle) -> None:
+    told = {
+        **bundle.manifest["conditioning"],
+        "guidance_embedding": 6,
+    }  # LCM: its scale is above 1, and there is one half
+    edit_manifest(bundle.path, conditioning=told)
+    assert names(Bundle.open(bundle.path, verify=False))[0] == "unet_step_alone"
+
+
 def test_a_profile_is_typed_in_pixels_and_completed_with_the_bundles_own_sizes(emoji: Bundle) -> None:
     (own,) = user_profiles(emoji, read_recipe(), [], static=False)
     assert str(own) == "batch=1:1:4 tokens=32 height=128 width=128"
@@ -63,7 +81,7 @@ def test_a_profile_is_typed_in_pixels_and_completed_with_the_bundles_own_sizes(e
         for part in read_recipe().parts.values()
         if part.graph in emoji.components
     }
-    assert ranges["unet_step"] == "batch=1:2:4 images=1:2:4 tokens=32:32:64 latent_height=8:16:32 latent_width=16"
+    assert ranges["unet_step"] == "batch=1:2:4 tokens=32:32:64 latent_height=8:16:32 latent_width=16"
     assert ranges["unet"] == "batch=1:4:8 images=1:2:4 tokens=32:32:64 latent_height=8:16:32 latent_width=16"
     # two chunks of 4 pictures, with and without the prompt
     assert ranges["text_encoder"] == "batch=1:4:16 tokens=32 extra_tokens=1:1:128"
@@ -107,14 +125,32 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
         read_recipe(tmp_path / "recipe.toml")
 
 
-def test_what_is_unsafe_in_half_stays_float32(bundle: Bundle) -> None:
+@pytest.mark.parametrize(("bf16", "instead"), [(True, "bf16"), (False, "fp32")])
+def test_what_overflows_in_half_is_built_in_another_precision(bundle: Bundle, bf16: bool, instead: str) -> None:
     edit_manifest(bundle.path, float16_unsafe=["vae_decoder"])
     unsafe = Bundle.open(bundle.path, verify=False)
-    precisions = {
-        p.name: plans._for_part(Options(), p, unsafe)["precision"] for p in read_recipe().chosen(unsafe, None)
-    }
-    assert precisions == {"unet_step": "fp16", "text_encoder": "fp16", "vae_decoder": "fp32", "vae_encoder": "fp16"}
-    assert plans._for_part(Options(), Part("unet", "unet", precision="bf16"), unsafe)["precision"] == "bf16"
+    parts = read_recipe().chosen(unsafe, None)
+    options = {part.name: part_options(Options(), part, unsafe, bf16) for part in parts}
+    precisions = {name: own["precision"] for name, own in options.items()}
+    assert precisions == {"unet_step": "fp16", "text_encoder": "fp16", "vae_decoder": instead, "vae_encoder": "fp16"}
+    (decoder,) = [part for part in parts if part.name == "vae_decoder"]
+    assert exceptions(options["vae_decoder"], "fp16", decoder, unsafe) == [
+        f"{instead} instead of fp16, in which this model's vae_decoder overflows"
+    ]
+    assert part_options(Options(), Part("unet", "unet", precision="bf16"), unsafe)["precision"] == "bf16"
+
+
+def test_attention_that_overflows_in_half_stays_float32(bundle: Bundle) -> None:
+    edit_manifest(bundle.path, float16_attention_unsafe=["unet"])
+    unsafe = Bundle.open(bundle.path, verify=False)
+    recipe = read_recipe()
+    for precision, kept in {"fp16": True, "bf16": False, "fp32": False}.items():
+        own = part_options(Options(precision=precision), recipe.parts["unet_step"], unsafe)
+        assert own["attention"] is kept
+        assert not part_options(Options(precision=precision), recipe.parts["vae_decoder"], unsafe)["attention"]
+        model, _ = derive(unsafe, recipe.parts["unet_step"], own)
+        types = {node.outputs[0].dtype for node in model.graph if node.op_type in ("Attention", "MultiHeadAttention")}
+        assert types == {{"fp16": graph.F32, "bf16": graph.BF16, "fp32": graph.F32}[precision]}
 
 
 def test_tensorrts_errors_are_told_in_plain_words() -> None:
@@ -124,23 +160,13 @@ def test_tensorrts_errors_are_told_in_plain_words() -> None:
     assert meaning("something new") == "something new"
 
 
-def test_a_plan_that_is_not_half_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "plan").write_bytes(b"x")
-    plans._check_half("unet", "fp16", {"HALF": 9, "FLOAT": 3}, tmp_path / "plan", 1)
-    plans._check_half("unet", "fp32", {"FLOAT": 9}, tmp_path / "plan", 1)
-    with pytest.raises(BackendError, match=r"unet: asked for fp16, but its layers are .*FLOAT"):
-        plans._check_half("unet", "fp16", {"HALF": 2, "FLOAT": 9}, tmp_path / "plan", 1)
-    with (tmp_path / "plan").open("wb") as stream:
-        stream.truncate(400 << 20)
-    with pytest.raises(BackendError, match=r"the plan has 419.43 MB for 209.72 MB of weights"):
-        plans._check_half("unet", "fp16", {"HALF": 9}, tmp_path / "plan", 200 << 20)
-
-
-def test_the_inspectors_types_are_counted() -> None:
-    layers = """{"Layers": [{"Inputs": [{"Name": "x", "Format/Datatype": "Row major linear FP32"}],
-        "Outputs": [{"Name": "Half", "Format/Datatype": "Half"}, {"Format/Datatype": "Channel major FP16 format"}]}]}"""
-    assert plans.inspected(layers) == {"HALF": 2, "FLOAT": 1}
-    assert plans.inspected("") == {}
+def test_a_plan_of_float32_weights_is_told_but_kept() -> None:
+    weights = 200 << 20
+    assert size_warning("fp16", int(1.5 * weights), weights, 1) == ""
+    assert "the plan has 419.43 MB for 209.72 MB of fp16 weights" in size_warning("fp16", 2 * weights, weights, 1)
+    assert size_warning("fp16", 2 * weights, weights, 2) == ""  # a second profile may bring its own copy
+    assert size_warning("fp32", 2 * weights, weights, 1) == ""
+    assert size_warning("fp16", 2000, 1000, 1) == ""  # too small to tell
 
 
 # ---- engines for ONNX Runtime: derived graphs, which need no other library
@@ -178,6 +204,76 @@ def test_a_stale_engine_is_built_again_with_a_sentence_and_removed(bundle: Bundl
     assert not old.exists()
 
 
+def test_engines_of_other_sizes_and_providers_stand_beside_each_other(bundle: Bundle) -> None:
+    def made(backend: str, size: int) -> Path:
+        lines: list[str] = []
+        profile = [f"batch=1 height={size} width={size}"]
+        (folder,) = build(bundle, backend, components=["vae_encoder"], profiles=profile, report=lines.append)
+        assert not [line for line in lines if "already" in line or "again" in line]
+        return folder
+
+    folders = [made("ort", 64), made("ort", 128), made("ort:cuda", 64)]
+    assert len({*folders}) == 3
+    assert {s.folder for s in stored(bundle, "ort")} == {*folders}
+    records = {s.folder: s.record for s in stored(bundle, "ort")}
+    assert [records[f].environment for f in folders] == [{"provider": "CPU"}] * 2 + [{"provider": "CUDA"}]
+    assert [records[f].options["precision"] for f in folders] == ["fp32", "fp32", "fp16"]
+    assert all(record.key == folder.name for folder, record in records.items())
+    lines: list[str] = []
+    build(bundle, "ort:cpu", components=["vae_encoder"], profiles=["batch=1 height=64 width=64"], report=lines.append)
+    assert lines == [f"vae_encoder: already built, {folders[0]}"]
+
+
+def test_a_stale_step_is_found_too(bundle: Bundle) -> None:
+    (old,) = build(bundle, "ort", components=["unet_step"], report=lambda line: None)
+    files = {
+        **bundle.manifest["files"],
+        "unet.onnx.data": {**bundle.manifest["files"]["unet.onnx.data"], "sha256": "1"},
+    }
+    changed, lines = replace(bundle, manifest={**bundle.manifest, "files": files}), list[str]()
+    (new,) = build(changed, "ort", components=["unet_step"], report=lines.append)
+    assert "unet_step: built again, because unet.onnx.data is another file" in lines[0]
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+def test_the_gpu_that_is_named_is_the_one_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def no_gpu(index: int = 0) -> Any:
+        asked.append(index)
+        raise BackendError("there is no such GPU")
+
+    monkeypatch.setattr("sdopt.build.target.shared_device", no_gpu)
+    for backend, index in {"tensorrt": 0, "tensorrt:1": 1, "tensorrt-rtx:2": 2}.items():
+        with pytest.raises(BackendError, match="there is no such GPU"):
+            Target.here(backend)
+        assert asked[-1] == index
+
+
+@pytest.mark.parametrize(("capability", "has"), [("7.5", False), ("8.0", True), ("9.0", True)])
+def test_bf16_is_had_from_ampere_on(capability: str, has: bool) -> None:
+    assert Target("tensorrt", None, Gpu(0, "GPU", capability, 13000, 1), None).has_bf16 is has
+    assert not Target("tensorrt-rtx", None, None, None).has_bf16
+
+
+BARE = """
+import sys
+for name in ("onnxruntime", "torch", "diffusers", "transformers"):
+    sys.modules[name] = None
+import sdopt.commands.build, sdopt.build.plan
+from sdopt.bundle import Bundle
+folders = sdopt.build.plan.build(Bundle.open(sys.argv[1], verify=False), sys.argv[2], components=["vae_encoder"],
+                                 profiles=["batch=1 height=64 width=64"], options=sdopt.build.plan.Options(opt_level=0))
+"""
+
+
+@pytest.mark.parametrize("backend", ["ort", pytest.param("tensorrt-rtx", marks=RTX)])
+def test_a_build_needs_neither_onnx_runtime_nor_torch(backend: str, bundle: Bundle) -> None:
+    done = subprocess.run([sys.executable, "-c", BARE, bundle.path, backend], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(stored(bundle, backend)) == 1
+
+
 def test_a_damaged_engine_is_built_again(bundle: Bundle) -> None:
     (folder,) = build(bundle, "ort", components=["vae_encoder"], report=lambda line: None)
     (folder / "graph.onnx.data").write_bytes(b"")
@@ -212,13 +308,17 @@ def test_a_build_that_fails_leaves_nothing(bundle: Bundle) -> None:
     part = replace(read_recipe().parts["vae_encoder"], islands=("nothing matches this",))
     recipe = replace(read_recipe(), parts={"vae_encoder": part})
     with pytest.raises(UsageError, match="nothing matches this"):
-        build(bundle, "ort", recipe=recipe, report=lambda line: None)
+        build(bundle, "ort", recipe=recipe, options=Options(precision="fp16"), report=lambda line: None)
     assert not [p for p in (bundle.path / "engines").iterdir() if not p.name.endswith(".lock")]
 
 
 def test_a_backend_that_builds_nothing_or_has_no_gpu_says_so(bundle: Bundle) -> None:
     with pytest.raises(UsageError, match="backend 'openvino' builds no engines; these do: "):
         build(bundle, "openvino")
+    with pytest.raises(UsageError, match="backend 'tensorrt:cuda' is not known; there are tensorrt, tensorrt:0, tens"):
+        build(bundle, "tensorrt:cuda")
+    with pytest.raises(UsageError, match="backend 'ort:0' is not known; there are ort, ort:cpu and ort:cuda"):
+        build(bundle, "ort:0")
     with pytest.raises(BackendError, match="cuda-bindings|NVIDIA driver|GPU|tensorrt"):
         build(bundle, "tensorrt", report=lambda line: None)
 
@@ -281,9 +381,84 @@ def test_float32_attention_builds_too_and_several_profiles_are_one_engine(bundle
 
 
 @RTX
+def test_static_engines_have_their_lengths_in_the_graph_and_their_names_in_the_record(bundle: Bundle) -> None:
+    sizes = ["batch=1:2:4 height=64", "batch=1 height=64:128:128"]
+    folders = build(
+        bundle, "tensorrt-rtx", components=["unet_step"], profiles=sizes, static=True, options=Options(opt_level=0),
+        report=lambda line: None,
+    )  # fmt: skip
+    records = {s.folder: s.record for s in stored(bundle, "tensorrt-rtx")}
+    assert [str(p) for folder in folders for p in records[folder].profiles] == [
+        "batch=2 tokens=32 latent_height=8 latent_width=16", "batch=1 tokens=32 latent_height=16 latent_width=16",
+    ]  # fmt: skip
+    for folder in folders:
+        record = records[folder]
+        assert {s.name: s.shape for s in record.inputs}["sample"] == ("batch", 4, "latent_height", "latent_width")
+        assert record.notes["fixed"]["nodes"] > 30
+        assert record.key == folder.name
+
+
+@RTX
+def test_operators_that_the_parser_does_not_know_are_written_in_others_and_said(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Builder, "unsupported", lambda self, names: ["GroupNormalization"])
+    lines: list[str] = []
+    build(
+        bundle, "tensorrt-rtx", components=["vae_encoder"], profiles=[SMALL], options=Options(opt_level=0),
+        report=lines.append,
+    )  # fmt: skip
+    assert re.search(r"vae_encoder: written in operators that tensorrt-rtx .* knows: GroupNormalization", lines[0])
+    (found,) = stored(bundle, "tensorrt-rtx")
+    assert found.record.notes["lowered"] == ["GroupNormalization"]
+
+
+@RTX
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("hardware_compatible", "--hardware-compatible: tensorrt-rtx does not have it: its engines run on every GPU"),
+        ("version_compatible", "--version-compatible: tensorrt-rtx does not have it: its engines run with the version"),
+    ],
+)
+def test_options_that_tensorrt_rtx_would_ignore_are_refused(bundle: Bundle, option: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        build(bundle, "tensorrt-rtx", components=["vae_encoder"], options=Options(**{option: True}), report=print)
+
+
+@RTX
+def test_weights_can_be_streamed(bundle: Bundle) -> None:
+    options = Options(weight_streaming=True, opt_level=0)
+    build(
+        bundle, "tensorrt-rtx", components=["vae_encoder"], profiles=[SMALL], options=options, report=lambda line: None
+    )
+    assert stored(bundle, "tensorrt-rtx")[0].record.options["weight_streaming"]
+
+
+@RTX
+def test_a_refused_profile_is_told_with_tensorrts_words(bundle: Bundle, tmp_path: Path) -> None:
+    component = bundle.component("vae_encoder")
+    builder = Builder(TensorRT("tensorrt-rtx"), asdict(Options(precision="fp32")), None, name="vae_encoder")
+    fixed = Profile({"batch": (1, 1, 1), "height": (64, 64, 64), "width": (64, 64, 64)})
+    wrong = TensorSpec("sample", "float32", ("batch", 4, "height", "width"))  # it takes 3 channels
+    with pytest.raises((UsageError, BackendError), match=r"vae_encoder: tensorrt-rtx .*(sample|profile|dimension)"):
+        builder.build(component.graph, tmp_path / "plan", [wrong], [fixed])
+
+
+@RTX
+def test_a_graph_in_half_that_became_float32_is_refused_before_it_is_built(bundle: Bundle, tmp_path: Path) -> None:
+    component = bundle.component("vae_encoder")
+    builder = Builder(TensorRT("tensorrt-rtx"), asdict(Options(precision="fp16")), None, name="vae_encoder")
+    with pytest.raises(BackendError, match=r"vae_encoder: the graph has 30 convolutions .* --precision fp32"):
+        builder.build(component.graph, tmp_path / "plan", component.inputs, [], half_products=30)
+
+
+@RTX
 def test_what_cannot_be_built_says_why_and_leaves_nothing(bundle: Bundle) -> None:
     options = Options(refit=True, opt_level=0)
-    with pytest.raises(BackendError, match=r"text_encoder|graph: tensorrt-rtx .* builds no engine"):
+    with pytest.raises(
+        BackendError, match=r"text_encoder: tensorrt-rtx .* builds no engine: --refit needs a GPU.*TensorRT says"
+    ):
         build(bundle, "tensorrt-rtx", components=["text_encoder"], options=options, report=lambda line: None)
     assert stored(bundle, "tensorrt-rtx") == []
 
@@ -291,7 +466,7 @@ def test_what_cannot_be_built_says_why_and_leaves_nothing(bundle: Bundle) -> Non
 @RTX
 def test_a_broken_graph_names_its_node(tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"no graph")
-    builder = Builder(TensorRT("tensorrt-rtx"), {"workspace": None}, None)
+    builder = Builder(TensorRT("tensorrt-rtx"), asdict(Options(precision="fp16")), None, name="bad")
     with pytest.raises(BackendError, match="bad: tensorrt-rtx .* cannot parse it"):
         builder.build(tmp_path / "bad.onnx", tmp_path / "plan", [], [])
     assert builder.unsupported(["Attention", "Conv", "NoSuchOperator"]) == ["NoSuchOperator"]

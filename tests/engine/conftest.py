@@ -3,47 +3,17 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import sdopt
-from sdopt.engine import device
 from tests.conftest import EMOJI_BUNDLE
 from tests.engine.plans import stock
-from tests.fakes.gpu import TOTAL, Simulator, as_module
-from tests.fakes.trt import FLAVOURS, fake_tensorrt
+from tests.fakes.gpu import Simulator
 
 WIDE = "batch=1:1:4 tokens=1:32:64 height=8:128:256 width=8:128:256"
-PlugIn = Callable[..., Simulator]
-
-
-@pytest.fixture
-def plug_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlugIn]:
-    """Puts a GPU in place, and a TensorRT of some flavour; afterwards nothing may be left on the GPU."""
-    plugged: list[Simulator] = []
-
-    def put(flavour: str = "10", total: int = TOTAL, devices: int = 1) -> Simulator:
-        simulator = Simulator(total, devices)
-        monkeypatch.setattr(device, "_devices", {})
-        monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", as_module(simulator))
-        module = fake_tensorrt(simulator, flavour)
-        monkeypatch.setitem(sys.modules, FLAVOURS[flavour], module)
-        plugged.append(simulator)
-        return simulator
-
-    yield put
-    for simulator in plugged:
-        if not simulator.fail:
-            assert simulator.leaks() == {}
-            assert simulator.spins == 0
-
-
-@pytest.fixture
-def gpu(plug_in: PlugIn) -> Simulator:
-    return plug_in()
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 import sdopt
-from sdopt.build.plan import Options, build
+from sdopt.build.options import Options
+from sdopt.build.plan import build
 from sdopt.bundle import Bundle
 from sdopt.engine import Engine, installed_backends, open_engine
 from sdopt.engine.cuda import open_cuda

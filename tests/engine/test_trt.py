@@ -18,7 +18,7 @@ from sdopt.engine.cuda import LostContextError, OutOfMemoryError
 from sdopt.errors import BackendError, NumericsError, UsageError
 from sdopt.samplers import SAMPLERS
 from sdopt.specs import Array, Profile
-from tests.engine.conftest import PlugIn
+from tests.conftest import PlugIn
 from tests.engine.contract import CONTRACT, unet_inputs
 from tests.fakes.gpu import Simulator
 

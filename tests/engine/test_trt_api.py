@@ -16,19 +16,26 @@ from tests.conftest import ROOT
 
 FACTS = json.loads((Path(__file__).parent / "trt_facts.json").read_text())
 VERSIONS = set(FACTS["versions"])
-SOURCES = [ROOT / "sdopt/engine/trt_api.py", ROOT / "sdopt/build/trt_build.py"]
-# what our variables are, in these two files
+SOURCES = [
+    ROOT / "sdopt/engine/trt_api.py",
+    ROOT / "sdopt/build/trt_build.py",
+    ROOT / "sdopt/build/trt_types.py",
+]
+# what our variables are, in these files
 CLASSES = {
     "builder": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser", "config": "IBuilderConfig",
     "optimization": "IOptimizationProfile", "cache": "ITimingCache", "runtime": "Runtime", "engine": "ICudaEngine",
     "context": "IExecutionContext", "inspector": "EngineInspector", "e": "ParserError",
     "runtime_config": "IRuntimeConfig",
+    "layer": "ILayer", "tensor": "ITensor",
 }  # fmt: skip
 ENUMS = {"kinds": "NetworkDefinitionCreationFlag", "sources": "TacticSource", "levels": "HardwareCompatibilityLevel"}
 # used without asking first, because what stands for the version was asked: (member, asked for, has it)
 IMPLIED = {
     "BuilderFlag.FP16": ("NetworkDefinitionCreationFlag.STRONGLY_TYPED", False),
     "BuilderFlag.OBEY_PRECISION_CONSTRAINTS": ("NetworkDefinitionCreationFlag.STRONGLY_TYPED", False),
+    "ILayer.precision": ("NetworkDefinitionCreationFlag.STRONGLY_TYPED", False),
+    "ILayer.set_output_type": ("NetworkDefinitionCreationFlag.STRONGLY_TYPED", False),
     "ICudaEngine.create_execution_context_without_device_memory": ("ExecutionContextAllocationStrategy", False),
     "ExecutionContextAllocationStrategy.USER_MANAGED": ("ExecutionContextAllocationStrategy", True),
     "IRuntimeConfig.set_execution_context_allocation_strategy": ("ICudaEngine.create_runtime_config", True),
@@ -81,7 +88,7 @@ def versions_of(member: str) -> set[str]:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
 def test_every_name_exists_in_every_version_or_is_asked_for(path: Path) -> None:
     found = sorted(set(used(path)))
-    assert len(found) > 15
+    assert len(found) > 5
     for member in found:
         missing = VERSIONS - versions_of(member)
         if missing and member in IMPLIED:
@@ -94,9 +101,11 @@ def test_every_name_exists_in_every_version_or_is_asked_for(path: Path) -> None:
 
 def test_the_flags_and_enum_members_that_are_looked_up_by_name_are_spelled_right() -> None:
     from sdopt.build.trt_build import FLAGS
+    from sdopt.build.trt_types import OWN_TYPE, PRODUCTS
     from sdopt.engine.trt_api import DTYPES, SEVERITIES
 
     names = [*(f"BuilderFlag.{n}" for n in FLAGS.values()), *(f"DataType.{n}" for n in DTYPES)]
+    names += [f"LayerType.{n}" for n in (*OWN_TYPE, *PRODUCTS)] + ["DataType.BF16", "LayerType.NORMALIZATION"]
     names += [f"ILogger.{n}" for n in SEVERITIES] + ["NetworkDefinitionCreationFlag.STRONGLY_TYPED"]
     names += ["PreviewFeature.PROFILE_SHARING_0806", "HardwareCompatibilityLevel.AMPERE_PLUS", "OnnxParser.num_errors"]
     for name in names:

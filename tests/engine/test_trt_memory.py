@@ -16,8 +16,8 @@ from sdopt.bundle import Bundle
 from sdopt.cli import main
 from sdopt.engine import device, open_engine
 from sdopt.errors import BackendError, UsageError
-from tests.conftest import EMOJI_BUNDLE
-from tests.engine.conftest import WIDE, PlugIn
+from tests.conftest import EMOJI_BUNDLE, PlugIn
+from tests.engine.conftest import WIDE
 from tests.engine.plans import stock
 from tests.fakes.gpu import Simulator
 

@@ -74,6 +74,13 @@ def test_other_vaes_do_not_overflow(described: Described) -> None:
     assert described(vae={"force_upcast": True})["float16_unsafe"] == []
 
 
+@pytest.mark.parametrize(("changes", "unsafe"), [({}, []), ({"upcast_attention": True}, ["unet"])])
+def test_attention_that_overflows_in_half_precision_is_recorded(
+    changes: dict, unsafe: list, described: Described
+) -> None:
+    assert described(unet=changes)["float16_attention_unsafe"] == unsafe
+
+
 @pytest.mark.parametrize("asks", [True, False])
 def test_a_safety_checker_that_the_checkpoint_asks_for_is_recorded(asks: bool, described: Described) -> None:
     assert described(index={"requires_safety_checker": asks})["requires_safety_checker"] is asks

@@ -281,7 +281,7 @@ class FakeInspector:
 
     def get_engine_information(self, form: Any) -> str:
         return json.dumps({"Layers": [
-            {"Name": name, "Outputs": [{"Name": f"{name}:0", "Format/Datatype": WORDS[DataType[kind]]}]}
+            {"Name": name, "Outputs": [{"Name": name, "Format/Datatype": WORDS[DataType[kind]]}]}
             for name, kind in self._layers.items() if DataType[kind] in WORDS
         ]})  # fmt: skip
 

@@ -27,6 +27,14 @@ KINDS = {
     7: DataType.INT64,
     9: DataType.BOOL,
 }
+LAYERS = {  # operator -> layer, where it is not the same word
+    "Conv": "CONVOLUTION",
+    "ConvTranspose": "DECONVOLUTION",
+    "MatMul": "MATRIX_MULTIPLY",
+    "Gemm": "MATRIX_MULTIPLY",
+}
+LAYER_TYPES = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY", "CONSTANT", "SHAPE", "CAST", "ELEMENTWISE")
+LEAST_WORKSPACE = 1 << 20
 UNKNOWN = {  # flavour -> operators that its parser does not know
     "8.6": ("Attention", "GroupNormalization", "RMSNormalization", "Gelu"),
     "10.0": ("Attention", "RMSNormalization"),
@@ -49,7 +57,7 @@ def add_to(trt: ModuleType, library: Library) -> None:
             if flavour == "8.6" else {"PROFILE_SHARING_0806": 0},
         ),
         TacticSource=IntEnum("TacticSource", {"EDGE_MASK_CONVOLUTIONS": 3, "JIT_CONVOLUTIONS": 4}),
-        LayerType=IntEnum("LayerType", {"CONVOLUTION": 0, "CONSTANT": 1, "SHAPE": 2, "CAST": 3, "ELEMENTWISE": 4}),
+        LayerType=IntEnum("LayerType", {name: i for i, name in enumerate(LAYER_TYPES)}),
         IProgressMonitor=type("IProgressMonitor", (), {}),
         IStreamWriter=type("IStreamWriter", (), {}),
     )  # fmt: skip
@@ -71,14 +79,14 @@ class FakeBuilder:
         return FakeProfile()
 
     def build_serialized_network(self, network: FakeNetwork, config: FakeConfig) -> bytes | None:
-        if config.workspace is not None and config.workspace < 1 << 20:
+        if config.workspace is not None and config.workspace < LEAST_WORKSPACE:
             self.library.complain(self.log, "Could not find any implementation for node {ForeignNode[a...b]}")
             return None
         if not network.layers or not config.profiles:
             self.library.complain(self.log, "Network must have at least one output and one optimization profile")
             return None
         half = "FP16" in config.flags
-        layers = {layer.name: layer.chosen(half).name for layer in network.layers if layer.outputs}
+        layers = {layer.outputs[0].name: layer.chosen(half).name for layer in network.layers if layer.outputs}
         streams, sharing = "WEIGHT_STREAMING" in config.flags, "PROFILE_SHARING_0806" in config.features
         monitor = getattr(config, "progress_monitor", None)
         if monitor is not None:
@@ -134,7 +142,7 @@ class FakeLayer:
 
     def __init__(self, name: str, kind: str, outputs: list[FakeTensor], enum: Any) -> None:
         self.name, self.outputs, self.num_outputs = name, outputs, len(outputs)
-        self.type = getattr(enum, kind, enum.ELEMENTWISE)
+        self.type = getattr(enum, LAYERS.get(kind, kind.upper()), enum.ELEMENTWISE)
         self.types: dict[int, DataType] = {}
         self._precision: DataType | None = None
 
@@ -159,7 +167,8 @@ class FakeLayer:
     def chosen(self, half: bool) -> DataType:
         """The type that the builder gives the first output: as it was set, else half where it may be."""
         dtype = self.outputs[0].dtype
-        if not half or dtype not in (DataType.FLOAT, DataType.HALF):
+        own = self.type.name in ("CAST", "CONSTANT", "SHAPE")
+        if own or not half or dtype not in (DataType.FLOAT, DataType.HALF):
             return dtype
         return self.types.get(0, self._precision if self._precision is not None else DataType.HALF)
 
@@ -199,7 +208,7 @@ class FakeParser:
         for i, node in enumerate(model.graph.node):
             tensors = [FakeTensor(o, KINDS.get(types.get(o, 1), DataType.FLOAT)) for o in node.output if o]
             name = node.name or f"node_{i}"
-            self.network.layers.append(FakeLayer(name, node.op_type.upper(), tensors, self.library.trt.LayerType))
+            self.network.layers.append(FakeLayer(name, node.op_type, tensors, self.library.trt.LayerType))
         for value in model.graph.output:
             self.network.outputs.append(FakeTensor(value.name, KINDS[value.type.tensor_type.elem_type]))
         return True

@@ -1,0 +1,60 @@
+"""The typed graph of one engine: fused, in half, and in operators that its library knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from sdopt import graph
+from sdopt.build.fuse_step import fuse_step
+from sdopt.build.half import half
+from sdopt.build.halves import join_halves
+from sdopt.build.lower import OPSET, lower, lower_operators
+from sdopt.build.options import PRECISIONS
+from sdopt.build.recipe import Part
+from sdopt.build.trt_build import Builder
+from sdopt.bundle import Bundle
+from sdopt.graph.ort_ops import ort_ops
+from sdopt.specs import Profile
+
+
+def derive(
+    bundle: Bundle, part: Part, options: Mapping[str, Any], builder: Builder | None = None, device: str = ""
+) -> tuple[ir.Model, dict[str, Any]]:
+    """(the graph, what is noted about it); without a builder it is for ONNX Runtime on `device`."""
+    model = graph.load(bundle.component(part.graph).graph)
+    notes: dict[str, Any] = {}
+    if part.fuse:
+        guided = part.fuse == "guided"
+        fuse_step(model, guided=guided, rescale=guided, latent_channels=bundle.manifest["latents"]["channels"])
+        join_halves(model, 2 if guided else 1)
+    dtype = PRECISIONS[options["precision"]]
+    if dtype:
+        found = half(model, dtype=dtype, islands=part.islands, attention=options["attention"])
+        notes |= {"half_nodes": found.half_nodes, "islands": len(found.islands), "outside": found.outside}
+    if builder is not None:
+        notes |= _for_parser(model, builder)
+    elif not dtype or (device == "cuda" and options["precision"] == "fp16"):  # its CPU kernels are float32 alone
+        ort_ops(model)
+    return model, notes
+
+
+def _for_parser(model: ir.Model, builder: Builder) -> dict[str, Any]:
+    """Write the operators that the parser does not know in others; which they were."""
+    if not builder.strongly_typed:
+        lower(model)
+        return {"lowered": [f"all operators to opset {OPSET}"]}
+    unknown = builder.unsupported(sorted({node.op_type for node in model.graph if not node.domain}))
+    if not unknown:
+        return {}
+    lower_operators(model, unknown)
+    return {"lowered": unknown}
+
+
+def constant_lengths(profiles: Sequence[Profile]) -> dict[str, int]:
+    """The dimensions that have one length in all profiles, with it."""
+    ranges = [profile.ranges for profile in profiles]
+    lengths = {name: {end for r in ranges for end in r[name]} for name in ranges[0]}
+    return {name: ends.pop() for name, ends in lengths.items() if len(ends) == 1}

@@ -1,0 +1,44 @@
+"""Arrays to compute with, for any component, from its tensors' names alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sdopt.samplers.packed import SCALARS
+from sdopt.specs import Array, TensorSpec
+
+
+def example(inputs: Sequence[TensorSpec], sizes: Mapping[str, int], seed: int = 0) -> dict[str, Array]:
+    """Normal numbers, timesteps in the middle of the schedule, small token ids, a sampler's plainest row."""
+    rng, arrays = np.random.default_rng(seed), dict[str, Array]()
+    for spec in inputs:
+        shape = tuple(d if isinstance(d, int) else sizes[d] for d in spec.shape)
+        if spec.dtype.startswith("int"):
+            arrays[spec.name] = rng.integers(0, 50, shape).astype(spec.dtype)
+        elif spec.name == "timestep":
+            arrays[spec.name] = np.linspace(400.5, 700.0, num=shape[0], dtype=np.float32)
+        elif spec.name == "row":
+            arrays[spec.name] = _whole_step(shape[0])
+        else:
+            arrays[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
+    return arrays
+
+
+def _whole_step(width: int) -> Array:
+    """A sampler's row that gives the UNet's guided output as the next sample; see `sdopt.samplers.packed`."""
+    row = np.zeros(width, np.float32)
+    for name, number in {"timestep": 500.5, "guidance": 1, "c_in": 1, "c_out": 1, "clean_o": 1}.items():
+        row[SCALARS.index(name)] = number
+    row[len(SCALARS) + 1] = 1  # the weight of the value that this call gives
+    return row
+
+
+def sizes_of(manifest: Mapping[str, Any], latent: int, batch: int = 1) -> dict[str, int]:
+    """Lengths of a bundle's named dimensions for a square picture of `latent` x `latent` latents."""
+    factor: int = manifest["latents"]["factor"]
+    tokens = max(entry["max_length"] for entry in manifest["tokenizers"].values())
+    edges = {"latent_height": latent, "latent_width": latent, "height": latent * factor, "width": latent * factor}
+    return {"batch": batch, "images": batch, "tokens": tokens, "extra_tokens": 1, **edges}

@@ -1,0 +1,45 @@
+"""The fused step knows how often a shared tensor is needed: once or twice. The bundle's UNet has to compute that.
+
+`sdopt.export.share` repeats a tensor where it first meets the prompt, by a count that the UNet learns from its inputs:
+
+    Tile(x, [prompts / images, 1, 1, ...])     becomes     Concat(x, x)     guided: exact, and of a known length
+                                                           x                the conditional half alone
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from sdopt.graph import Writer, attribute, constant_of, drop_unused, name_of, redirect
+
+
+def join_halves(model: ir.Model, copies: int) -> int:
+    """Replace every computed repeat of a fused step by `copies` (1 or 2) of its tensor; how many there were."""
+    found = [node for node in model.graph if node.op_type == "Tile" and _counts_halves(node)]
+    for node in found:
+        value, repeated = node.inputs[0], node.outputs[0]
+        assert value is not None
+        if copies == 1:
+            redirect(repeated, value)
+            continue
+        write = Writer(model, "", before=node)
+        name = f"{name_of(node)}/joined"
+        redirect(repeated, write("Concat", [value] * copies, name, axis=0, shape=repeated.shape))
+    drop_unused(model)
+    return len(found)
+
+
+def _counts_halves(tile: ir.Node) -> bool:
+    """Whether the first axis alone is repeated, by the ratio of two lengths."""
+    counts = _maker(tile.inputs[1])
+    if counts is None or counts.op_type != "Concat" or len(counts.inputs) != 2:
+        return False
+    ratio, ones = _maker(counts.inputs[0]), constant_of(counts.inputs[1])
+    if ratio is None or ratio.op_type != "Div" or ones is None or not (ones == 1).all():
+        return False
+    lengths = [_maker(value) for value in ratio.inputs]
+    return all(node is not None and node.op_type == "Shape" and attribute(node, "end") == 1 for node in lengths)
+
+
+def _maker(value: ir.Value | None) -> ir.Node | None:
+    return None if value is None else value.producer()

@@ -1,0 +1,69 @@
+"""What may be asked of a build, and what of it one engine gets: the model's own needs go before what was asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from sdopt import __version__
+from sdopt.build.recipe import Part
+from sdopt.bundle import Bundle
+from sdopt.errors import UsageError, choices
+
+PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": ""}  # what `half` calls them
+AUTO = "auto"  # fp16; on a CPU, which computes in nothing else as fast, fp32
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a build, by name; all of them are in an engine's key.
+
+    Raises: UsageError for a value that is not allowed.
+    """
+
+    precision: str = AUTO
+    opt_level: int = 3
+    workspace: int | None = None  # bytes; None: what is free
+    refit: bool = False
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    weight_streaming: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in (AUTO, *PRECISIONS):
+            raise UsageError(
+                f"precision {self.precision!r}; allowed are {choices(self.precision, [AUTO, *PRECISIONS])}"
+            )
+        if not 0 <= self.opt_level <= 5:
+            raise UsageError(f"opt_level = {self.opt_level}; allowed are 0 to 5")
+        if self.workspace is not None and self.workspace < 1 << 20:
+            raise UsageError(f"workspace = {self.workspace} bytes; allowed is a MiB or more")
+
+    def resolved(self, default: str) -> Options:
+        """These options with `default` as the precision where none was asked for."""
+        return replace(self, precision=default) if self.precision == AUTO else self
+
+
+def part_options(options: Options, part: Part, bundle: Bundle, bf16: bool = False) -> dict[str, Any]:
+    """The options of one engine. `bf16`: the GPU that will run it is known, and computes in it."""
+    precision = part.precision or options.resolved("fp16").precision
+    if precision == "fp16" and part.graph in bundle.manifest.get("float16_unsafe", ()):
+        precision = "bf16" if bf16 else "fp32"
+    attention = part.attention or (precision == "fp16" and _attention_overflows(part, bundle))
+    own = {"fuse": part.fuse, "attention": attention, "islands": list(part.islands), "sdopt": __version__}
+    return {**asdict(options), "precision": precision, **own}
+
+
+def exceptions(options: Mapping[str, Any], asked: str, part: Part, bundle: Bundle) -> list[str]:
+    """What one engine gets other than it was asked for, in sentences."""
+    found: list[str] = []
+    if options["precision"] != asked and not part.precision:
+        found.append(f"{options['precision']} instead of {asked}, in which this model's {part.graph} overflows")
+    if options["attention"] and not part.attention:
+        found.append("attention is computed in fp32: in fp16 this model's overflows")
+    return found
+
+
+def _attention_overflows(part: Part, bundle: Bundle) -> bool:
+    return part.graph in bundle.manifest.get("float16_attention_unsafe", ())
