@@ -185,8 +185,10 @@ def compress(folder: Path, name: str, output: Path, piece: int, level: int) -> N
         part = output / f"{name}.tar.xz.{number:03}"
         more = _copied(xz.stdout, part, piece)
         number += 1
-    if tar.wait() or xz.wait():
-        sys.exit(f"portable.py: packing {name} failed, see above")
+    codes = {"tar": tar.wait(), "xz": xz.wait()}
+    if any(codes.values()):
+        ends = " and ".join(f"{program} ended with code {code}" for program, code in codes.items() if code)
+        sys.exit(f"portable.py: packing {name}: {ends}; if memory is short (code -9), give a lower --xz")
 
 
 def _copied(stream: BinaryIO, part: Path, most: int) -> bool:

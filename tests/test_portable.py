@@ -79,6 +79,18 @@ def test_a_piece_that_is_damaged_or_missing_is_named_and_nothing_is_unpacked(
     assert not (tmp_path / "there").exists()
 
 
+def test_a_packer_that_fails_is_told_with_what_helps(
+    portable: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/xz").write_text("#!/bin/sh\nkill -9 $$\n")
+    (tmp_path / "bin/xz").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    (tmp_path / "site").mkdir()
+    with pytest.raises(SystemExit, match=r"packing site: .*xz ended with code -9; if memory is short.* a lower --xz"):
+        portable.compress(tmp_path, "site", tmp_path, PIECE, 9)
+
+
 def test_without_a_folder_it_says_what_to_type(packed: Path) -> None:
     done = unpack(packed)
     assert done.returncode == 2
