@@ -16,13 +16,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sdopt.errors import BackendError
+
 FRESH_NS = 2_000_000_000  # some file systems note times in steps of two seconds
 
 
 def user_folder(variable: str, below_home: str) -> Path:
-    """This user's folder of state or cache, as the XDG base directories name it."""
+    """This user's folder of state or cache, as the XDG base directories name it.
+
+    Raises: BackendError where this user has none: no home folder, and no variable that names another.
+    """
     base = os.environ.get(variable) or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
-    return (Path(base) if base else Path.home() / below_home) / "sdopt"
+    try:
+        return (Path(base) if base else Path.home() / below_home) / "sdopt"
+    except RuntimeError as error:
+        raise BackendError(
+            f"this user has no home folder ({error}): set HOME, or {variable}, to a folder that can be written"
+        ) from error
 
 
 def sha256(path: Path) -> str:
@@ -69,7 +79,7 @@ def _stamp(path: Path) -> Path | None:
     name = hashlib.sha256(os.path.abspath(path).encode("utf-8", "surrogateescape")).hexdigest()[:32]
     try:
         return user_folder("XDG_CACHE_HOME", ".cache") / "stamps" / name
-    except RuntimeError:  # no home directory
+    except BackendError:
         return None
 
 

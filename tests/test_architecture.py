@@ -18,7 +18,7 @@ ALLOWED = {
     "errors": set(),
     "specs": {"errors"},
     "likeness": {"specs"},
-    "stamps": set(),
+    "stamps": {"errors"},
     "bundle": {"specs", "stamps", "errors"},
     "engine": {"bundle", "specs", "stamps", "errors"},
     "graph": {"specs", "errors"},

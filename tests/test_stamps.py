@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from sdopt import stamps
 from sdopt.bundle import Bundle
 from sdopt.errors import BundleError
 from sdopt.stamps import known_sha256, sha256
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -108,3 +111,19 @@ def test_a_bundle_is_hashed_at_its_first_opening_and_whenever_it_changed(bundle_
     os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
     with pytest.raises(BundleError, match="does not match its SHA-256"):
         Bundle.open(bundle_copy)
+
+
+def test_without_a_home_a_picture_is_made_all_the_same(tmp_path: Path) -> None:
+    code = """
+from pathlib import Path
+def home():
+    raise RuntimeError("Could not determine home directory.")
+Path.home = home
+from sdopt.cli import main
+raise SystemExit(main(["generate", "a red apple", "--steps", "1", "--size", "64x64", "-o", "a.png"]))
+"""
+    free = {k: v for k, v in os.environ.items() if not k.startswith(("XDG_", "HOME"))}
+    command = [sys.executable, "-c", code]
+    environment = {**free, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, (tmp_path / "a.png").exists()) == (0, True), done.stderr

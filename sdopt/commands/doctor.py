@@ -120,10 +120,11 @@ def _numbers(version: str) -> tuple[int, ...]:
 def _cache() -> dict[str, Any]:
     """Where the cache is and how large, or why that cannot be known."""
     from sdopt.engine import cache
+    from sdopt.errors import SdoptError
 
     try:
         return {"path": str(cache.root()), "bytes": cache.nbytes()}
-    except (OSError, RuntimeError) as error:  # no home folder, or files that go away meanwhile
+    except (OSError, SdoptError) as error:  # no home folder, or files that go away meanwhile
         return {"path": None, "bytes": 0, "broken": str(error)}
 
 

@@ -157,9 +157,21 @@ def _first_backend(precision: str) -> str:
     return found[0]
 
 
+def _module(name: str) -> Any:
+    """The module of a backend.
+
+    Raises: BackendError if its library is there and cannot be loaded.
+    """
+    entry = BACKENDS[name]
+    try:
+        return importlib.import_module(entry.module)
+    except (ImportError, OSError) as error:
+        raise BackendError(f"backend {name!r}: {entry.library} cannot be loaded: {error}. {entry.install}") from error
+
+
 def describe(name: str) -> dict[str, Any]:
     """What an installed backend can do here: its version, the precisions that it computes in natively, its devices."""
-    entry: dict[str, Any] = importlib.import_module(BACKENDS[name].module).describe(name)
+    entry: dict[str, Any] = _module(name).describe(name)
     return entry
 
 
@@ -182,7 +194,7 @@ def open_engine(
         raise UsageError(f"threads = {threads}; allowed is 1 or more, or None for all that this process may use")
     chosen, exact = choose_backend(backend, precision)
     name, _, device = chosen.partition(":")
-    module = importlib.import_module(BACKENDS[name].module)
+    module = _module(name)
     precision = "float32" if component in IN_FLOAT32 else exact
     how = How(name, device or None, precision, threads, trust, cache)
     engine: Engine = module.open_component(bundle, component, how)
@@ -194,5 +206,5 @@ def built_components(bundle: Bundle, backend: str) -> tuple[str, ...]:
     name, _, device = backend.partition(":")
     if name != "ort":
         return plans.built_components(bundle, name)
-    module = importlib.import_module(BACKENDS[name].module)
+    module = _module(name)
     return plans.built_components(bundle, name, module.find_device(device or None).provider)

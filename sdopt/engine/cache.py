@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sdopt.bundle import Bundle, Component, new_folder
-from sdopt.errors import SdoptError
+from sdopt.errors import BackendError, SdoptError
 from sdopt.stamps import user_folder
 
 UNUSED_SECONDS = 30 * 24 * 3600
@@ -32,6 +32,15 @@ Loaded = TypeVar("Loaded")
 def root() -> Path:
     """Where all of it is, for all bundles of this user."""
     return user_folder("XDG_CACHE_HOME", ".cache") / "loaded"
+
+
+def available() -> bool:
+    """Whether this user has a place for it."""
+    try:
+        root()
+    except BackendError:
+        return False
+    return True
 
 
 def nbytes() -> int:

@@ -23,7 +23,7 @@ def open_component(bundle: Bundle, name: str, how: How) -> OpenVinoEngine:
     """The engine of component `name` on `how.device`, computing in `how.precision`."""
     component, device = bundle.component(name), how.device or "cpu"
     opened = partial(OpenVinoEngine, component, how.threads, device, how.precision)
-    if not how.cache or device != "cpu":
+    if not how.cache or device != "cpu" or not cache.available():
         return opened()
     options = {"openvino": ov.__version__, "precision": how.precision, "threads": how.threads, **_source(component)}
     folder = cache.entry(bundle, component, "openvino", options)

@@ -109,7 +109,7 @@ def _own_graph(bundle: Bundle, name: str, how: How, device: Device) -> OrtEngine
     def opened(component: Component, optimise: bool = True, keep: Path | None = None) -> OrtEngine:
         return OrtEngine(component, how.threads, device, optimise=optimise, keep=keep)
 
-    if not how.cache:
+    if not how.cache or not cache.available():
         return opened(component)
     return cache.load(
         cache.entry(bundle, component, "ort", {"onnxruntime": ort.__version__}),

@@ -200,7 +200,6 @@ class FakeParser:
         unknown = [n for n in model.graph.node if not self.supports_operator(n.op_type)]
         if unknown:
             return self._fail(unknown[0].name, f"No importer registered for op: {unknown[0].op_type}")
-        self.network.inside = _without_bfloat16(model).SerializeToString()
         types = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.output)}
         for value in model.graph.input:
             kind = KINDS.get(value.type.tensor_type.elem_type, DataType.FLOAT)
@@ -211,6 +210,7 @@ class FakeParser:
             self.network.layers.append(FakeLayer(name, node.op_type, tensors, self.library.trt.LayerType))
         for value in model.graph.output:
             self.network.outputs.append(FakeTensor(value.name, KINDS[value.type.tensor_type.elem_type]))
+        self.network.inside = _without_bfloat16(model).SerializeToString()  # last: it changes the types
         return True
 
     def _fail(self, node: str, text: str) -> bool:
