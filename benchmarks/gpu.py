@@ -39,6 +39,7 @@ from sdopt.bench.cases import read_cases
 
 HERE = Path(__file__).parent
 TAIL = 2000  # characters of what a part said that its line keeps when it fails
+MISSING = 4  # the exit code of a part whose environment lacks a library
 GRACE = 5.0  # seconds between asking a process group to end and ending it
 
 
@@ -111,6 +112,8 @@ class Climb:
             line = {"status": status, "seconds_taken": round(time.monotonic() - started, 2), "limit": round(limit, 1)}
             if status == "ok" and result.is_file():
                 return {**line, "result": json.loads(result.read_text())}
+            if status == "left out":
+                return {**line, "reason": _tail(said).strip()}
             return {**line, "status": "failed" if status == "ok" else status, "said": _tail(said)}
 
     def options(self, part: Part) -> dict[str, Any]:
@@ -143,7 +146,7 @@ class Climb:
                 self._running = None
         if code < 0:
             return f"crashed: {signal.Signals(-code).name}"
-        return "ok" if code == 0 else "failed"
+        return {0: "ok", MISSING: "left out"}.get(code, "failed")
 
     def stop(self) -> None:
         """End the part that runs, with all that it started."""

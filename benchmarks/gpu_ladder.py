@@ -65,7 +65,8 @@ LADDER = (
     Part("turbo-build", "build", "sdxl-turbo", 220, 480, needs=("turbo-weights",), components=(ALONE, *REST_XL)),
     Part("turbo-picture", "picture", "sdxl-turbo", 25, 90, needs=("turbo-build",)),
     Part("turbo-eager", "torch", "sdxl-turbo", 120, 300, env="torch", baselines=("eager-fp16-nhwc",)),
-    Part("sd15-ort", "ort", "sd15", 60, 180, needs=("sd15-weights",), precision="float32", backend="ort:cuda"),
+    Part("sd15-ort", "ort", "sd15", 60, 180, env="torch", needs=("sd15-weights",), precision="float32",
+         backend="ort:cuda"),
     Part("emoji-beside", "beside", "emoji", 60, 180, needs=("emoji-build",), baselines=TIMED),
     Part("sd15-beside", "beside", "sd15", 200, 600, needs=("sd15-build-step", "sd15-build-rest"), baselines=TIMED),
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """One part of `gpu.py` in a process of its own: `python benchmarks/gpu_parts.py OPTIONS.json -o RESULT.json`.
 
 Every number is a raw timing in seconds, a size in bytes or a likeness in dB. A part that cannot run ends with a
-sentence on stderr and exit code 3. Parts share what they build in the folder `work`, a bundle for each way of building.
+sentence on stderr and exit code 3, or 4 where its environment lacks a library. Parts share what they build in the folder `work`, a bundle for each way of building.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 from gpu_tools import (
     EMOJI,
+    MISSING,
     ROOT,
+    MissingError,
     Options,
     Result,
     Watch,
@@ -42,7 +44,7 @@ from sdopt.bench import machine
 from sdopt.bench.built import Clock
 from sdopt.bench.sides import Inputs, SdoptSide, latents_of
 from sdopt.bundle import Bundle, new_folder
-from sdopt.engine import describe, installed_backends, open_engine
+from sdopt.engine import BACKENDS, describe, installed_backends, open_engine
 from sdopt.engine.device import shared_device
 from sdopt.engine.plans import stored
 from sdopt.errors import BackendError, SdoptError
@@ -165,7 +167,7 @@ def replay(o: Options) -> Result:
 
 def parity(o: Options) -> Result:
     """The first step, and a picture of two steps, beside ONNX Runtime in float32 on the processor."""
-    need("onnxruntime", "to compute what the engines are compared with")
+    need("onnxruntime")
     short = replace(o, case=replace(o.case, steps=2))
     with measured(short) as m:
         given = random_inputs(m.side.bundle, short.case)
@@ -213,8 +215,7 @@ def ort(o: Options) -> Result:
 
 def torch(o: Options) -> Result:
     """diffusers on PyTorch, in one way of running it, with torch's own switches."""
-    need("torch", "for a baseline")
-    need("diffusers", "for a baseline")
+    need("torch", "diffusers")
     from sdopt.bench.baseline import DiffusersSide, find_device, versions
 
     device = find_device("cpu" if o.case.backend == "ort:cpu" else "cuda")
@@ -249,8 +250,7 @@ def _checkpoint(o: Options) -> Path:
 
 def beside(o: Options) -> Result:
     """A record of `sdopt bench`: all sides in one process, in turns, with the parity of what was timed."""
-    need("torch", "for the baselines")
-    need("diffusers", "for the baselines")
+    need("torch", "diffusers", BACKENDS[o.library].library)
     import models
 
     from sdopt.bench import record
@@ -285,6 +285,9 @@ def main(argv: list[str] | None = None) -> int:
     options = Options.read(args.options)
     try:
         result = DOES[options.does](options)
+    except MissingError as error:
+        print(error, file=sys.stderr)
+        return MISSING
     except SdoptError as error:
         print(error, file=sys.stderr)
         return 3

@@ -39,6 +39,7 @@ ROOT = Path(__file__).parents[1]
 EMOJI = ROOT / "engines/emoji"
 REFERENCES = ROOT / "benchmarks/references"
 POLL_SECONDS = 0.02
+MISSING = 4  # the exit code of a part whose environment lacks a library
 Result = dict[str, Any]
 
 
@@ -273,7 +274,12 @@ def save(path: Path, images: Array) -> None:
     to_pil(np.moveaxis(np.asarray(images, np.float32) * 2 - 1, -1, 1))[0].save(path)
 
 
-def need(module: str, why: str) -> None:
-    """Raises: BackendError where a module is not installed."""
-    if importlib.util.find_spec(module) is None:
-        raise BackendError(f"{module} is not installed; it is needed {why}")
+class MissingError(BackendError):
+    """This environment lacks what a part is made of; nothing is wrong with the part."""
+
+
+def need(*modules: str) -> None:
+    """Raises: MissingError where a module is not installed."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise MissingError(f"{sys.executable} has no {', '.join(missing)}, which this part needs")

@@ -121,21 +121,14 @@ def test_built_engines_are_measured_step_by_step(tmp_path: Path) -> None:
 
 
 def test_the_gpu_ladder_runs_where_there_is_none(tmp_path: Path) -> None:
-    gpu = runpy.run_path(str(ROOT / "benchmarks/gpu.py"))
-    path = tmp_path / "gpu.json"
-    assert gpu["main"](["--device", "cpu", "--smoke", "--budget", "600", "-o", str(path)]) == 0
-    (result,) = read(path)["results"]
-    assert result["case"]["name"] == "emoji@ort:cpu"
-    assert gpu["main"](["--device", "cpu", "--smoke", "--budget", "0", "-o", str(tmp_path / "none.json")]) == 1
-    assert not (tmp_path / "none.json").exists()
-
-
-def test_the_workflow_pins_its_actions_and_asks_for_little() -> None:
-    text = (ROOT / ".github/workflows/gpu-bench.yml").read_text()
-    uses = [line.split("uses:")[1].split() for line in text.splitlines() if "uses:" in line]
-    assert len(uses) >= 3
-    for action in uses:
-        assert len(action[0].split("@")[1]) == 40
-        assert action[1] == "#"
-    assert "permissions:\n  contents: read\n" in text
-    assert "pull_request_target" not in text
+    main = runpy.run_path(str(ROOT / "benchmarks/gpu.py"))["main"]
+    only = ["--only", "facts", "--only", "emoji-ort", "--only", "emoji-beside"]
+    words = ["--device", "cpu", "--budget", "600", "--rounds", "1", *only, "--work", str(tmp_path / "work")]
+    assert main([*words, "-o", str(tmp_path)]) == 0
+    header, facts, ours, beside = map(json.loads, (tmp_path / "parts.jsonl").read_text().splitlines())
+    assert header["command"].startswith("python benchmarks/gpu.py --device cpu")
+    assert "onnxruntime" in facts["result"]["versions"]
+    assert ours["result"]["picture_db"] >= 60
+    assert len(ours["result"]["seconds"]["unet"]) == 1
+    (result,) = read(tmp_path / beside["result"]["record"])["results"]
+    assert [side["name"] for side in result["sides"]] == ["sdopt", "eager-float32"]
