@@ -22,11 +22,13 @@ from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from sdopt.errors import BundleError, choices
 from sdopt.specs import TensorSpec
+from sdopt.stamps import known_sha256, sha256
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -66,18 +68,23 @@ class Bundle:
 
     path: Path
     manifest: Mapping[str, Any]
+    paranoid: bool = False  # compute the hash of every file, also of its engines, whatever a stamp says
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
-        """The bundle at `path`; `verify=False` checks sizes but not hashes."""
+    def open(cls, path: str | os.PathLike[str], *, verify: bool = True, paranoid: bool = False) -> Bundle:
+        """The bundle at `path`; `verify=False` checks sizes but not hashes.
+
+        The hash of a file that has not changed since it was last computed is taken from this user's cache (see
+        `sdopt.stamps`), unless `paranoid`.
+        """
         folder = Path(path)
         manifest = read_manifest(folder)
         files: Mapping[str, Any] = manifest["files"]
         for name, entry in files.items():
             _check_file(folder, name, entry)
         if verify:
-            _check_hashes(folder, files)
-        bundle = cls(folder, manifest)
+            _check_hashes(folder, files, paranoid)
+        bundle = cls(folder, manifest, paranoid)
         for name in bundle.components:
             bundle.component(name)
         for entry in manifest["tokenizers"].values():
@@ -186,24 +193,16 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
         )
 
 
-def _check_hashes(folder: Path, files: Mapping[str, Any]) -> None:
+def _check_hashes(folder: Path, files: Mapping[str, Any], paranoid: bool) -> None:
     with ThreadPoolExecutor(max_workers=4) as pool:
-        digests = pool.map(sha256, [folder / name for name in files])
+        paths = [folder / name for name in files]
+        digests = pool.map(partial(known_sha256, paranoid=paranoid), paths)
         for name, digest in zip(files, digests, strict=True):
             if digest != files[name].get("sha256"):
                 raise BundleError(
                     f"{folder / name} does not match its SHA-256 in the manifest: it was changed or damaged. "
                     "Copy or export the bundle again."
                 )
-
-
-def sha256(path: Path) -> str:
-    """The hex digest of a file."""
-    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
-    with path.open("rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()
 
 
 def refuse_existing(target: Path, force: bool) -> None:

@@ -63,6 +63,7 @@ def load(
     memory: str = "fast",
     threads: int | None = None,
     verify: bool = True,
+    paranoid: bool = False,
     trust_engines: bool = False,
     cache: bool = True,
 ) -> Pipeline:
@@ -72,10 +73,11 @@ def load(
     `memory`: "fast" keeps every component that was loaded; "low" frees it when another one is needed.
     `cache`: keep what the engine library makes of the graphs in this user's cache folder (for Stable Diffusion 1.5
     about 4 GB), so that the next process starts sooner and takes less memory.
+    `paranoid`: compute the hash of every file anew; else that of a file that has not changed is known (`sdopt.stamps`).
     Engines that `sdopt build` made are loaded if this user built them; `trust_engines` takes anybody's: they are code.
     Raises: BundleError for a bundle that is damaged or unsafe; BackendError if no engine library is installed.
     """
-    bundle = Bundle.open(embedded() if path is None else path, verify=verify)
+    bundle = Bundle.open(embedded() if path is None else path, verify=verify, paranoid=paranoid)
     how = {"precision": precision, "memory": memory}
     return Pipeline(bundle, backend, **how, threads=threads, trust_engines=trust_engines, cache=cache)
 

@@ -20,6 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for a network
 
 CACHE = tempfile.mkdtemp(prefix="sdopt-tests-cache-")
 os.environ["XDG_CACHE_HOME"] = CACHE  # no test writes into the user's own
+os.environ["XDG_STATE_HOME"] = f"{CACHE}/state"
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 ROOT = Path(__file__).parent.parent

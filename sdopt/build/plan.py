@@ -287,4 +287,4 @@ def inspected(layers: str) -> dict[str, int]:
 def _layers(lib: TensorRT, plan: Path) -> str:
     device = shared_device()
     with device.queueing():
-        return lib.load(lib.runtime(device.cuda), plan.read_bytes(), plan.parent.name).layers()
+        return lib.load(lib.runtime(), plan.read_bytes(), plan.parent.name).layers()

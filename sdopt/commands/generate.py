@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--preview-every", type=int, metavar="K", help="also write PATH-step-007.png and so on, every K steps")
     add("--size", type=size, metavar="WxH", help="pixels, e.g. 512x768 (default: the bundle's)")
     add("-n", "--number", type=int, default=1, metavar="N", help="how many pictures (default: 1)")
+    add("--paranoid", action="store_true", help="hash every file anew, also those that have not changed")
     add("--trust-engines", action="store_true", help="load engines that somebody else built; they are code")
     add(
         "--backend",
@@ -99,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
         precision=args.precision,
         memory="low",  # each component is used once, so that letting go of it costs nothing
         threads=args.threads,
+        paranoid=args.paranoid,
         trust_engines=args.trust_engines,
         cache=not args.no_cache,
     ) as pipe:
@@ -215,17 +217,16 @@ def _denoise(pipe: Pipeline, plan: Plan, paths: Sequence[Path], every: int | Non
     """The latents of a plan, with a progress bar where a person is watching, and previews if they are asked for."""
     for note in plan.table.notes:
         print(f"sdopt: {note}", file=sys.stderr)
-    steps, sample = pipe.steps(plan), None
+    steps, step = pipe.steps(plan), None
     if sys.stderr.isatty():
         from tqdm import tqdm
 
         steps = tqdm(steps, total=len(plan.table.timestep), unit="it", leave=False)
     for step in steps:
-        sample = step.sample
         if every and (step.index + 1) % every == 0:
             _show(pipe, step.denoised, step.index + 1, paths)
-    assert sample is not None  # a plan has at least one step
-    return sample
+    assert step is not None  # a plan has at least one step
+    return step.sample  # only the last one leaves the device
 
 
 def _show(pipe: Pipeline, latents: Float32, number: int, paths: Sequence[Path]) -> None:

@@ -191,4 +191,8 @@ def open_engine(
 
 def built_components(bundle: Bundle, backend: str) -> tuple[str, ...]:
     """The components that `sdopt build` made engines of, for this backend."""
-    return plans.built_components(bundle, backend.partition(":")[0])
+    name, _, device = backend.partition(":")
+    if name != "ort":
+        return plans.built_components(bundle, name)
+    module = importlib.import_module(BACKENDS[name].module)
+    return plans.built_components(bundle, name, module.find_device(device or None).provider)

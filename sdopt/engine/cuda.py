@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,7 +25,22 @@ from sdopt.specs import Array
 
 OUT_OF_MEMORY = 2
 NO_DEVICE = 100
-POISONED = {700, 710, 714, 715, 716, 717, 718, 719}  # after these every later call of the process fails too
+POISONED = {  # after these every later call of the process fails too
+    214,  # cudaErrorECCUncorrectable
+    220,  # cudaErrorNvlinkUncorrectable
+    226,  # cudaErrorContained
+    700,  # cudaErrorIllegalAddress
+    702,  # cudaErrorLaunchTimeout
+    709,  # cudaErrorContextIsDestroyed
+    710,  # cudaErrorAssert
+    714,  # cudaErrorHardwareStackError
+    715,  # cudaErrorIllegalInstruction
+    716,  # cudaErrorMisalignedAddress
+    717,  # cudaErrorInvalidAddressSpace
+    718,  # cudaErrorInvalidPc
+    719,  # cudaErrorLaunchFailure
+    721,  # cudaErrorTensorMemoryLeak
+}
 CAPTURE = range(900, 910)  # the work cannot become a graph; the context is well
 OLDEST_DRIVER = 12000
 
@@ -60,8 +77,8 @@ class Cuda(Protocol):
 
     gpu: Gpu
 
-    def use(self) -> None:
-        """Make this GPU the calling thread's."""
+    def current(self) -> AbstractContextManager[None]:
+        """Inside, this GPU is the calling thread's; afterwards the one that was, for whoever else uses CUDA here."""
         ...
 
     def malloc(self, nbytes: int) -> int: ...
@@ -77,9 +94,20 @@ class Cuda(Protocol):
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None: ...
     def clear(self, target: int, nbytes: int, stream: int) -> None: ...
     def synchronize(self, stream: int) -> None: ...
-    def event(self) -> int: ...
+    def event(self) -> int:
+        """An event to wait for, without keeping a core busy."""
+        ...
+
+    def timing_event(self) -> int:
+        """An event that notes the time at which the GPU comes to it; see `elapsed`."""
+        ...
+
     def record(self, event: int, stream: int) -> None: ...
     def wait(self, event: int) -> None: ...
+    def elapsed(self, begin: int, end: int) -> float:
+        """Seconds on the GPU between two timing events that it has come to."""
+        ...
+
     def capture(self, work: Callable[[], None], stream: int) -> int:
         """A graph of what `work` queues on `stream`, which does not run yet."""
         ...
@@ -118,6 +146,19 @@ def open_cuda(index: int = 0, runtime: Any = None) -> CudaBindings:
     if not 0 <= index < count:
         raise BackendError(f"there is no GPU {index}; this process sees {count}, counted from 0")
     return CudaBindings(runtime, index, driver)
+
+
+def sees_gpu() -> bool:
+    """Whether an NVIDIA driver is here and shows this process a GPU; asked of the driver itself, without a package.
+
+    Ref: NVIDIA, CUDA Driver API, cuInit and cuDeviceGetCount.
+    """
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return not driver.cuInit(0) and not driver.cuDeviceGetCount(ctypes.byref(count)) and count.value > 0
 
 
 def check(runtime: Any, result: tuple[Any, ...], what: str) -> Any:
@@ -163,8 +204,7 @@ class CudaBindings:
     """`Cuda` over cuda.bindings.runtime."""
 
     def __init__(self, runtime: Any, index: int, driver: int) -> None:
-        self._rt = runtime
-        self._do("cudaSetDevice", index)
+        self._rt, self._index = runtime, index
         properties = self._do("cudaGetDeviceProperties", index)
         name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
         capability = f"{properties.major}.{properties.minor}"
@@ -175,8 +215,17 @@ class CudaBindings:
         self._mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._handles: dict[int, Any] = {}  # the bindings' objects of streams, events and graphs, by their integers
 
-    def use(self) -> None:
-        self._do("cudaSetDevice", self.gpu.index)
+    @contextmanager
+    def current(self) -> Generator[None]:
+        before = int(self._do("cudaGetDevice"))
+        if before == self._index:
+            yield
+            return
+        self._do("cudaSetDevice", self._index)
+        try:
+            yield
+        finally:
+            self._rt.cudaSetDevice(before)
 
     def _do(self, name: str, *args: Any) -> Any:
         return check(self._rt, getattr(self._rt, name)(*args), name)
@@ -196,7 +245,14 @@ class CudaBindings:
         self._do("cudaFree", address)
 
     def pinned(self, nbytes: int) -> Array:
-        address = int(self._do("cudaMallocHost", nbytes))
+        try:
+            address = int(self._do("cudaMallocHost", nbytes))
+        except OutOfMemoryError as error:
+            self._rt.cudaGetLastError()
+            raise CudaError(
+                f"this machine has no {bytes_text(nbytes)} of page-locked memory: {error}. Close other programs, or "
+                "make smaller pictures or fewer at once"
+            ) from error
         memory: Any = (ctypes.c_uint8 * nbytes).from_address(address)
         return np.frombuffer(memory, np.uint8)
 
@@ -225,7 +281,14 @@ class CudaBindings:
         self._do("cudaStreamSynchronize", self._handles[stream])
 
     def event(self) -> int:
-        return self._keep(self._do("cudaEventCreateWithFlags", self._rt.cudaEventDisableTiming))
+        flags = self._rt.cudaEventDisableTiming | self._rt.cudaEventBlockingSync
+        return self._keep(self._do("cudaEventCreateWithFlags", flags))
+
+    def timing_event(self) -> int:
+        return self._keep(self._do("cudaEventCreateWithFlags", self._rt.cudaEventBlockingSync))
+
+    def elapsed(self, begin: int, end: int) -> float:
+        return float(self._do("cudaEventElapsedTime", self._handles[begin], self._handles[end])) / 1e3
 
     def record(self, event: int, stream: int) -> None:
         self._do("cudaEventRecord", self._handles[event], self._handles[stream])
@@ -245,13 +308,22 @@ class CudaBindings:
             self._rt.cudaStreamEndCapture(handle)  # the stream must leave capture, whatever it captured
             self._rt.cudaGetLastError()
             raise
-        graph = self._do("cudaStreamEndCapture", handle)
+        try:
+            graph = self._do("cudaStreamEndCapture", handle)
+        except CudaError:
+            self._rt.cudaGetLastError()  # the failure is reported once, not again by the next call
+            raise
         try:
             executable = self._do("cudaGraphInstantiate", graph, 0)
         finally:
             self._do("cudaGraphDestroy", graph)
-        self._do("cudaGraphUpload", executable, handle)
-        return self._keep(executable)
+        kept = self._keep(executable)
+        try:
+            self._do("cudaGraphUpload", executable, handle)
+        except CudaError:
+            self.drop(kept)
+            raise
+        return kept
 
     def launch(self, graph: int, stream: int) -> None:
         self._do("cudaGraphLaunch", self._handles[graph], self._handles[stream])

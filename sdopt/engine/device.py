@@ -1,19 +1,40 @@
 """What all engines on one GPU share: a stream, an arena of scratch memory, and the account of who holds what.
 
-Everything runs on the one stream, in the order in which it is queued. So one arena, as large as the hungriest call
+Everything runs on the one stream, in the order in which it is queued. So one arena, as large as the largest call
 needs, serves all engines and threads in turn, and two threads need a lock only while they queue.
+
+An engine that nobody closes is closed when Python drops it. Python may do that at any moment, also between two CUDA
+calls of the same thread. So `discard` frees at once only where this thread is not queueing, and else leaves it to the
+next thread that begins to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
+import gc
+from collections import deque
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from threading import RLock
+from typing import Protocol, TypeVar
+from weakref import WeakSet
 
 from sdopt.engine.cuda import Cuda, LostContextError, OutOfMemoryError, bytes_text, open_cuda
 
+T = TypeVar("T")
 SCRATCH = "scratch"
 GRANULE = 256  # bytes that every address is a multiple of, as TensorRT asks
+
+
+class Holder(Protocol):
+    """What holds memory of a GPU for one engine. Its methods are called with the device's lock held."""
+
+    def trim(self) -> None:
+        """Give back what is only kept because it may be needed again."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back; again is harmless."""
+        ...
 
 
 class Device:
@@ -21,11 +42,14 @@ class Device:
 
     def __init__(self, cuda: Cuda) -> None:
         self.cuda = cuda
-        self.stream = cuda.stream()
+        with cuda.current():
+            self.stream = cuda.stream()
         self.epoch = 0  # counts the arena's moves: what was prepared for an older one is prepared again
         self.held: dict[str, int] = {}
+        self._holders: WeakSet[Holder] = WeakSet()
+        self._discarded: deque[Holder] = deque()
         self._arena = (0, 0)
-        self._lock = RLock()
+        self._lock, self._depth = RLock(), 0
         self._lost: LostContextError | None = None
 
     @contextmanager
@@ -34,12 +58,17 @@ class Device:
         with self._lock:
             if self._lost is not None:
                 raise LostContextError(str(self._lost))
+            self._depth += 1
             try:
-                self.cuda.use()
-                yield
+                with self.cuda.current():
+                    if self._depth == 1:
+                        self._free_discarded()
+                    yield
             except LostContextError as error:
                 self._lost = error
                 raise
+            finally:
+                self._depth -= 1
 
     def wait(self, event: int) -> None:
         """Let this thread sleep until the GPU has come to `event`; others may queue meanwhile."""
@@ -49,18 +78,48 @@ class Device:
             self._lost = error
             raise
 
+    def capture(self, work: Callable[[], None]) -> int:
+        """A graph of what `work` queues. Python's collector rests meanwhile: what it frees may not be freed there."""
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return self.cuda.capture(work, self.stream)
+        finally:
+            if collects:
+                gc.enable()
+
+    # ---- memory
+
     def allocate(self, owner: str, nbytes: int) -> int:
-        """The address of `nbytes` for `owner`.
+        """The address of `nbytes` for `owner`. Where the GPU is full, what engines only keep in reserve goes first.
 
         Raises: OutOfMemoryError with what every engine holds; nothing is lost by it.
         """
         nbytes = rounded(nbytes)
         try:
-            address = self.cuda.malloc(nbytes)
+            address = self.with_room(lambda: self.cuda.malloc(nbytes))
         except OutOfMemoryError as error:
             raise self.full(owner, nbytes) from error
         self.account(owner, nbytes)
         return address
+
+    def with_room(self, take: Callable[[], T]) -> T:
+        """What `take` returns; where it finds no memory it is tried again, once all that lies idle is given back.
+
+        Raises: OutOfMemoryError, as `take` does.
+        """
+        try:
+            return take()
+        except OutOfMemoryError:
+            self.trim()
+            return take()
+
+    def trim(self) -> None:
+        """Give back what engines keep for shapes that may come again, and the arena; with the lock held."""
+        for holder in list(self._holders):
+            holder.trim()
+        self.cuda.synchronize(self.stream)
+        self._drop_arena()
 
     def free(self, owner: str, address: int, nbytes: int) -> None:
         self.cuda.free(address)
@@ -84,18 +143,48 @@ class Device:
     def _drop_arena(self) -> None:
         address, nbytes = self._arena
         self._arena = (0, 0)
-        self.epoch += 1
         if address:
+            self.epoch += 1
             self.free(SCRATCH, address, nbytes)
 
-    def full(self, owner: str, nbytes: int) -> OutOfMemoryError:
-        """What to say when `owner` cannot have `nbytes`."""
+    # ---- engines
+
+    def register(self, holder: Holder) -> None:
+        """Note who holds memory; `forget` is its end."""
+        self._holders.add(holder)
+
+    def forget(self, holder: Holder) -> None:
+        """The holder has given back what it held. The last one takes the arena along; with the lock held."""
+        self._holders.discard(holder)
+        if not self._holders and self._arena[0]:
+            self.cuda.synchronize(self.stream)
+            self._drop_arena()
+
+    def discard(self, holder: Holder) -> None:
+        """Close the holder of an engine that was dropped without being closed, now or as soon as it may be done."""
+        self._discarded.append(holder)
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            if not self._depth and self._lost is None:
+                with suppress(LostContextError), self.queueing():
+                    pass  # frees what was discarded
+        finally:
+            self._lock.release()
+
+    def _free_discarded(self) -> None:
+        while self._discarded:
+            self._discarded.popleft().close()
+
+    def full(self, owner: str, nbytes: int, reason: str = "") -> OutOfMemoryError:
+        """What to say when `owner` cannot have `nbytes`; `reason`: the library's own words."""
         free, total = self.cuda.memory()
+        told = f" TensorRT says: {reason}" if reason else ""
         held = ", ".join(f"{name} {bytes_text(size)}" for name, size in sorted(self.held.items())) or "nothing"
         return OutOfMemoryError(
             f"{owner}: the GPU's memory is full: {bytes_text(nbytes)} asked, {bytes_text(free)} of "
             f"{bytes_text(total)} free; held here: {held}. Smaller pictures or fewer at once need less, "
-            '`pipe.release("vae_encoder")` and the like free an engine, and then it can be tried again.'
+            f'`pipe.release("vae_encoder")` and the like free an engine, and then it can be tried again.{told}'
         )
 
 

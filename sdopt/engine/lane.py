@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,6 +14,8 @@ from sdopt.engine.device import Device, rounded
 from sdopt.engine.trt_api import Context
 from sdopt.errors import BackendError
 from sdopt.specs import Array, TensorSpec
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Memory:
         address = self.device.allocate(self.owner, nbytes)
         try:
             self.staging = self.device.cuda.pinned(nbytes)
-        except BackendError:
+        except BaseException:
             self.device.free(self.owner, address, nbytes)
             raise
         self.address, self.nbytes = address, nbytes
@@ -68,7 +71,9 @@ class Memory:
 class Lane:
     """A context that is ready for one set of shapes. Its methods are called with the device's lock held.
 
-    The scratch memory may move when another engine needs more: the next launch notices and captures its graph again.
+    The first launch runs the engine plainly, since TensorRT does some of its work late. The second one captures a
+    graph, which it and all further ones launch. So a component that is called once runs once, and captures nothing. The
+    scratch memory may move when another engine needs more: the next launches begin anew.
     """
 
     def __init__(
@@ -92,13 +97,18 @@ class Lane:
             self.places[name] = Place(total, shape, np.dtype(dtype), asked)
             total += rounded(self.places[name].nbytes)
         self.tensors, self.tables, self.streamed = (Memory(device, owner) for _ in range(3))
-        self.tensors.reserve(total)
-        for name, place in self.places.items():
-            context.bind(name, self.tensors.address + place.offset)
         self._epoch, self._graph = -1, 0
+        self._warm, self._capturable = False, True  # run once where it is now; whether its work can become a graph
         self._rows: dict[str, tuple[int, int]] = {}  # input -> (offset of its table, bytes of a row)
         self._slots = 0
         self.uploaded, self.done = device.cuda.event(), device.cuda.event()
+        try:
+            self.tensors.reserve(total)
+            for name, place in self.places.items():
+                context.bind(name, self.tensors.address + place.offset)
+        except BaseException:
+            self.close()
+            raise
 
     def address(self, name: str) -> int:
         return self.tensors.address + self.places[name].offset
@@ -146,26 +156,41 @@ class Lane:
             cuda.copy(self.address(name), self.tables.address + offset + k * nbytes, nbytes, stream)
         if self._epoch != self.device.epoch:
             self._arm()
+        elif self._warm and not self._graph and self._capturable:
+            self._capture()
         if self._graph:
             cuda.launch(self._graph, stream)
         else:
             self._work()
+            self._warm = True
+
+    @property
+    def replays(self) -> bool:
+        """Whether the next launch is that of a graph."""
+        return bool(self._graph)
 
     def _arm(self) -> None:
-        """Take the arena where it is now, run once outside of any graph, and capture the graph."""
-        cuda, stream = self.device.cuda, self.device.stream
+        """Take the arena where it is now."""
         self._drop_graph()
         self.context.scratch(*self.device.arena(self._scratch))
-        self._epoch = self.device.epoch
-        self.context.enqueue(stream)  # what TensorRT does late it does now; outputs only, so nothing is carried
-        if not self.context.capturable(stream):
-            return
+        self._epoch, self._warm = self.device.epoch, False
+
+    def _capture(self) -> None:
+        """Make a graph of a launch, or say why there is none."""
+        if not self.context.capturable(self.device.stream):
+            return self._stay_without_graph("TensorRT says that this stream cannot be captured")
         try:
-            self._graph = cuda.capture(self._work, stream)
+            self._graph = self.device.capture(self._work)
         except LostContextError:
             raise
-        except BackendError:  # e.g. streamed weights cannot be captured: launched plainly, with the same result
-            self._graph = 0
+        except BackendError as error:
+            self._stay_without_graph(str(error))
+
+    def _stay_without_graph(self, reason: str) -> None:
+        self._capturable = False
+        log.warning(
+            "%s: no CUDA graph, so every call is launched kernel by kernel, which is slower: %s", self.owner, reason
+        )
 
     def _work(self) -> None:
         self.context.enqueue(self.device.stream)
@@ -194,8 +219,10 @@ class Lane:
         self._graph = 0
 
     def close(self) -> None:
+        """Free everything, also TensorRT's context: whoever still knows the lane must not keep its memory."""
         self.device.cuda.synchronize(self.device.stream)
         self._drop_graph()
+        del self.context
         for memory in (self.tensors, self.tables, self.streamed):
             memory.free()
         self.device.cuda.drop_event(self.uploaded)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -14,7 +14,8 @@ import onnxruntime
 from sdopt.bundle import Bundle, Component
 from sdopt.engine import How, cache
 from sdopt.engine.cores import usable_cores
-from sdopt.engine.plans import GRAPH, built_components, find, user_folder
+from sdopt.engine.cuda import sees_gpu
+from sdopt.engine.plans import GRAPH, built_components, usable, user_folder
 from sdopt.errors import BackendError, BundleError, UsageError
 from sdopt.specs import Array, TensorSpec, check_begin, check_inputs
 
@@ -28,40 +29,84 @@ ONNX_TYPES = {
 }
 
 # device -> its provider and options; best first. Convolutions are tuned by rule rather than by trying each shape out.
+# Float32 is float32 on a GPU too: without TF32, so that pictures are those of a processor. Half graphs are not touched.
 Providers = list[tuple[str, dict[str, str]]]
 PROVIDERS = {
-    "cuda": ("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC", "cudnn_conv_use_max_workspace": "1"}),
+    "cuda": (
+        "CUDAExecutionProvider",
+        {"cudnn_conv_algo_search": "HEURISTIC", "cudnn_conv_use_max_workspace": "1", "use_tf32": "0"},
+    ),
     "cpu": ("CPUExecutionProvider", dict[str, str]()),
     "tensorrt": ("TensorrtExecutionProvider", {"trt_engine_cache_enable": "1"}),  # only if named
 }
 
 
-def open_component(bundle: Bundle, name: str, how: How) -> OrtEngine:
-    """The engine of component `name`, in float32; its graph must take and give what the manifest says.
+@dataclass(frozen=True)
+class Device:
+    """Where ONNX Runtime computes: "cpu", "cuda" or "tensorrt", and which GPU."""
 
-    A graph that `sdopt build --backend ort` derived goes before the bundle's own.
+    kind: str
+    index: int = 0
+
+    @property
+    def memory(self) -> str:
+        """What ONNX Runtime calls the device's memory."""
+        return "cpu" if self.kind == "cpu" else "cuda"
+
+    @property
+    def provider(self) -> str:
+        """Whose engines of `sdopt build` it takes: "CPU" or "CUDA"."""
+        return self.memory.upper()
+
+
+def find_device(device: str | None) -> Device:
+    """The device that "cpu", "cuda", "cuda:1" or "tensorrt" names; None is a GPU if there is one for this onnxruntime.
+
+    Raises: UsageError for another word; BackendError if this onnxruntime cannot compute there.
     """
-    if name not in built_components(bundle, how.backend):
-        return _own_graph(bundle, name, how)
-    found = find(bundle, name, how.backend, lambda record: {}, how.trust)
-    for file in found.record.files:
-        found.checked(file)
-    component = Component(name, found.folder / GRAPH, found.record.inputs, found.record.outputs)
-    return OrtEngine(component, how.threads, how.device, carry=found.record.carry)
+    available: list[str] = ort.get_available_providers()
+    if device is None:
+        return Device("cuda" if PROVIDERS["cuda"][0] in available and sees_gpu() else "cpu")
+    kind, sign, number = device.partition(":")
+    if kind not in PROVIDERS or (sign and (kind == "cpu" or not number.isdecimal())):
+        known = ", ".join(f"ort:{name}" for name in PROVIDERS)
+        raise UsageError(f"backend 'ort:{device}' is not known; there are {known}, and ort:cuda:1 for the second GPU")
+    if PROVIDERS[kind][0] not in available:
+        raise BackendError(
+            f"backend 'ort:{device}': this onnxruntime has {', '.join(available)}. "
+            'For NVIDIA GPUs: pip uninstall onnxruntime && pip install "sdopt[cuda]"'
+        )
+    return Device(kind, int(number or 0))
 
 
-def _own_graph(bundle: Bundle, name: str, how: How) -> OrtEngine:
+def open_component(bundle: Bundle, name: str, how: How) -> OrtEngine:
+    """The engine of component `name`; its graph must take and give what the manifest says.
+
+    A graph that `sdopt build --backend ort` derived for this kind of device goes before the bundle's own.
+    """
+    device = find_device(how.device)
+    if name not in built_components(bundle, how.backend, device.provider):
+        return _own_graph(bundle, name, how, device)
+    here = {"provider": device.provider}
+    newest = usable(bundle, name, how.backend, lambda record: here, how.trust, device.provider)[0]
+    for file in newest.record.files:
+        newest.checked(file)
+    component = Component(name, newest.folder / GRAPH, newest.record.inputs, newest.record.outputs)
+    return OrtEngine(component, how.threads, device, carry=newest.record.carry)
+
+
+def _own_graph(bundle: Bundle, name: str, how: How, device: Device) -> OrtEngine:
     """The engine of the bundle's own graph; on a CPU as ONNX Runtime optimised it for an earlier process.
 
     Kept are the fused nodes and the weights as float32, in the order that the kernels like. They are mapped from the
     file: nothing is converted again, and processes share them.
     """
-    if _providers(how.device) != [PROVIDERS["cpu"]]:
-        return OrtEngine(bundle.component(name), how.threads, how.device)
+    if device.kind != "cpu":
+        return OrtEngine(bundle.component(name), how.threads, device)
     component = bundle.component(name, "ort")
 
     def opened(component: Component, optimise: bool = True, keep: Path | None = None) -> OrtEngine:
-        return OrtEngine(component, how.threads, how.device, optimise=optimise, keep=keep)
+        return OrtEngine(component, how.threads, device, optimise=optimise, keep=keep)
 
     if not how.cache:
         return opened(component)
@@ -90,7 +135,7 @@ class OrtEngine:
         self,
         component: Component,
         threads: int | None = None,
-        device: str | None = None,
+        device: Device | str | None = None,
         *,
         optimise: bool = True,
         keep: Path | None = None,
@@ -99,7 +144,8 @@ class OrtEngine:
     ) -> None:
         self.name, self.inputs, self.outputs = component.name, component.inputs, component.outputs
         self.carry: Mapping[str, str] = carry or {}
-        self._session: Any = _session(component.graph, threads, _providers(device), optimise, keep, lean)
+        self._device = device if isinstance(device, Device) else find_device(device)
+        self._session: Any = _session(component.graph, threads, self._device, optimise, keep, lean)
         for kind, specs, nodes in (
             ("input", self.inputs, self._session.get_inputs()),
             ("output", self.outputs, self._session.get_outputs()),
@@ -119,7 +165,7 @@ class OrtEngine:
         """
         dims = check_begin(self.name, self.inputs, arrays, tables)
         values = {s.name: np.zeros(s.sized(dims), s.dtype) for s in self.inputs if s.name not in arrays}
-        return OrtRun(self._open(), self.carry, {**values, **arrays}, tables)
+        return OrtRun(self._open(), self._device, self.carry, {**values, **arrays}, tables)
 
     def _open(self) -> Any:
         if self._session is None:
@@ -143,10 +189,14 @@ class OrtRun:
     """Calls of a session in turn, its tensors bound where the session computes; see `sdopt.engine.Run`."""
 
     def __init__(
-        self, session: Any, carry: Mapping[str, str], arrays: Mapping[str, Array], tables: Mapping[str, Array]
+        self,
+        session: Any,
+        device: Device,
+        carry: Mapping[str, str],
+        arrays: Mapping[str, Array],
+        tables: Mapping[str, Array],
     ) -> None:
-        self._session, self._carry, self._tables = session, carry, tables
-        self._device = "cuda" if "CPU" not in session.get_providers()[0] else "cpu"
+        self._session, self._device, self._carry, self._tables = session, device, carry, tables
         self._values = {name: self._placed(array) for name, array in arrays.items()}
         self._outputs: dict[str, Any] = {}
 
@@ -158,7 +208,7 @@ class OrtRun:
             binding.bind_ortvalue_input(name, value)
         names = [node.name for node in self._session.get_outputs()]
         for name in names:
-            binding.bind_output(name, self._device)
+            binding.bind_output(name, self._device.memory, self._device.index)
         self._session.run_with_iobinding(binding)
         self._outputs = dict(zip(names, binding.get_outputs(), strict=True))
         self._values |= {name: self._outputs[output] for output, name in self._carry.items()}
@@ -170,35 +220,46 @@ class OrtRun:
         self._values[name] = self._placed(array)
 
     def _placed(self, array: Array) -> Any:
-        return ort.OrtValue.ortvalue_from_numpy(np.array(array), self._device, 0)
+        return ort.OrtValue.ortvalue_from_numpy(np.array(array), self._device.memory, self._device.index)
 
     def close(self) -> None:
         self._values, self._outputs = {}, {}
 
 
-def _providers(device: str | None) -> Providers:
-    """The execution providers to try in turn: the one that `device` names, or CUDA and CPU where they are there."""
-    available: list[str] = ort.get_available_providers()
-    if device is None:
-        return [PROVIDERS[name] for name in ("cuda", "cpu") if PROVIDERS[name][0] in available]
-    if device not in PROVIDERS:
-        raise UsageError(f"backend 'ort:{device}' is not known; there are ort:{', ort:'.join(PROVIDERS)}")
-    if PROVIDERS[device][0] not in available:
-        raise BackendError(
-            f"backend 'ort:{device}': this onnxruntime has {', '.join(available)}. "
-            'For NVIDIA GPUs: pip uninstall onnxruntime && pip install "sdopt[cuda]"'
-        )
-    if device != "tensorrt":
-        return [PROVIDERS[device]]
-    name, options = PROVIDERS[device]
+def providers(device: Device) -> Providers:
+    """The execution providers of a session on `device`; ONNX Runtime adds the CPU's for what they do not know."""
+    name, options = PROVIDERS[device.kind]
+    if device.kind == "cpu":
+        return [(name, options)]
+    options = {**options, "device_id": str(device.index)}
+    if device.kind == "cuda":
+        return [(name, options)]
     plans = user_folder("XDG_CACHE_HOME", ".cache") / "ort-tensorrt"  # not the folder where a process happens to run
-    return [(name, {**options, "trt_engine_cache_path": str(plans)}), PROVIDERS["cuda"]]
+    return [(name, {**options, "trt_engine_cache_path": str(plans)}), *providers(Device("cuda", device.index))]
+
+
+def _preload() -> None:
+    """Load CUDA's and cuDNN's libraries from the packages of pip, where the system has none; else ONNX Runtime falls
+    back to the CPU with a warning."""
+    if hasattr(ort, "preload_dlls"):  # 1.21 and newer
+        ort.preload_dlls()
+
+
+def _refuse_fallback(session: Any, device: Device) -> None:
+    """Raises: BackendError if a session does not compute where it was asked to."""
+    wanted, found = PROVIDERS[device.kind][0], session.get_providers()
+    if wanted not in found:
+        raise BackendError(
+            f"backend 'ort:{device.kind}': ONNX Runtime {ort.__version__} could not start its {wanted} and would "
+            f"compute on {', '.join(found)} instead. Its libraries of CUDA and cuDNN are missing or too old, or the "
+            'driver is: pip install "onnxruntime-gpu[cuda,cudnn]", see the warning above; or use --backend ort:cpu'
+        )
 
 
 def _session(
     graph: Path,
     threads: int | None,
-    providers: Providers,
+    device: Device,
     optimise: bool = True,
     keep: Path | None = None,
     lean: bool = False,
@@ -224,13 +285,17 @@ def _session(
     if lean:
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False
+    if device.kind != "cpu":
+        _preload()
     try:
-        return ort.InferenceSession(graph, options, providers=providers)
+        session = ort.InferenceSession(graph, options, providers=providers(device))
     except Exception as error:  # the library raises its own classes for every kind of fault
         text = f"{graph}: ONNX Runtime {ort.__version__} cannot load it: {error}"
         if "opset" in str(error) or "NOT_IMPLEMENTED" in str(error):
             raise BackendError(f"{text}\nUpgrade onnxruntime, or export the bundle with --opset 18.") from error
         raise BundleError(text) from error
+    _refuse_fallback(session, device)
+    return session
 
 
 def _check_signature(component: Component, kind: str, specs: tuple[TensorSpec, ...], nodes: list[Any]) -> None:

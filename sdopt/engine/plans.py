@@ -24,9 +24,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from sdopt.bundle import Bundle, sha256
+from sdopt.bundle import Bundle
 from sdopt.errors import BackendError, BundleError
 from sdopt.specs import Profile, TensorSpec
+from sdopt.stamps import known_sha256, sha256, user_folder
 
 RECORD = "record.json"
 PLAN = "engine.plan"  # TensorRT's
@@ -93,13 +94,14 @@ class Stored:
     folder: Path
     record: Record
     ours: bool
+    paranoid: bool = False  # hash its files anew, whatever a stamp says
 
     def checked(self, name: str) -> Path:
         """The path of one file of the engine, after its size and hash were found to be those of the record."""
         path, entry = self.folder / name, self.record.files[name]
         if path.is_symlink() or not path.is_file() or path.stat().st_size != entry["bytes"]:
             raise BackendError(f"{path} is missing, truncated or a link; build it again: {self.record.again}")
-        if sha256(path) != entry["sha256"]:
+        if known_sha256(path, self.paranoid) != entry["sha256"]:
             raise BackendError(f"{path} is damaged: its SHA-256 is another one; build it again: {self.record.again}")
         return path
 
@@ -120,17 +122,26 @@ def stored(bundle: Bundle, backend: str) -> list[Stored]:
     for path in engines_folder(bundle).glob(f"*/{RECORD}"):
         entry = _read(path)
         if entry is not None and entry[0].backend == backend:
-            found.append(Stored(path.parent, *entry))
+            found.append(Stored(path.parent, *entry, bundle.paranoid))
     return sorted(found, key=lambda s: (s.folder / RECORD).stat().st_mtime_ns, reverse=True)
 
 
-def find(bundle: Bundle, component: str, backend: str, environment: Environment, trust: bool = False) -> Stored:
-    """The newest engine of `component` that was made from what is here and now.
+def usable(
+    bundle: Bundle,
+    component: str,
+    backend: str,
+    environment: Environment,
+    trust: bool = False,
+    provider: str = "",
+) -> list[Stored]:
+    """The engines of `component` that were made from what is here and now, the newest first; at least one.
+
+    `provider`: only those that were made for this part of a backend (see `built_components`).
 
     Raises: BackendError saying that there is none, or whose it is, or what changed, and the command that builds it.
     """
-    build = f"sdopt build {bundle.path} --backend {backend}"
-    candidates = [s for s in stored(bundle, backend) if s.record.component == component]
+    build = f"sdopt build {bundle.path} --backend {backend} --component {component}"
+    candidates = [s for s in _for_provider(stored(bundle, backend), provider) if s.record.component == component]
     if not candidates:
         raise BackendError(f"{bundle.path} has no {backend} engine of {component}. Build it: {build}")
     allowed = [s for s in candidates if trust or s.ours]
@@ -144,7 +155,7 @@ def find(bundle: Bundle, component: str, backend: str, environment: Environment,
     if not fresh:
         newest, change = changes[0]
         raise BackendError(f"the {backend} engine of {component} is stale: {change}. Build it: {newest.record.again}")
-    return fresh[0]
+    return fresh
 
 
 def changed(record: Record, bundle: Bundle, environment: Mapping[str, str]) -> str:
@@ -158,9 +169,16 @@ def changed(record: Record, bundle: Bundle, environment: Mapping[str, str]) -> s
     return "; ".join(told)
 
 
-def built_components(bundle: Bundle, backend: str) -> tuple[str, ...]:
-    """The components that there are engines for, usable or not."""
-    return tuple(dict.fromkeys(s.record.component for s in stored(bundle, backend)))
+def built_components(bundle: Bundle, backend: str, provider: str = "") -> tuple[str, ...]:
+    """The components that there are engines for, usable or not.
+
+    `provider`: "CUDA" or "CPU" for a backend whose engines are made for one of them; another's are not there for it.
+    """
+    return tuple(dict.fromkeys(s.record.component for s in _for_provider(stored(bundle, backend), provider)))
+
+
+def _for_provider(found: list[Stored], provider: str) -> list[Stored]:
+    return [s for s in found if not provider or s.record.environment.get("provider") == provider]
 
 
 def write_record(folder: Path, record: Record, names: Sequence[str]) -> Record:
@@ -204,9 +222,3 @@ def _key() -> bytes:
     if len(key) != 32:
         raise BackendError(f"{path} is not a signing key; remove it and build the engines again")
     return key
-
-
-def user_folder(variable: str, below_home: str) -> Path:
-    """This user's folder of state or cache, as the XDG base directories name it."""
-    base = os.environ.get(variable) or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
-    return (Path(base) if base else Path.home() / below_home) / "sdopt"

@@ -4,15 +4,18 @@
     GPU                                  v                    |
               inputs | rows --> [ one CUDA graph: the engine, then carried outputs back to their inputs ] --> outputs
 
-An engine keeps a lane (`sdopt.engine.lane`) for every set of shapes that it was called with, so that a shape that was
-seen before costs nothing. Scratch memory is the device's arena, which all engines share. Between `launch`es the host
-waits for nothing.
+A component may have been built more than once, for other sizes: the plan is loaded whose profile fits a call best
+(`sdopt.engine.loaded`). A plan keeps a lane (`sdopt.engine.lane`) for every set of shapes that it was called with, so
+that a shape that was seen before costs nothing. Scratch memory is the device's arena, which all engines share. Between
+`launch`es the host waits for nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -20,17 +23,14 @@ import numpy as np
 
 from sdopt.bundle import Bundle
 from sdopt.engine import How
-from sdopt.engine.cuda import LostContextError
+from sdopt.engine.cuda import LostContextError, OutOfMemoryError
 from sdopt.engine.device import Device, shared_device
 from sdopt.engine.lane import Lane
-from sdopt.engine.plans import PLAN, Record, find
-from sdopt.engine.trt_api import LoadedPlan, TensorRT, environment
+from sdopt.engine.loaded import Loaded
+from sdopt.engine.plans import PLAN, Stored, usable
+from sdopt.engine.trt_api import TensorRT, environment
 from sdopt.errors import BackendError, UsageError
-from sdopt.specs import Array, check_begin, check_inputs
-
-MAX_IDLE = 4  # lanes that an engine keeps for shapes that may come again
-
-Dims = tuple[tuple[str, int], ...]
+from sdopt.specs import Array, Profile, check_begin, check_inputs
 
 
 def open_component(bundle: Bundle, name: str, how: How) -> TrtEngine:
@@ -38,17 +38,23 @@ def open_component(bundle: Bundle, name: str, how: How) -> TrtEngine:
 
     Raises: BackendError for what is missing here: library, driver, GPU or engine.
     """
-    backend, device = how.backend, how.device
+    gpu = shared_device(device_index(how.backend, how.device))  # before TensorRT: its runtime ends a driverless process
+    lib = TensorRT(how.backend)
+    plans = usable(bundle, name, how.backend, lambda record: environment(lib, gpu.cuda.gpu, record.options), how.trust)
+    factor: int = bundle.manifest["latents"]["factor"]
+    return TrtEngine(lib, gpu, plans, {"latent_height": factor, "latent_width": factor}, how.cache)
+
+
+def device_index(backend: str, device: str | None) -> int:
+    """The GPU that "tensorrt:1" names, 0 for "tensorrt".
+
+    Raises: UsageError for another word than a number.
+    """
     if device is not None and not device.isdecimal():
         raise UsageError(
             f"backend '{backend}:{device}' is not known; there are {backend}, {backend}:0, {backend}:1, ..."
         )
-    gpu = shared_device(int(device or 0))  # before TensorRT: its runtime would end a process without a driver
-    lib = TensorRT(backend)
-    stored = find(bundle, name, backend, lambda record: environment(lib, gpu.cuda.gpu, record.options), how.trust)
-    plan: Any = np.memmap(stored.checked(PLAN), np.uint8, "r")
-    factor: int = bundle.manifest["latents"]["factor"]
-    return TrtEngine(lib, gpu, plan, stored.record, {"latent_height": factor, "latent_width": factor})
+    return int(device or 0)
 
 
 def describe(backend: str) -> dict[str, Any]:
@@ -62,37 +68,41 @@ def describe(backend: str) -> dict[str, Any]:
 
 
 class TrtEngine:
-    """One TensorRT engine behind the Engine contract, with runs that carry their tensors on the GPU."""
+    """One component behind the Engine contract, with runs that carry their tensors on the GPU.
+
+    `plans`: what was built of it, the newest first; at least one. They are loaded when a call needs them, the newest at
+    once, so that what is wrong with it is told here.
+    """
 
     def __init__(
-        self, lib: TensorRT, device: Device, plan: Any, record: Record, units: Mapping[str, int] | None = None
+        self,
+        lib: TensorRT,
+        device: Device,
+        plans: Sequence[Stored],
+        units: Mapping[str, int] | None = None,
+        cache: bool = True,
     ) -> None:
-        self.name, self.inputs, self.outputs = record.component, record.inputs, record.outputs
-        self.carry = record.carry
-        self.device, self._lib, self._command, self._units = device, lib, record.command, dict(units or {})
-        self._idle: dict[Dims, list[Lane]] = {}
-        self._plan: LoadedPlan | None = None
+        newest = plans[0].record
+        self.name, self.inputs, self.outputs, self.carry = (
+            newest.component, newest.inputs, newest.outputs, newest.carry,
+        )  # fmt: skip
+        signature = (newest.inputs, newest.outputs, newest.carry)
+        self._plans = [p for p in plans if (p.record.inputs, p.record.outputs, p.record.carry) == signature]
+        self.device, self._lib, self._units, self._cache = device, lib, dict(units or {}), cache
+        self._loaded: dict[str, Loaded] = {}  # by the record's key, the one that was used last at the end
+        self._closed = False
+        self._finalizer = weakref.finalize(self, _discard, device, self._loaded)
         with device.queueing():
-            free, _ = device.cuda.memory()
-            if free < len(plan):
-                raise device.full(self.name, len(plan))
-            self._runtime = lib.runtime(device.cuda)
-            loaded = lib.load(self._runtime, plan, self.name)
-            if record.options.get("weight_streaming"):
-                lib.stream_weights(loaded)
-            self._bytes = max(0, free - device.cuda.memory()[0])
-            device.account(self.name, self._bytes)
-        for inputs, specs in ((True, self.inputs), (False, self.outputs)):
-            found = set(loaded.names(inputs))
-            if found != {s.name for s in specs}:
-                raise BackendError(
-                    f"{self.name}: the engine has {sorted(found)}, its record says otherwise; build again"
-                )
-        self._plan, self.profiles = loaded, loaded.profiles(self.inputs)
+            self._load(self._plans[0])
+
+    @property
+    def profiles(self) -> tuple[Profile, ...]:
+        """The ranges of all plans together, those of the newest plan first."""
+        return tuple(profile for plan in self._plans for profile in plan.record.profiles)
 
     def __call__(self, **arrays: Array) -> dict[str, Array]:
         dims = check_inputs(self.name, self.inputs, arrays)
-        lane = self._take(dims)
+        loaded, lane = self._take(dims)
         try:
             lane.settle()
             with self.device.queueing():
@@ -103,7 +113,7 @@ class TrtEngine:
             self.device.wait(lane.done)
             return {s.name: lane.fetched(s.name) for s in self.outputs}
         finally:
-            self._give_back(dims, lane)
+            self.give_back(loaded, dims, lane)
 
     def begin(self, arrays: Mapping[str, Array], tables: Mapping[str, Array]) -> TrtRun:
         """A run whose inputs are `arrays`, rows of `tables`, and zeros.
@@ -111,7 +121,7 @@ class TrtEngine:
         Raises: UsageError for an unknown name, a wrong dtype or a wrong shape; before anything runs.
         """
         dims = check_begin(self.name, self.inputs, arrays, tables)
-        lane = self._take(dims)
+        loaded, lane = self._take(dims)
         try:
             lane.settle()
             with self.device.queueing():
@@ -119,21 +129,18 @@ class TrtEngine:
                 for name, array in arrays.items():
                     lane.put(name, array)
                 lane.put_tables(tables, max(map(len, tables.values()), default=1))
-            return TrtRun(self, dims, lane)
+            return TrtRun(self, loaded, dims, lane)
         except BaseException:
-            self._give_back(dims, lane)
+            self.give_back(loaded, dims, lane)
             raise
 
     def close(self) -> None:
-        """Free the engine, its lanes and their memory."""
-        if self._plan is None:
-            return
+        """Free the engine, its lanes and their memory. A run that is not over yet keeps its own until it is."""
+        self._closed = True
         with suppress(LostContextError), self.device.queueing():  # with its context the memory is gone already
-            for lane in (lane for lanes in self._idle.values() for lane in lanes):
-                lane.close()
-        self._idle.clear()
-        self._plan = self._runtime = None
-        self.device.account(self.name, -self._bytes)
+            for loaded in self._loaded.values():
+                loaded.close_when_idle()
+        self._loaded.clear()
 
     def __enter__(self) -> TrtEngine:
         return self
@@ -143,88 +150,111 @@ class TrtEngine:
     ) -> None:
         self.close()
 
-    def _take(self, dims: Mapping[str, int]) -> Lane:
-        """An idle lane for these lengths, or a new one."""
-        if self._plan is None:
+    def _take(self, dims: Mapping[str, int]) -> tuple[Loaded, Lane]:
+        """The plan that fits these lengths, and a lane of it."""
+        if self._closed:
             raise UsageError(f"{self.name}: this engine is closed; open it again with open_engine")
+        plan, profile = self._fitting(dims)
         with self.device.queueing():
-            idle = self._idle.get(_key(dims))
-            return idle.pop() if idle else self._new_lane(self._plan, dims)
+            loaded = self._load(plan)
+            return loaded, loaded.take(profile, dims)
 
-    def _new_lane(self, plan: LoadedPlan, dims: Mapping[str, int]) -> Lane:
-        profile = self._profile(dims)
-        inputs = {s.name: (s, s.sized(dims), plan.dtype(s.name)) for s in self.inputs}
-        outputs = {s.name: (s, plan.dtype(s.name)) for s in self.outputs}
-        return Lane(self.device, self.name, plan.context(), profile, inputs, outputs, self.carry)
-
-    def _profile(self, dims: Mapping[str, int]) -> int:
-        """The index of the profile that takes these lengths, of several the one whose best are nearest.
+    def _fitting(self, dims: Mapping[str, int]) -> tuple[Stored, int]:
+        """The plan and the index of its profile for these lengths: in the newest plan's precision where that is
+        possible, then with the nearest best lengths, then the newest.
 
         Raises: UsageError naming the nearest profile and the command that builds one.
         """
-        nearest = min(range(len(self.profiles)), key=lambda i: self.profiles[i].distance(dims))
-        profile = self.profiles[nearest]
+        precision = self._plans[0].record.options.get("precision")
+
+        def rank(choice: tuple[Stored, int]) -> tuple[bool, bool, float]:
+            record, profile = choice[0].record, choice[0].record.profiles[choice[1]]
+            return bool(profile.outside(dims)), record.options.get("precision") != precision, profile.distance(dims)
+
+        choices = [(plan, i) for plan in self._plans for i in range(len(plan.record.profiles))]
+        plan, index = min(choices, key=rank)
+        profile = plan.record.profiles[index]
         outside = profile.outside(dims)
         if outside:
             given = ", ".join(f"{name} = {length}" for name, length in outside.items())
             wanted = {n: d for n, d in dims.items() if n in profile.ranges}
             raise UsageError(
-                f"{self.name}: got {given}; the nearest profile of this engine is {profile}. "
-                f"Build one that takes it: {self._rebuild(profile.widened(wanted).ranges)}, or use --backend ort"
+                f"{self.name}: got {given}; the nearest profile of this engine is {profile}. Build one that takes it: "
+                f"{self._rebuild(plan, profile.widened(wanted).ranges)}, or use --backend ort"
             )
-        return nearest
+        return plan, index
 
-    def _rebuild(self, ranges: Mapping[str, tuple[int, int, int]]) -> str:
-        """The command that built this engine, with a profile of these ranges in the user's units: pixels."""
+    def _rebuild(self, plan: Stored, ranges: Mapping[str, tuple[int, int, int]]) -> str:
+        """The command that built a plan, with a profile of these ranges in the user's units: pixels."""
         words: list[str] = []
         for name, lengths in ranges.items():
             unit = self._units.get(name, 1)
             words.append(f"{name.removeprefix('latent_')}={':'.join(str(n * unit) for n in lengths)}")
-        return f'{self._command} --profile "{" ".join(words)}"'
+        return f'{plan.record.command} --profile "{" ".join(words)}"'
 
-    def _give_back(self, dims: Mapping[str, int], lane: Lane) -> None:
-        """Keep the lane for the next call with these lengths; of too many the one that idled longest goes."""
-        with self.device.queueing():
-            if self._plan is None:
-                lane.close()
-                return
-            lanes = self._idle.pop(_key(dims), [])
-            self._idle[_key(dims)] = [*lanes, lane]  # the latest shape stands last
-            if sum(map(len, self._idle.values())) > MAX_IDLE:
-                oldest = next(iter(self._idle))
-                self._idle[oldest].pop(0).close()
-                self._idle = {key: lanes for key, lanes in self._idle.items() if lanes}
+    def _load(self, plan: Stored) -> Loaded:
+        """A plan that is loaded; where the GPU is full, other plans of this engine that are idle go first."""
+        key = plan.record.key
+        loaded = self._loaded.pop(key, None)
+        if loaded is None:
+            try:
+                loaded = self._open(plan)
+            except OutOfMemoryError:
+                idle = [k for k, other in self._loaded.items() if not other.busy]
+                if not idle:
+                    raise
+                for other in idle:
+                    self._loaded.pop(other).close()
+                loaded = self._open(plan)
+        self._loaded[key] = loaded
+        return loaded
+
+    def _open(self, plan: Stored) -> Loaded:
+        data: Any = np.memmap(plan.checked(PLAN), np.uint8, "r")
+        return Loaded(self._lib, self.device, data, plan.record, self._cache)
+
+    def give_back(self, loaded: Loaded, dims: Mapping[str, int], lane: Lane) -> None:
+        """A call or a run that took this lane is over."""
+        with suppress(LostContextError), self.device.queueing():
+            loaded.give_back(dims, lane)
 
 
-def _key(dims: Mapping[str, int]) -> Dims:
-    return tuple(sorted(dims.items()))
+def _discard(device: Device, loaded: dict[str, Loaded]) -> None:
+    """What happens to the plans of an engine that nobody closed."""
+    for plan in loaded.values():
+        device.discard(plan)
 
 
 class TrtRun:
     """Calls of a TensorRT engine in turn; see `sdopt.engine.Run`."""
 
-    def __init__(self, engine: TrtEngine, dims: Mapping[str, int], lane: Lane) -> None:
-        self._engine, self._dims, self._lane, self._device = engine, dims, lane, engine.device
-        self._closed = False
+    def __init__(self, engine: TrtEngine, loaded: Loaded, dims: Mapping[str, int], lane: Lane) -> None:
+        self._name, self._device, self._lane = engine.name, engine.device, lane
+        self._give_back: Callable[[], None] | None = partial(engine.give_back, loaded, dims, lane)
 
     def launch(self, k: int, **arrays: Array) -> None:
-        with self._device.queueing():
+        with self._queueing():
             for name, array in arrays.items():
                 self._lane.stream_in(k, name, array)
             self._lane.launch(k)
 
     def fetch(self, name: str) -> Array:
-        with self._device.queueing():
+        with self._queueing():
             self._lane.start_fetch((name,))
         self._device.wait(self._lane.done)
         return self._lane.fetched(name)
 
     def put(self, name: str, array: Array) -> None:
         self._lane.settle()
-        with self._device.queueing():
+        with self._queueing():
             self._lane.put(name, array)
 
+    def _queueing(self) -> AbstractContextManager[None]:
+        if self._give_back is None:
+            raise UsageError(f"{self._name}: this run is over; begin another")
+        return self._device.queueing()
+
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._engine._give_back(self._dims, self._lane)  # pyright: ignore[reportPrivateUsage]
+        give_back, self._give_back = self._give_back, None
+        if give_back is not None:
+            give_back()

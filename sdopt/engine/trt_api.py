@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import importlib
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sdopt.engine.cuda import Cuda, Gpu
+from sdopt.engine.cuda import Gpu, OutOfMemoryError
 from sdopt.errors import BackendError
-from sdopt.specs import Profile, TensorSpec
 
 LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # backend -> the module of its bindings
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64", "BOOL": "bool"}
@@ -34,9 +33,8 @@ class TensorRT:
         self.log = make_log(self.trt)
         self.version = str(self.trt.__version__)
 
-    def runtime(self, cuda: Cuda) -> Any:
-        """A runtime on the GPU of `cuda`: without a driver its constructor would end the process."""
-        cuda.use()
+    def runtime(self) -> Any:
+        """A runtime on the calling thread's GPU: without a driver its constructor would end the process."""
         runtime = self.trt.Runtime(self.log)
         runtime.engine_host_code_allowed = True  # version-compatible plans carry a runtime; plans are signed
         return runtime
@@ -44,21 +42,25 @@ class TensorRT:
     def load(self, runtime: Any, plan: Any, what: str) -> LoadedPlan:
         """The engine in the bytes of `plan`.
 
-        Raises: BackendError with what TensorRT logged.
+        Raises: OutOfMemoryError where the GPU is full; BackendError with what TensorRT logged.
         """
         self.log.lines.clear()
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise BackendError(f"{what}: {self.backend} {self.version} cannot load the engine: {self.log.errors()}")
-        return LoadedPlan(self.trt, engine)
+            kind = OutOfMemoryError if "OutOfMemory" in self.log.errors() else BackendError
+            raise kind(f"{what}: {self.backend} {self.version} cannot load the engine: {self.log.errors()}")
+        return LoadedPlan(self.trt, engine, self.log, what)
 
     def stream_weights(self, loaded: LoadedPlan) -> None:
-        """Keep as many weights on the GPU as there is room for, and stream the others; before any context is made."""
+        """Keep as many weights on the GPU as there is room for, and stream the others; before any context is made.
+
+        Ref: NVIDIA, ICudaEngine::setWeightStreamingBudget of 10.0: -1 is automatic, 0 disables streaming.
+        """
         engine = loaded.engine
         if hasattr(engine, "get_weight_streaming_automatic_budget"):
             engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
         else:
-            engine.weight_streaming_budget = 0  # the library's own choice
+            engine.weight_streaming_budget = -1
 
 
 def make_log(trt: Any) -> Any:
@@ -82,10 +84,12 @@ def make_log(trt: Any) -> Any:
 
 @dataclass(frozen=True)
 class LoadedPlan:
-    """A deserialized engine: its tensors, its profiles and contexts to run it in."""
+    """A deserialized engine: its tensors, its profiles and contexts to run it in. `what`: its name, for messages."""
 
     trt: Any
     engine: Any
+    log: Any
+    what: str
 
     def names(self, inputs: bool) -> Iterator[str]:
         """The tensors that go in, or that come out."""
@@ -98,31 +102,46 @@ class LoadedPlan:
         """NumPy's name of a tensor's type."""
         return DTYPES[self.engine.get_tensor_dtype(name).name]
 
-    def profiles(self, specs: Sequence[TensorSpec]) -> tuple[Profile, ...]:
-        """The ranges of the named dimensions of `specs` in each profile of the engine."""
-        found: list[Profile] = []
-        for i in range(self.engine.num_optimization_profiles):
-            ranges: dict[str, tuple[int, int, int]] = {}
-            for spec in specs:
-                low, best, high = (tuple(s) for s in self.engine.get_tensor_profile_shape(spec.name, i))
-                for axis, name in enumerate(spec.shape):
-                    if isinstance(name, str):
-                        ranges[name] = (low[axis], best[axis], high[axis])
-            found.append(Profile(ranges))
-        return tuple(found)
+    @property
+    def profiles(self) -> int:
+        """How many profiles the engine has."""
+        return int(self.engine.num_optimization_profiles)
 
-    def context(self) -> Context:
-        """A context without memory of its own.
+    def runtime_config(self) -> Any:
+        """How contexts are made, where the library can be told; else None.
 
-        Raises: BackendError if there is none, which means that memory is short.
+        TensorRT-RTX compiles kernels for the shapes of a context: EAGER has them all before the first run, so that a
+        graph never captures the fallback kernels that run while others are compiled.
         """
-        if hasattr(self.trt, "ExecutionContextAllocationStrategy"):
+        if not hasattr(self.engine, "create_runtime_config"):
+            return None
+        runtime_config = self.engine.create_runtime_config()
+        runtime_config.set_execution_context_allocation_strategy(
+            self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
+        strategies = getattr(self.trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if strategies is not None:
+            runtime_config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        return runtime_config
+
+    def context(self, config: Any = None) -> Context:
+        """A context without memory of its own, made as `runtime_config` says.
+
+        Raises: OutOfMemoryError if there is none, which means that memory is short.
+        """
+        self.log.lines.clear()
+        if config is not None:
+            context = self.engine.create_execution_context(config)
+        elif hasattr(self.trt, "ExecutionContextAllocationStrategy"):
             context = self.engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         else:
             context = self.engine.create_execution_context_without_device_memory()
         if context is None:
-            raise BackendError("TensorRT makes no execution context for this engine: GPU memory is short")
-        return Context(self.engine, context)
+            raise OutOfMemoryError(
+                f"{self.what}: TensorRT makes no execution context for this engine. Most often the GPU's memory is "
+                f"full. TensorRT says: {self.log.errors()}"
+            )
+        return Context(self.engine, context, self.log, self.what)
 
     def layers(self) -> str:
         """What the engine's layers are, as JSON; empty where the library cannot tell."""
@@ -134,22 +153,32 @@ class LoadedPlan:
 
 @dataclass(frozen=True)
 class Context:
-    """One execution context: a profile, shapes and addresses, and then `enqueue`."""
+    """One execution context: a profile, shapes and addresses, and then `enqueue`. What is refused says why."""
 
     engine: Any
     context: Any
+    log: Any
+    what: str
 
     def prepare(self, profile: int, shapes: Mapping[str, tuple[int, ...]], stream: int) -> int:
-        """Choose the profile and the shapes of all inputs; bytes of scratch memory that they need."""
+        """Choose the profile, then the shapes of all inputs; bytes of scratch memory that they need."""
+        self.log.lines.clear()
         done = self.context.set_optimization_profile_async(profile, stream)
         for name, shape in shapes.items():
             done = done and self.context.set_input_shape(name, shape)
         if not done:
-            raise BackendError(f"TensorRT takes none of its profiles for {dict(shapes)}; build the engine again")
-        if hasattr(self.context, "update_device_memory_size_for_shapes"):
-            return int(self.context.update_device_memory_size_for_shapes())
-        size = getattr(self.engine, "device_memory_size_v2", None)
-        return int(self.engine.device_memory_size if size is None else size)
+            raise self._refused(f"takes its profile {profile} not for {dict(shapes)}")
+        most = getattr(self.engine, "device_memory_size_v2", None)
+        most = int(self.engine.device_memory_size if most is None else most)
+        if not hasattr(self.context, "update_device_memory_size_for_shapes"):
+            return most
+        needed = int(self.context.update_device_memory_size_for_shapes())
+        if not needed and most:  # 0 is TensorRT's word for a failure, unless no shape needs any
+            raise self._refused(f"does not tell how much memory it needs for {dict(shapes)}")
+        return needed
+
+    def _refused(self, what: str) -> BackendError:
+        return BackendError(f"{self.what}: TensorRT {what}; build the engine again. It says: {self.log.errors()}")
 
     def scratch(self, address: int, nbytes: int) -> None:
         """Use this scratch memory."""
@@ -161,7 +190,7 @@ class Context:
     def bind(self, name: str, address: int) -> None:
         """Read or write a tensor there."""
         if not self.context.set_tensor_address(name, address):
-            raise BackendError(f"TensorRT refuses an address for {name!r}")
+            raise self._refused(f"refuses the address {address} for {name!r}")
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, once all inputs have theirs."""
@@ -175,7 +204,7 @@ class Context:
     def enqueue(self, stream: int) -> None:
         """Queue one run."""
         if not self.context.execute_async_v3(stream):
-            raise BackendError("TensorRT did not queue the run; its log has the reason")
+            raise self._refused("did not queue the run")
 
 
 def environment(lib: TensorRT, gpu: Gpu | None, options: Mapping[str, Any]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,12 +12,14 @@ import pytest
 from sdopt.engine import cuda
 from sdopt.engine.cuda import CaptureError, CudaError, LostContextError, OutOfMemoryError, check, open_cuda
 from sdopt.errors import BackendError
+from tests.fakes.gpu import Simulator
 
 CONSTANTS = {
     "cudaMemcpyKind": SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3),
     "cudaStreamCaptureMode": SimpleNamespace(cudaStreamCaptureModeThreadLocal=1),
     "cudaStreamNonBlocking": 1,
     "cudaEventDisableTiming": 2,
+    "cudaEventBlockingSync": 1,
 }
 
 
@@ -134,6 +137,55 @@ def test_a_capture_that_fails_leaves_capture_again() -> None:
     with pytest.raises(CaptureError):
         gpu.capture(lambda: gpu.copy(1, 2, 3, stream), stream)
     assert ("cudaStreamEndCapture", 7) in runtime.calls
+
+
+@pytest.mark.parametrize("call", ["cudaStreamEndCapture", "cudaGraphInstantiate", "cudaGraphUpload"])
+def test_a_capture_that_fails_late_is_told_once_and_leaves_no_graph(call: str) -> None:
+    gpu = Simulator()
+    cuda_ = open_cuda(runtime=gpu)
+    with cuda_.current():
+        stream = cuda_.stream()
+        gpu.fail_next[call] = 901
+        with pytest.raises(CaptureError):
+            cuda_.capture(lambda: None, stream)
+    assert gpu.leaks() == {}
+    cuda_.synchronize(stream)
+
+
+def test_the_gpu_is_current_only_inside() -> None:
+    gpu = Simulator(devices=2)
+    second = open_cuda(1, gpu)
+    assert gpu.cudaGetDevice() == (0, 0)
+    with second.current(), second.current():
+        assert gpu.cudaGetDevice() == (0, 1)
+    assert gpu.cudaGetDevice() == (0, 0)
+    with pytest.raises(ZeroDivisionError), second.current():
+        _ = 1 / 0
+    assert gpu.cudaGetDevice() == (0, 0)
+
+
+def test_events_wait_asleep_and_timing_events_tell_seconds() -> None:
+    gpu = Simulator()
+    cuda_ = open_cuda(runtime=gpu)
+    stream, done = cuda_.stream(), cuda_.event()
+    begin, end = cuda_.timing_event(), cuda_.timing_event()
+    cuda_.record(begin, stream)
+    gpu.compute(stream, lambda: time.sleep(0.01))
+    cuda_.record(end, stream)
+    cuda_.record(done, stream)
+    for event in (done, end):
+        cuda_.wait(event)
+    assert 0.01 <= cuda_.elapsed(begin, end) < 1
+    assert gpu.spins == 0
+    with pytest.raises(CudaError, match="invalid resource handle"):
+        cuda_.elapsed(begin, done)
+
+
+def test_no_page_locked_memory_is_not_blamed_on_the_gpu() -> None:
+    gpu = Simulator()
+    gpu.fail_next["cudaMallocHost"] = 2
+    with pytest.raises(CudaError, match=r"no 1.00 MB of page-locked memory"):
+        open_cuda(runtime=gpu).pinned(1_000_000)
 
 
 def test_the_real_bindings_have_every_call_that_we_make() -> None:

@@ -11,9 +11,10 @@ import onnxruntime
 import pytest
 
 from sdopt import engine as engines
-from sdopt.bundle import Bundle
-from sdopt.engine import BACKENDS, Engine, choose_backend, installed_backends, open_engine
+from sdopt.bundle import Bundle, new_folder
+from sdopt.engine import BACKENDS, Engine, choose_backend, cuda, installed_backends, open_engine
 from sdopt.engine import ort as ort_engine
+from sdopt.engine.plans import Record, engines_folder, write_record
 from sdopt.errors import BackendError, BundleError, UsageError
 from tests.conftest import EMOJI_BUNDLE, ROOT
 from tests.engine.contract import CONTRACT, unet_inputs
@@ -114,7 +115,7 @@ def test_a_graph_that_is_not_what_the_manifest_says_is_refused(bundle_copy: obje
 MEMORY = """
 import sys
 from pathlib import Path
-from sdopt.bundle import Bundle
+from sdopt.bundle import Bundle, new_folder
 from sdopt.engine.ort import OrtEngine
 unet = Bundle.open(sys.argv[1]).component("unet")
 def held():
@@ -142,8 +143,50 @@ def test_providers_are_named_with_their_options_and_cuda_stands_behind_tensorrt(
     there = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: there)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert [name for name, _ in ort_engine._providers(None)] == there[1:]
-    assert [name for name, _ in ort_engine._providers("cuda")] == ["CUDAExecutionProvider"]
-    (first, options), (second, _) = ort_engine._providers("tensorrt")
+    chosen = {name: ort_engine.providers(ort_engine.find_device(name)) for name in ("cuda", "cuda:1", "tensorrt")}
+    assert [name for name, _ in chosen["cuda"]] == ["CUDAExecutionProvider"]
+    assert [chosen[name][0][1]["device_id"] for name in ("cuda", "cuda:1")] == ["0", "1"]
+    assert chosen["cuda"][0][1]["use_tf32"] == "0"
+    (first, options), (second, _) = chosen["tensorrt"]
     assert [first, second] == there[:2]
     assert options["trt_engine_cache_path"] == str(tmp_path / "sdopt/ort-tensorrt")
+    for wrong in ("cpu:1", "cuda:x", "cuda:"):
+        with pytest.raises(UsageError, match=r"ort:cuda:1 for the second GPU"):
+            ort_engine.find_device(wrong)
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_without_a_named_device_the_gpu_is_taken_if_there_is_one(sees: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(ort_engine, "sees_gpu", lambda: sees)
+    assert ort_engine.find_device(None) == ort_engine.Device("cuda" if sees else "cpu")
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_a_gpu_whose_libraries_cannot_be_loaded_is_an_error_and_not_a_slow_picture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A CPU's onnxruntime that is said to have CUDA: as the real one without cuDNN, it goes on with the CPU."""
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    preloaded: list[bool] = []
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: preloaded.append(True), raising=False)
+    with pytest.raises(BackendError, match=r"could not start its CUDAExecutionProvider.*cudnn.*--backend ort:cpu"):
+        open_engine(Bundle.open(EMOJI_BUNDLE), "vae_encoder", "ort:cuda")
+    assert preloaded
+
+
+def test_an_engine_that_was_built_for_cuda_is_not_there_for_the_cpu(bundle: Bundle) -> None:
+    record = Record(
+        component="vae_encoder", backend="ort", inputs=(), outputs=(), carry={}, profiles=(), command="", sources={},
+        environment={"provider": "CUDA"}, options={"precision": "fp16"},
+    )  # fmt: skip
+    with new_folder(engines_folder(bundle) / record.key) as folder:
+        (folder / "graph.onnx").write_bytes(b"not for a CPU")
+        write_record(folder, record, ["graph.onnx"])
+    assert engines.built_components(bundle, "ort:cpu") == ()
+    with open_engine(bundle, "vae_encoder", "ort:cpu") as engine:
+        assert engine.inputs
+
+
+def test_a_driver_is_asked_whether_it_shows_a_gpu() -> None:
+    assert cuda.sees_gpu() in (True, False)  # the real driver, where there is one

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sdopt.bundle import Bundle, new_folder
-from sdopt.engine.plans import RECORD, Record, built_components, engines_folder, find, stored, write_record
+from sdopt.engine.plans import RECORD, Record, built_components, engines_folder, stored, usable, write_record
 from sdopt.errors import BackendError, BundleError
 from sdopt.specs import Profile
 
@@ -36,7 +36,7 @@ def put(bundle: Bundle, **changes: object) -> Path:
 
 
 def looked_up(bundle: Bundle, trust: bool = False, **changes: str) -> Path:
-    return find(bundle, "unet", "tensorrt", lambda record: {**HERE, **changes}, trust).checked("engine.plan")
+    return usable(bundle, "unet", "tensorrt", lambda record: {**HERE, **changes}, trust)[0].checked("engine.plan")
 
 
 def test_an_engine_of_this_user_for_this_machine_is_found_and_its_record_survives(bundle: Bundle) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,73 +15,37 @@ import sdopt
 from sdopt.bundle import Bundle
 from sdopt.engine import Engine, device, open_engine
 from sdopt.engine.cuda import LostContextError, OutOfMemoryError
-from sdopt.engine.device import Device
 from sdopt.errors import BackendError, NumericsError, UsageError
 from sdopt.samplers import SAMPLERS
 from sdopt.specs import Array, Profile
-from tests.conftest import EMOJI_BUNDLE
+from tests.engine.conftest import PlugIn
 from tests.engine.contract import CONTRACT, unet_inputs
-from tests.engine.fake_gpu import FakeCuda, fake_tensorrt
-from tests.engine.plans import stock
-
-WIDE = "batch=1:1:4 tokens=1:32:64 height=8:128:256 width=8:128:256"
+from tests.fakes.gpu import Simulator
 
 
-@pytest.fixture(scope="module")
-def stocked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The embedded bundle with float32 engines for the fake TensorRT, of the UNet fused and alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
-        yield stock(EMOJI_BUNDLE, tmp_path_factory.mktemp("stocked") / "bundle", [WIDE])
-
-
-@pytest.fixture(params=[True, False], ids=["10", "8.6"])
-def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    return plug_in(monkeypatch, modern=request.param)
-
-
-def plug_in(monkeypatch: pytest.MonkeyPatch, modern: bool = True, total: int = 1 << 30) -> FakeCuda:
-    fake = FakeCuda(total)
-    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt(fake, modern))
-    monkeypatch.setitem(device._devices, 0, Device(fake))
-    return fake
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    return plug_in(monkeypatch)
-
-
-@pytest.fixture
-def pipe(stocked: Path, gpu: FakeCuda) -> Iterator[sdopt.Pipeline]:
-    with sdopt.load(stocked, backend="tensorrt") as pipeline:
-        yield pipeline
-
-
-@pytest.fixture(scope="module")
-def reference() -> Iterator[sdopt.Pipeline]:
-    with sdopt.load(EMOJI_BUNDLE, backend="ort:cpu", threads=1) as pipeline:
-        yield pipeline
+@pytest.fixture(params=["10", "10.0", "8.6"])
+def cuda(request: pytest.FixtureRequest, plug_in: PlugIn) -> Simulator:
+    return plug_in(request.param)
 
 
 @pytest.mark.parametrize("promise", CONTRACT, ids=lambda p: p.__name__)
-def test_contract(stocked: Path, cuda: FakeCuda, promise: Callable[[Engine], None]) -> None:
+def test_contract(stocked: Path, cuda: Simulator, promise: Callable[[Engine], None]) -> None:
     with open_engine(Bundle.open(stocked, verify=False), "unet", "tensorrt") as engine:
         promise(engine)
 
 
-def test_a_closed_engine_refuses_to_be_called_and_gives_all_memory_back(stocked: Path, gpu: FakeCuda) -> None:
+def test_a_closed_engine_refuses_to_be_called_and_gives_all_memory_back(stocked: Path, gpu: Simulator) -> None:
     engine = open_engine(Bundle.open(stocked, verify=False), "unet", "tensorrt")
     engine(**unet_inputs(engine))
     engine.close()
     engine.close()
     with pytest.raises(UsageError, match="closed"):
         engine(**unet_inputs(engine))
-    assert device.shared_device().held.keys() == {device.SCRATCH}
-    assert len(gpu.blocks) == 1
-    assert not gpu.pinned_blocks
+    assert device.shared_device().held == {}
+    assert gpu.leaks() == {}
 
 
+QUIET = ("cudaSetDevice",)
 SMALL: dict[str, Any] = {"height": 64, "width": 64}
 OPTIONS: dict[str, Any] = {
     "seed": 3, "num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent", "height": 64, "width": 64,
@@ -97,25 +61,26 @@ def test_the_fused_loop_makes_what_the_loop_in_numpy_makes(
     np.testing.assert_allclose(pipe("a red apple", **options).images, expected, atol=2e-4, rtol=2e-4)
 
 
-def test_the_host_waits_for_nothing_between_steps(pipe: sdopt.Pipeline, gpu: FakeCuda) -> None:
+def test_the_host_waits_for_nothing_between_steps(pipe: sdopt.Pipeline, gpu: Simulator) -> None:
     pipe("a red apple", **OPTIONS)  # captures the graph
     steps = pipe.denoise("a red apple", seed=1, num_inference_steps=6, sampler="euler_a", **SMALL)
     next(steps)
     gpu.calls.clear()
     for _ in range(5):
         next(steps)
-    assert [c for c in gpu.calls if c != "use"] == ["upload", "copy", "launch"] * 5  # noise, row, graph
+    assert [c for c in gpu.calls if c not in QUIET] == ["upload", "copy", "launch"] * 5  # noise, row, graph
     gpu.calls.clear()
     steps = pipe.denoise("a red apple", seed=1, num_inference_steps=6, sampler="euler", **SMALL)
     next(steps)
     gpu.calls.clear()
     for _ in range(5):
         next(steps)
-    assert [c for c in gpu.calls if c != "use"] == ["copy", "launch"] * 5
+    assert [c for c in gpu.calls if c not in QUIET] == ["copy", "launch"] * 5
 
 
-def test_one_graph_serves_all_samplers_and_step_counts(pipe: sdopt.Pipeline, gpu: FakeCuda) -> None:
-    pipe("a red apple", **{**OPTIONS, "sampler": "euler_a"})
+def test_one_graph_serves_all_samplers_and_step_counts(pipe: sdopt.Pipeline, gpu: Simulator) -> None:
+    for _ in range(2):  # the second time, the text encoder's graph is captured
+        pipe("a red apple", **{**OPTIONS, "sampler": "euler_a"})
     gpu.calls.clear()
     for sampler, steps in (("euler", 2), ("dpmpp_2m", 3), ("lcm", 1)):
         pipe("a cat", **{**OPTIONS, "num_inference_steps": steps, "sampler": sampler})
@@ -124,7 +89,7 @@ def test_one_graph_serves_all_samplers_and_step_counts(pipe: sdopt.Pipeline, gpu
 
 
 def test_previews_are_fetched_only_when_asked_for_and_are_those_of_the_numpy_loop(
-    pipe: sdopt.Pipeline, reference: sdopt.Pipeline, gpu: FakeCuda
+    pipe: sdopt.Pipeline, reference: sdopt.Pipeline, gpu: Simulator
 ) -> None:
     options = _denoise()
     expected = list(reference.denoise("a red apple", **options))
@@ -188,25 +153,32 @@ def test_guidance_is_the_same_in_every_form(
     np.testing.assert_allclose(found, expected, atol=2e-4)
 
 
-def test_a_shape_that_comes_back_finds_its_graph(pipe: sdopt.Pipeline, gpu: FakeCuda) -> None:
+def test_a_shape_that_comes_back_finds_its_graph(pipe: sdopt.Pipeline, gpu: Simulator) -> None:
     a, b = OPTIONS, {**OPTIONS, "height": 96, "num_images_per_prompt": 3}  # b needs a larger arena: a is warmed again
     first, second = pipe("a red apple", **a).images, pipe("a red apple", **b).images
-    np.testing.assert_array_equal(pipe("a red apple", **a).images, first)
+    for _ in range(2):
+        np.testing.assert_array_equal(pipe("a red apple", **a).images, first)
     gpu.calls.clear()
     np.testing.assert_array_equal(pipe("a red apple", **b).images, second)
     np.testing.assert_array_equal(pipe("a red apple", **a).images, first)
     assert not {"malloc", "capture"} & set(gpu.calls)
 
 
-def test_replaying_a_graph_equals_launching_without_one(pipe: sdopt.Pipeline, gpu: FakeCuda) -> None:
+def test_replaying_a_graph_equals_launching_without_one_and_that_there_is_none_is_told(
+    pipe: sdopt.Pipeline, gpu: Simulator, monkeypatch: pytest.MonkeyPatch, messages: list[str]
+) -> None:
     replayed = pipe("a red apple", **OPTIONS).images
     assert "launch" in gpu.calls
     for component in ("unet_step", "text_encoder"):
         pipe.release(component)
-    gpu.capturable = False
+    monkeypatch.setattr("sdopt.engine.trt_api.Context.capturable", lambda context, stream: False)
     gpu.calls.clear()
     np.testing.assert_array_equal(pipe("a red apple", **OPTIONS).images, replayed)
     assert not {"launch", "capture"} & set(gpu.calls)
+    assert messages == [
+        "unet_step: no CUDA graph, so every call is launched kernel by kernel, which is slower: "
+        "TensorRT says that this stream cannot be captured"
+    ]
 
 
 def test_two_threads_make_their_own_pictures(pipe: sdopt.Pipeline) -> None:
@@ -221,16 +193,17 @@ def test_two_threads_make_their_own_pictures(pipe: sdopt.Pipeline) -> None:
             np.testing.assert_array_equal(found, expected[i % 2])
 
 
-def test_many_pictures_need_no_more_memory_than_one(pipe: sdopt.Pipeline, gpu: FakeCuda) -> None:
+def test_many_pictures_need_no_more_memory_than_one(pipe: sdopt.Pipeline, gpu: Simulator) -> None:
     options = {**OPTIONS, "num_inference_steps": 1}
     pipe("a red apple", **options)
-    held, pinned = gpu.memory(), len(gpu.pinned_blocks)
+    pipe("a red apple", **options)
+    held = gpu.leaks()
     for seed in range(20):
         pipe("a red apple", **{**options, "seed": seed})
-    assert (gpu.memory(), len(gpu.pinned_blocks)) == (held, pinned)
+    assert gpu.leaks() == held
 
 
-def test_idle_shapes_are_forgotten_in_the_end(pipe: sdopt.Pipeline, gpu: FakeCuda) -> None:
+def test_idle_shapes_are_forgotten_in_the_end(pipe: sdopt.Pipeline, gpu: Simulator) -> None:
     engine = pipe.engine("vae_decoder")
     blocks = []
     for width in range(8, 24, 2):
@@ -242,31 +215,44 @@ def test_idle_shapes_are_forgotten_in_the_end(pipe: sdopt.Pipeline, gpu: FakeCud
 def test_a_shape_outside_every_profile_names_the_nearest_and_the_command(pipe: sdopt.Pipeline) -> None:
     with pytest.raises(
         UsageError,
-        match=r"unet_step: got latent_width = 40; the nearest profile of this engine is batch=1:1:4 latent_height=1:16"
-        r'.*sdopt build BUNDLE --profile "batch=1:1:4 height=8:128:256 width=8:128:320 tokens=1:32:64"',
+        match=r"unet_step: got latent_width = 40; the nearest profile of this engine is batch=1:1:4 tokens=1:32:64"
+        r'.*sdopt build BUNDLE --profile "batch=1:1:4 tokens=1:32:64 height=8:128:256 width=8:128:320"',
     ):
         pipe("a red apple", height=64, width=320, seed=1)
 
 
-def test_a_full_gpu_says_who_holds_what_and_recovers(stocked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plug_in(monkeypatch, total=400_000)
+def weights_of(stocked: Path, *components: str) -> int:
+    graphs = stocked.parent / f"{stocked.name}-graphs"
+    return sum((graphs / f"{name}.onnx.data").stat().st_size for name in components)
+
+
+def test_a_full_gpu_says_who_holds_what_and_recovers(stocked: Path, plug_in: PlugIn) -> None:
+    plug_in(total=weights_of(stocked, "text_encoder", "unet_step") + 400_000)
     with sdopt.load(stocked, backend="tensorrt") as pipe:
-        with pytest.raises(
-            OutOfMemoryError, match=r"memory is full: .* asked, .* of 400000 bytes free; held here: .*scratch"
-        ):
+        with pytest.raises(OutOfMemoryError, match=r"memory is full: .* asked, .* free; held here: .*unet_step 13"):
             pipe("a red apple", seed=1, num_images_per_prompt=4, num_inference_steps=1)
         assert pipe("a red apple", **OPTIONS).images.shape == (1, 4, 8, 8)
+        with pytest.raises(OutOfMemoryError, match=r"vae_decoder: the GPU's memory is full: .*OutOfMemory"):
+            pipe.engine("vae_decoder")
+
+
+def test_what_lies_idle_makes_room_before_anything_is_refused(stocked: Path, plug_in: PlugIn) -> None:
+    gpu = plug_in(total=weights_of(stocked, "vae_decoder") + 1_000_000)
+    with open_engine(Bundle.open(stocked, verify=False), "vae_decoder", "tensorrt") as engine:
+        for width in (8, 16, 24, 32, 8, 32):  # any two of the larger ones do not fit beside each other
+            shape = engine(latent_sample=np.zeros((1, 4, 16, width), np.float32))["sample"].shape
+            assert shape == (1, 3, 128, 8 * width)
+    assert gpu.calls.count("malloc") > 6
 
 
 def test_a_lost_context_says_that_only_a_new_process_helps_and_is_never_touched_again(
-    pipe: sdopt.Pipeline, gpu: FakeCuda
+    pipe: sdopt.Pipeline, gpu: Simulator
 ) -> None:
     engine = pipe.engine("vae_decoder")
     gpu.lose()
     latents = np.zeros((1, 4, 8, 8), np.float32)
     with pytest.raises(LostContextError, match="700"):
         engine(latent_sample=latents)
-    gpu.fail = None
     gpu.calls.clear()
     with pytest.raises(LostContextError, match="700"):
         engine(latent_sample=latents)
@@ -279,7 +265,7 @@ def test_nan_on_the_gpu_is_an_error_and_not_a_black_picture(pipe: sdopt.Pipeline
         pipe(prompt_embeds=embeds, negative_prompt_embeds=embeds, **OPTIONS)
 
 
-def test_wrong_inputs_of_a_run_are_refused_before_anything_runs(pipe: sdopt.Pipeline, gpu: FakeCuda) -> None:
+def test_wrong_inputs_of_a_run_are_refused_before_anything_runs(pipe: sdopt.Pipeline, gpu: Simulator) -> None:
     engine: Any = pipe.engine("unet_step")
     gpu.calls.clear()
     for arrays, message in (
@@ -299,7 +285,7 @@ def test_the_engine_of_several_profiles_takes_the_nearest() -> None:
 
 
 def test_a_plan_that_does_not_load_says_what_tensorrt_said(
-    stocked: Path, gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch
+    stocked: Path, gpu: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trt: Any = sys.modules["tensorrt"]
 
@@ -315,6 +301,6 @@ def test_a_plan_that_does_not_load_says_what_tensorrt_said(
         open_engine(Bundle.open(stocked, verify=False), "unet", "tensorrt")
 
 
-def test_a_device_is_named_by_its_number(stocked: Path, gpu: FakeCuda) -> None:
+def test_a_device_is_named_by_its_number(stocked: Path, gpu: Simulator) -> None:
     with pytest.raises(UsageError, match="there are tensorrt, tensorrt:0, tensorrt:1"):
         open_engine(Bundle.open(stocked, verify=False), "unet", "tensorrt:cpu")

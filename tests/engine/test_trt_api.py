@@ -22,6 +22,7 @@ CLASSES = {
     "builder": "Builder", "network": "INetworkDefinition", "parser": "OnnxParser", "config": "IBuilderConfig",
     "optimization": "IOptimizationProfile", "cache": "ITimingCache", "runtime": "Runtime", "engine": "ICudaEngine",
     "context": "IExecutionContext", "inspector": "EngineInspector", "e": "ParserError",
+    "runtime_config": "IRuntimeConfig",
 }  # fmt: skip
 ENUMS = {"kinds": "NetworkDefinitionCreationFlag", "sources": "TacticSource", "levels": "HardwareCompatibilityLevel"}
 # used without asking first, because what stands for the version was asked: (member, asked for, has it)
@@ -30,6 +31,11 @@ IMPLIED = {
     "BuilderFlag.OBEY_PRECISION_CONSTRAINTS": ("NetworkDefinitionCreationFlag.STRONGLY_TYPED", False),
     "ICudaEngine.create_execution_context_without_device_memory": ("ExecutionContextAllocationStrategy", False),
     "ExecutionContextAllocationStrategy.USER_MANAGED": ("ExecutionContextAllocationStrategy", True),
+    "IRuntimeConfig.set_execution_context_allocation_strategy": ("ICudaEngine.create_runtime_config", True),
+    "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy": (
+        "DynamicShapesKernelSpecializationStrategy",
+        True,
+    ),
     "ICudaEngine.device_memory_size": ("ICudaEngine.device_memory_size_v2", False),
     "IExecutionContext.device_memory": ("IExecutionContext.set_device_memory", False),
     "IStreamWriter": ("Builder.build_serialized_network_to_stream", True),

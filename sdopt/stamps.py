@@ -1,0 +1,82 @@
+"""The SHA-256 of a file, computed once: a stamp in this user's cache remembers it for as long as the file is the same.
+
+A file is the same if its path, inode, size and times of change are. A file that was changed less than two seconds
+before it was read gets no stamp, since its times could not tell a second change. Whoever doubts that asks for every
+hash to be computed: `paranoid=True`, `--paranoid`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+FRESH_NS = 2_000_000_000  # some file systems note times in steps of two seconds
+
+
+def user_folder(variable: str, below_home: str) -> Path:
+    """This user's folder of state or cache, as the XDG base directories name it."""
+    base = os.environ.get(variable) or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
+    return (Path(base) if base else Path.home() / below_home) / "sdopt"
+
+
+def sha256(path: Path) -> str:
+    """The hex digest of a file, computed from its bytes."""
+    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
+
+
+def known_sha256(path: Path, paranoid: bool = False) -> str:
+    """The hex digest of a file, from its stamp if there is one and the file is the same."""
+    if paranoid:
+        return sha256(path)
+    identity = _identity(path)
+    stamp = _stamp(path)
+    if stamp is not None:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            kept = json.loads(stamp.read_bytes())
+            if kept["file"] == identity:
+                return str(kept["sha256"])
+    digest = sha256(path)
+    changed = max(identity["mtime_ns"], identity["ctime_ns"])
+    if stamp is not None and identity == _identity(path) and time.time_ns() - changed > FRESH_NS:
+        _write(stamp, {"file": identity, "sha256": digest})
+    return digest
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    status = path.stat()
+    return {
+        "path": os.path.abspath(path),
+        "device": status.st_dev,
+        "inode": status.st_ino,
+        "bytes": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "ctime_ns": status.st_ctime_ns,
+    }
+
+
+def _stamp(path: Path) -> Path | None:
+    """The file of a stamp; None where this user has no home."""
+    name = hashlib.sha256(os.path.abspath(path).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    try:
+        return user_folder("XDG_CACHE_HOME", ".cache") / "stamps" / name
+    except RuntimeError:  # no home directory
+        return None
+
+
+def _write(stamp: Path, entry: dict[str, Any]) -> None:
+    """A stamp that cannot be written costs time at the next start, and nothing else."""
+    with suppress(OSError):
+        stamp.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        temporary = stamp.with_name(f"{stamp.name}.{uuid.uuid4().hex[:8]}")
+        temporary.write_text(json.dumps(entry), encoding="utf-8")
+        temporary.replace(stamp)
