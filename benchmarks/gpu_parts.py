@@ -1,7 +1,8 @@
 """One part of `gpu.py` in a process of its own: `python benchmarks/gpu_parts.py OPTIONS.json -o RESULT.json`.
 
 Every number is a raw timing in seconds, a size in bytes or a likeness in dB. A part that cannot run ends with a
-sentence on stderr and exit code 3, or 4 where its environment lacks a library. Parts share what they build in the folder `work`, a bundle for each way of building.
+sentence on stderr and exit code 3, or 4 where its environment lacks a library. Parts share what they build in the
+folder `work`, a bundle for each way of building.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from gpu_tools import (
     Result,
     Watch,
     against_reference,
-    linked,
     measured,
     need,
+    prepared,
     random_inputs,
     save,
     timings,
@@ -88,7 +89,7 @@ def weights(o: Options) -> Result:
 
 def build(o: Options) -> Result:
     """`sdopt build` as a user runs it: its seconds, what it said and when, and what it made."""
-    folder = linked(o.source, o.engines)
+    folder = prepared(o)
     words = [sys.executable, "-m", "sdopt", "build", str(folder), "--backend", o.library]
     words += ["--precision", o.case.precision, "--profile", o.profile, *(["--static"] if o.static else [])]
     words += [word for name in o.components for word in ("--component", name)]
@@ -261,7 +262,7 @@ def beside(o: Options) -> Result:
     device = find_device("cpu" if on_cpu else "cuda")
     emoji = (EMOJI / "checkpoint", EMOJI / "bundle")
     checkpoint, bundle = emoji if o.case.model == "emoji" else models.prepared(o.case.model, o.models)
-    bundle = bundle if on_cpu else linked(bundle, o.engines)
+    bundle = bundle if on_cpu else prepared(o)
     setup = Setup(
         bundle, checkpoint, machine.usable_cores(), o.baselines, rounds=o.rounds, cold_rounds=0, device=device
     )

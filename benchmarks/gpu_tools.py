@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 import sys
 import threading
@@ -97,7 +96,9 @@ class Options:
 
     @property
     def engines(self) -> Path:
-        """The bundle in which engines of this way of building are."""
+        """The bundle in which engines of this way are; those of the first way are in a filled one itself."""
+        if self.static and self.case.precision == "fp16" and self.filled.is_dir() and self.source == self.filled:
+            return self.filled
         way = "static" if self.static else "dynamic"
         return self.work / f"{self.case.model}-{self.library}-{way}-{self.case.precision}"
 
@@ -111,22 +112,18 @@ class Options:
         return f"batch=1:{case.batch}:4 " + " ".join(f"{n}={edge}:{edge}:{edge * 3 // 2}" for n, edge in edges.items())
 
 
-def linked(bundle: Path, folder: Path) -> Path:
-    """A bundle of the same files, for engines of its own; weights are not copied where the disk can link them."""
-    if folder.is_dir():
-        return folder
-    temporary = folder.with_name(f".{folder.name}.tmp")
+def prepared(o: Options) -> Path:
+    """The bundle for a part's engines, copied where it is not the source itself.
+
+    It cannot be of links: what reads weights refuses files that have several names.
+    """
+    if o.engines.is_dir():
+        return o.engines
+    temporary = o.engines.with_name(f".{o.engines.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(bundle, temporary, ignore=shutil.ignore_patterns(FOLDER), copy_function=_link)
-    temporary.rename(folder)
-    return folder
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another disk
-        shutil.copyfile(source, target)
+    shutil.copytree(o.source, temporary, ignore=shutil.ignore_patterns(FOLDER))
+    temporary.rename(o.engines)
+    return o.engines
 
 
 class Watch:
