@@ -85,6 +85,8 @@ class BuiltSide(SdoptSide):
                     f"{self.precision}: sdopt build {bundle} --backend {self._library} --precision {case.precision}"
                 )
             self.note = f"{NOTE}; built for {'; '.join(map(str, record.profiles))}"
+        gpu = getattr(self._pipe.engine(name), "device", None)
+        self.note += f"; on {gpu.cuda.gpu.name}" if gpu is not None else ""
         self.engine_bytes = {n: sum(f["bytes"] for f in r.files.values()) for n, r in records.items()}
         self._noted = Noted(self._pipe.engine(self.step_name))
         self._pipe = _pipeline_with(self._pipe, self.step_name, self._noted)
