@@ -156,8 +156,7 @@ class Device:
     def forget(self, holder: Holder) -> None:
         """The holder has given back what it held. The last one takes the arena along; with the lock held."""
         self._holders.discard(holder)
-        if not self._holders and self._arena[0]:
-            self.cuda.synchronize(self.stream)
+        if not self._holders:
             self._drop_arena()
 
     def discard(self, holder: Holder) -> None:

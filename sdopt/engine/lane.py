@@ -44,7 +44,9 @@ class Memory:
         """Hold at least `nbytes`; their content is lost if they move."""
         if nbytes <= self.nbytes:
             return
-        self.free()
+        if self.address:
+            self.device.cuda.synchronize(self.device.stream)
+            self.free()
         address = self.device.allocate(self.owner, nbytes)
         try:
             self.staging = self.device.cuda.pinned(nbytes)
@@ -54,8 +56,8 @@ class Memory:
         self.address, self.nbytes = address, nbytes
 
     def free(self) -> None:
+        """Give the memory back; nothing may be queued that uses it."""
         if self.address:
-            self.device.cuda.synchronize(self.device.stream)
             self.device.free(self.owner, self.address, self.nbytes)
             self.device.cuda.unpin(self.staging)
         self.address, self.nbytes = 0, 0
@@ -96,9 +98,10 @@ class Lane:
                 raise BackendError(f"{owner}: the engine cannot tell the shape of {name!r} before it runs")
             self.places[name] = Place(total, shape, np.dtype(dtype), asked)
             total += rounded(self.places[name].nbytes)
-        self.tensors, self.tables, self.streamed = (Memory(device, owner) for _ in range(3))
+        self.tensors, self.tables = Memory(device, owner), Memory(device, owner)
+        self.streamed: dict[str, Memory] = {}  # of each input that `stream_in` is given, one place for each call
         self._epoch, self._graph = -1, 0
-        self._warm, self._capturable = False, True  # run once where it is now; whether its work can become a graph
+        self._capturable = True  # until it is known that its work cannot become a graph
         self._rows: dict[str, tuple[int, int]] = {}  # input -> (offset of its table, bytes of a row)
         self._slots = 0
         self.uploaded, self.done = device.cuda.event(), device.cuda.event()
@@ -120,13 +123,13 @@ class Lane:
         self._rows, self._slots = {}, 0
 
     def put(self, name: str, array: Array) -> None:
-        """Queue the upload of an input."""
+        """Queue the upload of an input. Its staging place may be written again after `settle`."""
         place = self.places[name]
         self.tensors.upload(place.offset, np.ascontiguousarray(array, place.dtype))
         self.device.cuda.record(self.uploaded, self.device.stream)
 
     def settle(self) -> None:
-        """Wait until the GPU has read all staging memory, so that it may be written again."""
+        """Wait until the GPU has read what `put` left in staging memory."""
         self.device.wait(self.uploaded)
 
     def put_tables(self, tables: Mapping[str, Array], calls: int) -> None:
@@ -139,15 +142,14 @@ class Lane:
             self._rows[name] = (offset, table.nbytes // len(table))
             offset += rounded(table.nbytes)
         self._slots = calls
-        self.device.cuda.record(self.uploaded, self.device.stream)
 
     def stream_in(self, k: int, name: str, array: Array) -> None:
         """Queue an input of call `k` from a staging place of its own: nothing waits for the one before."""
         place = self.places[name]
         slot = rounded(place.nbytes)
-        self.streamed.reserve(slot * self._slots)
-        self.streamed.upload(slot * k, np.ascontiguousarray(array, place.dtype), self.address(name))
-        self.device.cuda.record(self.uploaded, self.device.stream)
+        memory = self.streamed.setdefault(name, Memory(self.device, self.owner))
+        memory.reserve(slot * self._slots)
+        memory.upload(slot * k, np.ascontiguousarray(array, place.dtype), self.address(name))
 
     def launch(self, k: int = 0) -> None:
         """Queue one call: its rows to their inputs, then the graph."""
@@ -156,13 +158,12 @@ class Lane:
             cuda.copy(self.address(name), self.tables.address + offset + k * nbytes, nbytes, stream)
         if self._epoch != self.device.epoch:
             self._arm()
-        elif self._warm and not self._graph and self._capturable:
+        elif not self._graph and self._capturable:
             self._capture()
         if self._graph:
             cuda.launch(self._graph, stream)
         else:
             self._work()
-            self._warm = True
 
     @property
     def replays(self) -> bool:
@@ -170,10 +171,10 @@ class Lane:
         return bool(self._graph)
 
     def _arm(self) -> None:
-        """Take the arena where it is now."""
+        """Take the arena where it is now. The launch that does so runs plainly: TensorRT does some work late."""
         self._drop_graph()
         self.context.scratch(*self.device.arena(self._scratch))
-        self._epoch, self._warm = self.device.epoch, False
+        self._epoch = self.device.epoch
 
     def _capture(self) -> None:
         """Make a graph of a launch, or say why there is none."""
@@ -223,7 +224,7 @@ class Lane:
         self.device.cuda.synchronize(self.device.stream)
         self._drop_graph()
         del self.context
-        for memory in (self.tensors, self.tables, self.streamed):
+        for memory in (self.tensors, self.tables, *self.streamed.values()):
             memory.free()
         self.device.cuda.drop_event(self.uploaded)
         self.device.cuda.drop_event(self.done)

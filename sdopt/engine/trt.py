@@ -104,7 +104,6 @@ class TrtEngine:
         dims = check_inputs(self.name, self.inputs, arrays)
         loaded, lane = self._take(dims)
         try:
-            lane.settle()
             with self.device.queueing():
                 for name, array in arrays.items():
                     lane.put(name, array)
@@ -123,7 +122,6 @@ class TrtEngine:
         dims = check_begin(self.name, self.inputs, arrays, tables)
         loaded, lane = self._take(dims)
         try:
-            lane.settle()
             with self.device.queueing():
                 lane.clear()
                 for name, array in arrays.items():

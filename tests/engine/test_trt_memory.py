@@ -238,3 +238,92 @@ def test_a_damaged_cache_of_compiled_kernels_is_made_again(tmp_path: Path, plug_
         (kept,) = (own_folders / "cache/sdopt/compiled").iterdir()
         assert kept.stat().st_size > 3
         kept.write_bytes(b"\0\0\0")
+
+
+# ---- staging memory
+
+
+def counting(stocked: Path) -> Any:
+    """A run of the fused UNet, and inputs for it."""
+    engine = opened(stocked, "unet_step")
+    rng = np.random.default_rng(0)
+    dims = {"batch": 1, "images": 1, "tokens": 4, "latent_height": 8, "latent_width": 8}
+    return engine, {s.name: rng.standard_normal(s.sized(dims)).astype(s.dtype) for s in engine.inputs}
+
+
+def test_an_input_may_be_put_again_while_the_gpu_is_behind(stocked: Path, gpu: Simulator) -> None:
+    engine, arrays = counting(stocked)
+    found: list[Any] = []
+    with engine:
+        for fetches in (True, False):
+            run = engine.begin(arrays, {})
+            for k in range(3):
+                run.put("sample", arrays["sample"] * (k + 1))
+                run.launch(k)
+                if fetches:
+                    run.fetch("denoised")
+            run.put("history", arrays["history"] + run.fetch("next_history"))
+            run.launch(3)
+            found.append(run.fetch("next_sample"))
+            run.close()
+    np.testing.assert_array_equal(*found)
+
+
+def test_several_inputs_may_be_streamed_in_one_call(stocked: Path, gpu: Simulator) -> None:
+    engine, arrays = counting(stocked)
+    tables = {"row": np.stack([arrays["row"]] * 3)}
+    inputs = {n: a for n, a in arrays.items() if n != "row"}
+    found: list[Any] = []
+    with engine:
+        for streams in (True, False):
+            run = engine.begin(inputs, tables)
+            for k in range(3):
+                given = {"noise": arrays["noise"] * k, "sample": arrays["sample"] * (k + 1)}
+                if streams:
+                    run.launch(k, **given)
+                    continue
+                for name, array in given.items():
+                    run.put(name, array)
+                run.launch(k)
+            found.append(run.fetch("next_sample"))
+            run.close()
+    np.testing.assert_array_equal(*found)
+
+
+def test_what_python_collects_during_a_capture_does_not_get_into_the_graph(
+    stocked: Path, gpu: Simulator, messages: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dropped() -> None:
+        """A loop in a cycle, for the collector alone to find."""
+        steps = pipe.denoise("a red apple", seed=1, num_inference_steps=4)
+        next(steps)
+        cycle: list[Any] = [steps]
+        cycle.append(cycle)
+
+    enqueue = __import__("sdopt.engine.trt_api", fromlist=["Context"]).Context.enqueue
+
+    def wasteful(context: Any, stream: int) -> None:
+        if gpu.capturing(stream):
+            _ = [[[]] for _ in range(100)]
+        enqueue(context, stream)
+
+    thresholds = gc.get_threshold()
+    with sdopt.load(stocked, backend="tensorrt") as pipe:
+        expected = pipe("a cat", **OPTIONS).images
+        pipe.release("unet_step")
+        monkeypatch.setattr("sdopt.engine.trt_api.Context.enqueue", wasteful)
+        gc.collect()
+        gc.disable()
+        try:
+            dropped()
+            gc.set_threshold(10, 1, 1)
+            steps = pipe.denoise("a cat", **{k: v for k, v in OPTIONS.items() if k != "output_type"})
+            next(steps)
+            gc.enable()
+            for step in steps:
+                last = step
+        finally:
+            gc.set_threshold(*thresholds)
+            gc.enable()
+        np.testing.assert_array_equal(last.sample, expected)
+    assert not messages

@@ -2,7 +2,8 @@
 
 The GPU is lazy: what is queued on a stream runs when somebody waits for that stream, and reads staging memory only
 then. So code that writes there too early, reads too early, uses the wrong stream, frees what is in use or forgets a
-copy gives a wrong picture here, or an error, as it does there. What is refused, and with which status:
+copy gives a wrong picture here, or an error, as it does there. No document promises that cudaFree waits, so it does not
+wait here. What is refused, and with which status:
 
 | what                                                             | status                                          |
 |------------------------------------------------------------------|-------------------------------------------------|
@@ -11,7 +12,7 @@ copy gives a wrong picture here, or an error, as it does there. What is refused,
 | allocating, freeing or waiting inside of a capture                | 900, and the capture is invalid: 901 at its end |
 | work on the legacy stream 0 while another stream captures         | 906                                             |
 | waiting for an event that was recorded inside of a capture        | 907                                             |
-| an address that is not allocated, or freed host memory, when used | 700, and the context is lost for good           |
+| memory, also the host's, that is not there when it is used        | 700, and the context is lost for good           |
 
 `Simulator.leaks()` tells what is still held; `calls` lists what was asked, in order.
 Ref: NVIDIA, CUDA Runtime API 13.0, sections 3.5 (errors), 6.4 (streams), 6.5 (events), 6.29 (graphs).
@@ -230,8 +231,6 @@ class Simulator:
         self._not_in_capture()
         if address not in self.blocks:
             raise Refused(INVALID_VALUE)
-        for stream in self.streams.values():  # it waits for the whole device
-            self._run(stream)
         del self.blocks[address], self._owner[address]
 
     def cudaMallocHost(self, nbytes: int) -> Any:  # noqa: N802

@@ -2,15 +2,16 @@
 
 It plays one of `FLAVOURS`, and refuses what that version refuses, with an error in its log:
 
-| what                                                                    | how it is refused |
-|----------------------------|-|
-| a run without scratch memory, or with less than its shapes need         | execute_async_v3 gives False |
-| a run whose inputs have no shape: a profile that was chosen after them  | execute_async_v3 gives False |
-| a run inside of a capture that was not run once outside, as it is bound | the capture is invalid |
-| scratch memory for shapes that are not known                            | update_device_memory_size_for_shapes gives 0 |
-| a profile that another context uses, in 8.6 without profile sharing     | set_optimization_profile_async gives False |
-| weights, or a context, for which the GPU has no memory                  | None |
-| a capture while a fallback kernel runs (TensorRT-RTX, LAZY)             | is_stream_capturable gives False |
+| what                                                                | how it is refused                            |
+|---------------------------------------------------------------------|----------------------------------------------|
+| a run without scratch memory, or with less than its shapes need     | execute_async_v3 gives False                 |
+| a run whose inputs have no shape: a profile chosen after them       | execute_async_v3 gives False                 |
+| a run inside of a capture before one outside, as it is bound        | the capture is invalid                       |
+| scratch memory for shapes that are not known                        | update_device_memory_size_for_shapes gives 0 |
+| a profile that another context uses, in 8.6 without profile sharing | set_optimization_profile_async gives False   |
+| weights, or a context, for which the GPU has no memory              | None                                         |
+| a capture while a fallback kernel runs (TensorRT-RTX, LAZY)         | is_stream_capturable gives False             |
+| a context that is dropped while its work is queued                  | the GPU's context is lost: 700               |
 
 In 8.6 a layer whose precision is not set may become half when the flag FP16 is set: here it always does, and the
 inspector tells.
@@ -33,7 +34,7 @@ import onnxruntime
 
 from sdopt.engine.trt_api import SEVERITIES
 from sdopt.specs import Array
-from tests.fakes.gpu import Simulator
+from tests.fakes.gpu import ILLEGAL_ADDRESS, Refused, Simulator
 
 CONTEXT_BYTES, MOST_SCRATCH = 4096, 8000
 SHARES = True  # whether a plan of 8.6 that was built with profile sharing has it
@@ -353,9 +354,18 @@ class FakeContext(Flavoured):
         addresses, memory = dict(self.addresses), self.memory
         shapes = {n: self.get_tensor_shape(n) for n in self.engine.tensors}
         self.warm = True
-        return simulator.compute(stream, lambda: self._run(addresses, memory, shapes))
+        alive = weakref.ref(self)
 
-    def _run(self, addresses: dict[str, int], memory: tuple[int, int], shapes: dict[str, tuple[int, ...]]) -> None:
+        def run() -> None:
+            context = alive()
+            if context is None:
+                simulator.lose()
+                raise Refused(ILLEGAL_ADDRESS)
+            context.run(addresses, memory, shapes)
+
+        return simulator.compute(stream, run)
+
+    def run(self, addresses: dict[str, int], memory: tuple[int, int], shapes: dict[str, tuple[int, ...]]) -> None:
         self.engine.library.simulator.at(*memory).fill(0x7F)  # scratch memory is scratched
         given = {n: self._array(n, addresses, shapes) for n in self.engine.input_names}
         outputs = self.engine.session.run(self.engine.output_names, given)
