@@ -260,8 +260,12 @@ def main(argv: list[str] | None = None) -> int:
         climb.stop()
         raise SystemExit(128 + number)
 
-    signal.signal(signal.SIGTERM, ended)
-    code = climb.run(parts)
+    before = signal.signal(signal.SIGTERM, ended)
+    try:
+        code = climb.run(parts)
+    finally:
+        climb.stop()  # also when a person stops it
+        signal.signal(signal.SIGTERM, before)
     print(climb.path)
     return code
 

@@ -25,7 +25,7 @@ from sdopt.bench.cases import Case
 from sdopt.bench.sides import Inputs, SdoptSide, embeds_of, options, picture
 from sdopt.bench.timing import Call, Sample, timed
 from sdopt.bundle import Bundle
-from sdopt.engine import Carrying, Engine, Run, built_components
+from sdopt.engine import Carrying, Engine, Run, built_components, choose_backend
 from sdopt.engine.plans import stored
 from sdopt.errors import BackendError, UsageError
 from sdopt.pipeline import Pipeline
@@ -41,7 +41,7 @@ NOTE = (
 
 def fused_step(bundle: Bundle, case: Case) -> str | None:
     """The built component that makes whole steps of the case's picture; None if there is none."""
-    built = built_components(bundle, case.backend.partition(":")[0])
+    built = built_components(bundle, choose_backend(case.backend)[0])
     wanted = (STEP,) if case.guided else (STEP_ALONE, STEP)
     return next((name for name in wanted if name in built), None)
 

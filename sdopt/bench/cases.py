@@ -107,10 +107,11 @@ class Case:
 def floors(backend: str, precision: str) -> tuple[float, float]:
     """The floors in dB of the picture and of one call of the UNet.
 
-    A GPU's float32 is TF32 in convolutions and products: ONNX Runtime and TensorRT leave it on.
+    TensorRT's "fp32" is TF32 in convolutions and products, which it leaves on; other backends compute in float32.
     """
-    on_gpu = precision == "fp32" or (precision == "float32" and backend.startswith("ort:") and backend != "ort:cpu")
-    return FLOORS["tf32" if on_gpu else precision]
+    if precision == "fp32":
+        return FLOORS["tf32" if backend.startswith("tensorrt") else "float32"]
+    return FLOORS[precision]
 
 
 def read_cases(path: Path) -> dict[str, Case]:

@@ -108,9 +108,9 @@ def test_the_decoder_alone_in_float32(does: Callable[..., dict[str, Any]]) -> No
     found = does("vae", "fp32", static=False)
     assert found["vae_db"] >= 50
     assert found["build"]["engines"]["vae_decoder"]["precision"] == "fp32"
-    assert (
-        found["build"]["engines"]["vae_decoder"]["profiles"]
-    ) == ["batch=1:1:4 latent_height=8:8:12 latent_width=8:8:12"]
+    assert (found["build"]["engines"]["vae_decoder"]["profiles"]) == [
+        "batch=1:1:4 latent_height=8:8:12 latent_width=8:8:12"
+    ]
 
 
 def test_a_model_that_is_only_a_skeleton_is_built_and_measured(
@@ -142,10 +142,12 @@ def test_sdopt_bench_says_what_to_build_and_measures_what_is_built(run: Run, tmp
     assert built.returncode == 0, built.stderr
     other = run(*words, "--case", "exact", "--cold-rounds", 0)
     assert "--precision fp32" in other.stderr
-    done = run(*words, "--case", "half", "--cold-rounds", 1)
+    done = run(*words, "--case", "half", "--cold-rounds", 1, "--report", tmp_path / "run.md")
     assert done.returncode == 0, done.stderr
-    ours = read(tmp_path / "run.json")["results"][0]["sides"][0]
+    ours, eager = read(tmp_path / "run.json")["results"][0]["sides"]
     assert ours["quotable"]
+    assert {"step", "host_step", "loop_step"} & set(eager["seconds"]) == {"loop_step"}
+    assert "others: UNet alone" in (tmp_path / "run.md").read_text()
     assert ours["precision"] == "fp16"
     assert "on Fake GPU" in ours["note"]
     assert {"step", "host_step", "picture", "cold_start"} <= set(ours["seconds"])

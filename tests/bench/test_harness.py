@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -98,26 +97,6 @@ def test_a_mistake_is_told_before_anything_is_measured(
     out, errors = capsys.readouterr()
     assert message in errors
     assert not out
-
-
-def test_built_engines_are_measured_step_by_step(tmp_path: Path) -> None:
-    bundle = shutil.copytree(EMOJI_BUNDLE, tmp_path / "bundle")
-    assert main(["build", str(bundle), "--backend", "ort", "--precision", "fp32", "--component", "unet_step"]) == 0
-    cases = tmp_path / "cases.json"
-    case = {"model": "emoji", "width": 64, "height": 64, "steps": 3, "guidance": 2.0, "backend": "ort:cpu"}
-    cases.write_text(json.dumps({"fused": case}))
-    words = ["bench", bundle, "--baseline", EMOJI_CHECKPOINT, "--baselines", "eager-float32", "--cases", cases]
-    words += ["--rounds", 2, "--cold-rounds", 1, "--threads", 1, "--device", "cpu", "--json", tmp_path / "run.json"]
-    assert main(list(map(str, [*words, "--case", "fused", "--report", tmp_path / "run.md"]))) == 0
-    ours, reference = read(tmp_path / "run.json")["results"][0]["sides"]
-    assert set(ours["seconds"]) == {"text_encoder", "step", "host_step", "vae_decoder", "picture", "cold_start"}
-    assert set(reference["seconds"]) == {"text_encoder", "unet", "loop_step", "vae_decoder", "picture", "cold_start"}
-    assert ours["parity"]["unet_db"] >= 80  # after guidance, solved for from what the step gave
-    assert ours["parity"]["picture_db"] >= 60
-    assert ours["precision"] == "fp32"
-    assert "one launch" in ours["note"]
-    assert "unet_step" in ours["memory"]["engine_bytes"]
-    assert "others: UNet alone" in (tmp_path / "run.md").read_text()
 
 
 def test_the_gpu_ladder_runs_where_there_is_none(tmp_path: Path) -> None:
