@@ -31,6 +31,7 @@ from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 
 from gpu_ladder import CPU, LADDER, QUICK, Part, listed
 
