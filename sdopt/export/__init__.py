@@ -22,6 +22,7 @@ from typing import Any
 
 from sdopt import __version__
 from sdopt.bundle import new_folder, refuse_existing, write_manifest
+from sdopt.engine import choose_backend
 from sdopt.errors import CheckpointError
 from sdopt.export import components, families, parity, presets, preview, schedule, trace
 from sdopt.export.source import Checkpoint, open_checkpoint
@@ -51,10 +52,12 @@ def export(
 
     One component is in memory at a time; `report` is given a line for each. `steps` and `guidance` are the bundle's
     defaults in place of those that `presets` finds.
-    Raises: CheckpointError, ParityError, BundleError (target exists, disk full), UsageError.
+    Raises: CheckpointError, ParityError, BundleError (target exists, disk full), UsageError, BackendError (without
+    ONNX Runtime, which runs the graphs for the parity gate and for the fit of previews).
     """
     target = Path(target)
     refuse_existing(target, force)
+    choose_backend("ort")
     with (
         open_checkpoint(
             os.fspath(source), revision=revision, variant=variant, offline=offline, config=config

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from sdopt.bundle import Component
-from sdopt.engine.ort import OrtEngine
 from sdopt.errors import ParityError
 from sdopt.export.components import Part
 from sdopt.likeness import psnr
@@ -43,6 +42,8 @@ def measure(part: Part, graph: Path, expected: Sequence[Reference] | None = None
 
     With `expected` the part needs no module any more: a large model is then in memory once, as the graph.
     """
+    from sdopt.engine.ort import OrtEngine  # the export side imports without ONNX Runtime
+
     expected = references(part) if expected is None else expected
     results: list[Parity] = []
     with OrtEngine(Component(part.name, graph, part.inputs, part.outputs), lean=True) as engine:

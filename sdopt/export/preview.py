@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from sdopt.bundle import Component
-from sdopt.engine.ort import OrtEngine
 from sdopt.likeness import psnr
 from sdopt.specs import Array, Float32, TensorSpec
+
+if TYPE_CHECKING:
+    from sdopt.engine.ort import OrtEngine
 
 PICTURES, EDGE = 16, 16  # how many, and latents a side
 GRIDS = (2, 3, 5, 8)  # cells a side of the colours that are spread
@@ -86,6 +88,8 @@ def _samples(maps: Array) -> Array:
 
 
 def _engine(folder: Path, manifest: Mapping[str, Any], name: str) -> OrtEngine:
+    from sdopt.engine.ort import OrtEngine  # the export side imports without ONNX Runtime
+
     entry = manifest["components"][name]
     inputs, outputs = (tuple(map(TensorSpec.from_json, entry[k])) for k in ("inputs", "outputs"))
     return OrtEngine(Component(name, folder / entry["graph"], inputs, outputs))

@@ -18,6 +18,7 @@ import pytest
 
 import sdopt.export
 from sdopt.bundle import Bundle
+from sdopt.engine import ort
 from sdopt.errors import BundleError, CheckpointError, ParityError, UsageError
 from sdopt.export import components, export, parity, trace
 from sdopt.export.source import Checkpoint, open_checkpoint
@@ -170,12 +171,12 @@ def test_a_model_is_let_go_before_its_graph_is_opened(tmp_path: Path, monkeypatc
         weights.extend(StorageWeakRef(weight.untyped_storage()) for weight in part.module.parameters())
         return part
 
-    class Watched(parity.OrtEngine):
+    class Watched(ort.OrtEngine):
         def __init__(self, *args: Any, **options: Any) -> None:
             alive.append(sum(not weight.expired() for weight in weights))
             super().__init__(*args, **options)
 
-    monkeypatch.setattr(parity, "OrtEngine", Watched)
+    monkeypatch.setattr(ort, "OrtEngine", Watched)
     with open_checkpoint(str(EMOJI_CHECKPOINT)) as checkpoint:
         entry = sdopt.export._component(build, checkpoint, tmp_path, 23, parity.FLOOR_DB, lambda line: None)
     assert entry["parity"]
