@@ -37,6 +37,7 @@ from gpu_ladder import CPU, LADDER, QUICK, Part, listed
 
 from sdopt.bench import machine
 from sdopt.bench.cases import read_cases
+from sdopt.errors import SdoptError
 
 HERE = Path(__file__).parent
 TAIL = 2000  # characters of what a part said that its line keeps when it fails
@@ -272,4 +273,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except SdoptError as error:
+        sys.exit(f"gpu.py: {error}")
