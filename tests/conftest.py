@@ -117,6 +117,12 @@ def gpu(plug_in: PlugIn) -> Any:
     return plug_in()
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-m gpu` imports only modules with such tests: a GPU machine need not have what the others are made with."""
+    gpu_only = config.option.markexpr == "gpu" and collection_path.name.startswith("test_")
+    return True if gpu_only and "pytest.mark.gpu" not in collection_path.read_text(encoding="utf-8") else None
+
+
 def edit_manifest(bundle: Path, **changes: object) -> None:
     """Change top-level entries of a manifest."""
     path = bundle / "manifest.json"

@@ -60,7 +60,7 @@ ALLOWED = {
     },
     "export": {"graph", "likeness", "engine", "bundle", "samplers", "schedules", "noise", "specs", "errors", ""},
     "build": {"graph", "likeness", "engine", "bundle", "samplers", "specs", "stamps", "errors", ""},
-    "bench": {"likeness", "pipeline", "engine", "bundle", "images", "specs", "errors", ""},
+    "bench": {"likeness", "pipeline", "engine", "bundle", "images", "samplers", "specs", "errors", ""},
     "commands": {
         "engine",
         "export",

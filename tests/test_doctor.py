@@ -64,7 +64,10 @@ def test_without_a_home_folder_there_is_no_cache_and_that_is_a_finding(
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", home)
     assert main(["doctor"]) == 0
-    assert "cache           none: this user has no home folder (Could not determine home directory.): set HOME" in capsys.readouterr().out
+    assert (
+        "cache           none: this user has no home folder (Could not determine home directory.): set HOME"
+        in capsys.readouterr().out
+    )
 
 
 LOGGED = "\x1b[1;31m[E:onnxruntime] Failed to load library: libcublasLt.so.12: cannot open shared object file\x1b[m"

@@ -1,7 +1,8 @@
 """diffusers on PyTorch, as the baseline: eager or compiled, in the precisions that the device likes.
 
 Only this module of the harness imports torch, and only when a baseline is made. It sets none of the device's clocks,
-and none of torch's switches but the number of threads.
+and of torch's switches the number of threads alone. What other sides are compared with is computed with TF32 switched
+off (`exact`); every timing is with it as torch sets it: on in convolutions, off in matrix products.
 """
 
 from __future__ import annotations
@@ -84,6 +85,8 @@ class DiffusersSide:
         self.engine_bytes: Mapping[str, int] = {}
         self._torch = _torch()
         self._torch.set_num_threads(threads)
+        if device == "cuda" and name == REFERENCE:
+            self.note = "timed with TF32 as PyTorch sets it; parity is against the same pipeline with TF32 off"
         self._dtype = getattr(self._torch, self._baseline.dtype)
         self._pipe = _load(checkpoint, self._dtype).to(device)
         if self._baseline.nhwc:
@@ -91,6 +94,19 @@ class DiffusersSide:
                 module.to(memory_format=self._torch.channels_last)
         if self._baseline.compiled:
             self._compile()
+
+    @contextmanager
+    def exact(self) -> Generator[None]:
+        """Inside, float32 is float32: convolutions and products of a GPU do without TF32."""
+        switches: list[Any] = [self._torch.backends.cudnn, self._torch.backends.cuda.matmul]
+        before = [switch.allow_tf32 for switch in switches]
+        try:
+            for switch in switches:
+                switch.allow_tf32 = False
+            yield
+        finally:
+            for switch, allowed in zip(switches, before, strict=True):
+                switch.allow_tf32 = allowed
 
     def inputs(self, latents: Float32) -> Inputs:
         """The UNet's inputs for the case: this side's embeddings, the latents, the timestep of the middle step."""
@@ -107,7 +123,8 @@ class DiffusersSide:
         tensors = {k: self._tensor(v) for k, v in inputs.unet.items()}
         sample, hidden = tensors["sample"], tensors["encoder_hidden_states"]
         added = {k: tensors[k] for k in ("text_embeds", "time_ids") if k in tensors}
-        timestep, latents = self._timestep().to(self._device), self._tensor(inputs.latents)
+        told = self._torch.tensor(float(inputs.unet["timestep"][0]))  # not in half: bfloat16 has no 999
+        timestep, latents = told.to(self._device, self._timestep().dtype), self._tensor(inputs.latents)
 
         def unet() -> Any:
             return pipe.unet(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +15,16 @@ from typing import Any, cast
 from sdopt.bundle import Bundle
 from sdopt.errors import UsageError, choices
 
-PRECISIONS = ("float32", "bf16")  # of sdopt's own engines
+PRECISIONS = ("float32", "bf16", "fp16", "fp32")  # of sdopt's engines; the last two of those that are built
 MEMORY = ("fast", "low")
+# Precision -> floors in dB: (the picture, one call of the UNet); what a rounding costs decides them.
+# The emoji's engines, computed by `sdopt.build.rounded` on a processor, guidance 4: fp16 70.8 and 66.3 (the UNet's
+# worst of three timesteps, after guidance), bf16 51.5 and 47.7: 18 dB lower, 6 for each of the 3 bits that it lacks.
+# The floors of fp16 lie 26 and 16 dB below: a UNet of Stable Diffusion rounds several times as often (about 5 dB, as
+# errors add like a random walk), a guidance of 7.5 in place of 4 makes them larger by at most 6 dB, and a loop lets
+# them grow. A defect (a lost bias, a wrong layout, an overflow) ends below 20 dB.
+# TF32 rounds what a product reads to the 11 bits of fp16 and nothing else, so fp16's floors hold for it.
+FLOORS = {"float32": (60.0, 80.0), "tf32": (45.0, 50.0), "fp16": (45.0, 50.0), "bf16": (27.0, 32.0)}
 KINDS = {"str": (str,), "int": (int,), "float": (int, float)}  # what a field of this type may be
 
 
@@ -22,7 +32,7 @@ KINDS = {"str": (str,), "int": (int,), "float": (int, float)}  # what a field of
 class Case:
     """One picture to be made, and how near to PyTorch's in float32 it has to be for its speed to be quoted.
 
-    Units: pixels; floors in dB, of the picture and of one call of the UNet.
+    Units: pixels; floors in dB, of the picture and of one call of the UNet: those of `FLOORS` where a file gives none.
     """
 
     name: str
@@ -58,6 +68,12 @@ class Case:
     def guided(self) -> bool:
         return self.guidance > 1
 
+    def on(self, backend: str, precision: str) -> Case:
+        """The same picture on another backend, with the floors of the precision that it computes in."""
+        picture, unet = floors(backend, precision)
+        changes: dict[str, Any] = {"picture_floor_db": picture, "unet_floor_db": unet}
+        return dataclasses.replace(self, backend=backend, precision=precision, **changes)
+
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -76,7 +92,9 @@ class Case:
                 raise UsageError(
                     f"case {entry.get('name')!r}: {problem} {', '.join(sorted(given))}; there are {', '.join(fields)}"
                 )
-        return Case(**entry)
+        case = Case(**entry)
+        given = {name: entry[name] for name in ("picture_floor_db", "unet_floor_db") if name in entry}
+        return dataclasses.replace(case.on(case.backend, case.precision), **given)
 
     @staticmethod
     def of_bundle(bundle: Bundle) -> Case:
@@ -84,6 +102,16 @@ class Case:
         d: Mapping[str, Any] = bundle.manifest["defaults"]
         model = str(bundle.manifest.get("name", "/".join(bundle.path.absolute().parts[-2:])))
         return Case("default", model, d["width"], d["height"], d["num_inference_steps"], float(d["guidance_scale"]))
+
+
+def floors(backend: str, precision: str) -> tuple[float, float]:
+    """The floors in dB of the picture and of one call of the UNet.
+
+    TensorRT's "fp32" is TF32 in convolutions and products, which it leaves on; other backends compute in float32.
+    """
+    if precision == "fp32":
+        return FLOORS["tf32" if backend.startswith("tensorrt") else "float32"]
+    return FLOORS[precision]
 
 
 def read_cases(path: Path) -> dict[str, Case]:
@@ -114,7 +142,9 @@ def pick(cases: Mapping[str, Case], names: list[str]) -> list[Case]:
 
 def _toml(text: str) -> Any:
     try:
-        import tomllib  # pyright: ignore[reportMissingImports]
+        reader: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     except ImportError as error:
-        raise UsageError("TOML needs Python 3.11; on 3.10 give the cases as a .json file of the same shape") from error
-    return cast(Any, tomllib).loads(text)
+        raise UsageError(
+            "TOML needs Python 3.11; on 3.10 pip install tomli, or give the cases as a .json file of the same shape"
+        ) from error
+    return reader.loads(text)

@@ -47,16 +47,19 @@ def _sdopt(name: str, message: Message) -> tuple[Message, Draw]:
     import numpy as np
 
     from sdopt import __version__, pipeline
+    from sdopt.bench.built import fused_step
     from sdopt.bench.cases import Case
-    from sdopt.bench.sides import picture
+    from sdopt.bench.sides import picture, precision_for
 
     imported = time.perf_counter()
     case = Case.from_json(message["case"])
     threads: int | None = message["threads"]
-    pipe = pipeline.load(message["bundle"], case.backend, precision=case.precision, memory=case.memory, threads=threads)
+    precision = precision_for(case)
+    pipe = pipeline.load(message["bundle"], case.backend, precision=precision, memory=case.memory, threads=threads)
+    step = fused_step(pipe.bundle, case) or "unet"
     for component in pipe.bundle.components if case.memory == "fast" else ():
         if component != "vae_encoder":
-            pipe.engine(component)
+            pipe.engine(step if component == "unet" else component)
     loaded = time.perf_counter()
     latents = np.load(message["latents"])
     return _answer(started, imported, loaded, pipe.backend, pipe.precision, {"sdopt": __version__}), (

@@ -14,9 +14,10 @@ import numpy as np
 
 from sdopt.bench import machine, record
 from sdopt.bench.baseline import REFERENCE, Baseline, DiffusersSide
+from sdopt.bench.built import BuiltSide, open_side
 from sdopt.bench.cases import Case
 from sdopt.bench.peers import PeerSide, cold_start, command_of
-from sdopt.bench.sides import COMPONENTS, OURS, Inputs, SdoptSide, Side, latents_of
+from sdopt.bench.sides import COMPONENTS, OURS, Inputs, Side, latents_of
 from sdopt.bench.stats import psnr
 from sdopt.bench.timing import Call, Sample, Series, interleaved
 from sdopt.bundle import Bundle
@@ -93,7 +94,7 @@ def _together(
 ) -> list[dict[str, Any]]:
     """The entries of all sides but for the cold start: open all, prove each, take turns, close all."""
     with ExitStack() as stack:
-        ours = SdoptSide(case, setup.bundle, setup.threads)
+        ours = open_side(case, setup.bundle, setup.threads)
         stack.callback(ours.close)
         reference = DiffusersSide(REFERENCE, case, setup.checkpoint, setup.threads, setup.device)
         stack.callback(reference.close)
@@ -104,7 +105,12 @@ def _together(
                 if not isinstance(side, str):
                     stack.callback(side.close)
         inputs = reference.inputs(latents)
-        expected = _outputs(reference.calls(inputs))
+        inputs = ours.first_inputs(inputs) if isinstance(ours, BuiltSide) else inputs
+        with reference.exact():
+            expected = _outputs(reference.calls(inputs))
+        prediction = expected["unet"]
+        if isinstance(ours, BuiltSide) and prediction is not None:
+            expected["step"] = ours.guided(prediction, inputs)
         proven = {name: _prove(name, side, inputs, expected, case, report) for name, side in opened.items()}
         _refuse_failure(proven)
         warm = _warm(proven, setup, report)
@@ -158,7 +164,7 @@ def _prove(
         outputs = _outputs(calls)
         parity = {
             "picture_db": _parity(expected, outputs, "picture", peak=1.0, half_level=side.half_level),
-            "unet_db": _parity(expected, outputs, "unet"),
+            "unet_db": _parity(expected, outputs, "step" if "step" in outputs else "unet"),
         }
     except Exception as error:  # a library's own: what fails is told, and the others go on
         report(f"  {name} cannot be measured: {error}")
@@ -183,6 +189,8 @@ def _warm(proven: Mapping[str, _Proven], setup: Setup, report: Report) -> dict[s
     series: dict[str, dict[str, Series]] = {name: {} for name in proven}
     for component in COMPONENTS:
         calls = {name: p.calls[component] for name, p in proven.items() if component in p.calls}
+        if not calls:
+            continue
         report(f"  {component}: {', '.join(calls)}")
         for name, taken in interleaved(calls, setup.rounds, setup.warmup - 1).items():
             series[name][component] = taken

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 from sdopt import __version__
 
 PACKAGES = (
-    "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tokenizers", "torch", "diffusers",
-    "transformers",
+    "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13", "cuda-bindings", "onnx",
+    "onnx-ir", "tokenizers", "torch", "diffusers", "transformers",
 )  # fmt: skip
 GPU_FIELDS = (
     "name", "driver_version", "memory.total", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "power.draw",

@@ -2,6 +2,8 @@
 
 text_encoder   the prompt (and the empty one, with guidance) to embeddings, tokenizer and all
 unet           one call, with guidance for both halves
+step           in place of `unet` where a whole step is one launch (`sdopt.bench.built`): guidance and sampler too
+host_step      the host's time for a step of such a loop, in which it waits for nothing
 loop_step      one step of the loop when the UNet answers at once: guidance, sampler, checks
 vae_decoder    latents to a picture in 0..1
 picture        prompt and latents to a picture in 0..1, end to end
@@ -20,11 +22,11 @@ import numpy as np
 from sdopt.bench.cases import Case
 from sdopt.bench.timing import Call, timed
 from sdopt.bundle import Bundle
-from sdopt.engine import Engine
+from sdopt.engine import BACKENDS, Engine
 from sdopt.pipeline import Pipeline
 from sdopt.specs import Array, Float32, TensorSpec
 
-COMPONENTS = ("text_encoder", "unet", "loop_step", "vae_decoder", "picture")
+COMPONENTS = ("text_encoder", "unet", "step", "loop_step", "host_step", "vae_decoder", "picture")
 OURS = "sdopt"
 
 
@@ -68,8 +70,9 @@ class SdoptSide:
 
     def __init__(self, case: Case, bundle: Path, threads: int) -> None:
         self._case = case
+        precision = precision_for(case)
         self._pipe = Pipeline(
-            Bundle.open(bundle), case.backend, precision=case.precision, memory=case.memory, threads=threads
+            Bundle.open(bundle), case.backend, precision=precision, memory=case.memory, threads=threads
         )
         self.backend, self.precision = self._pipe.backend, self._pipe.precision
         self.versions: Mapping[str, str] = {}
@@ -86,13 +89,13 @@ class SdoptSide:
         zeros = self.bundle.manifest["conditioning"]["zeros_for_empty"]
         texts = [case.prompt, ""] if case.guided and not zeros else [case.prompt]
         loop = _Loop(self.bundle, np.zeros_like(inputs.unet["sample"]))
-        embeds, steps = _embeds(case, inputs), len(loop_steps(loop, case, inputs))
+        embeds, steps = embeds_of(case, inputs), len(loop_steps(loop, case, inputs))
         unet = _once(self.bundle, inputs.unet, case.batch)
         return {
             "text_encoder": timed(lambda: pipe.encode(texts)),
             "unet": timed(lambda: pipe.engine("unet")(**unet)["noise_pred"]),
             "loop_step": timed(
-                lambda: loop(None, output_type="latent", latents=inputs.latents, **_options(case), **embeds).images,
+                lambda: loop(None, output_type="latent", latents=inputs.latents, **options(case), **embeds).images,
                 per=steps,
             ),
             "vae_decoder": timed(lambda: pipe.decode(inputs.latents, "np")),
@@ -103,17 +106,23 @@ class SdoptSide:
         self._pipe.close()
 
 
+def precision_for(case: Case) -> str:
+    """What a pipeline is told: a backend whose engines are built runs them in the precision that they have."""
+    entry = BACKENDS.get(case.backend.partition(":")[0])
+    return "auto" if entry is not None and not entry.precisions else case.precision
+
+
 def picture(pipe: Pipeline, case: Case, latents: Float32) -> Array:
     """The case's pictures by sdopt, [batch, height, width, 3] in 0..1."""
-    return pipe([case.prompt] * case.batch, latents=latents, output_type="np", **_options(case)).images
+    return pipe([case.prompt] * case.batch, latents=latents, output_type="np", **options(case)).images
 
 
 def loop_steps(loop: Pipeline, case: Case, inputs: Inputs) -> Sequence[Any]:
     """The steps of the case's loop; some samplers call the UNet more often than they are asked to."""
-    return list(loop.denoise(None, latents=inputs.latents, **_options(case), **_embeds(case, inputs)))
+    return list(loop.denoise(None, latents=inputs.latents, **options(case), **embeds_of(case, inputs)))
 
 
-def _options(case: Case) -> Any:
+def options(case: Case) -> Any:
     return {
         "num_inference_steps": case.steps,
         "guidance_scale": case.guidance,
@@ -123,7 +132,7 @@ def _options(case: Case) -> Any:
     }
 
 
-def _embeds(case: Case, inputs: Inputs) -> Any:
+def embeds_of(case: Case, inputs: Inputs) -> Any:
     """The embeddings in the UNet's inputs, under the names that a pipeline takes them by."""
     names = {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "text_embeds"}
     found = {name: inputs.unet[key] for name, key in names.items() if key in inputs.unet}

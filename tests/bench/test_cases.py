@@ -37,6 +37,23 @@ def test_a_case_survives_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "floors"),
+    [
+        ({}, (60, 80)),
+        ({"backend": "ort:cuda"}, (60, 80)),
+        ({"backend": "tensorrt", "precision": "fp16"}, (45, 50)),
+        ({"backend": "tensorrt", "precision": "fp32"}, (45, 50)),  # TF32
+        ({"backend": "tensorrt", "precision": "bf16"}, (27, 32)),
+        ({"precision": "bf16", "picture_floor_db": 35.0}, (35, 32)),
+    ],
+)
+def test_floors_are_those_of_the_precision_unless_they_are_given(changes: dict, floors: tuple[int, int]) -> None:
+    case = Case.from_json({"name": "any", **FIELDS, **changes})
+    assert (case.picture_floor_db, case.unet_floor_db) == floors
+    assert case.on(case.backend, "float32").unet_floor_db == 80
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"colour": "red"}, "unknown colour"),
