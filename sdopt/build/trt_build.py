@@ -80,7 +80,7 @@ class Builder:
         self._check_half(network, half_products)
         errors = ""
         for workspace in self._workspaces():
-            self.lib.log.lines.clear()
+            self.lib.log.clear()
             config = self._config(builder, inputs, profiles, workspace)
             if self._written(builder, network, config, plan):
                 self._keep_timing(config)
@@ -108,7 +108,7 @@ class Builder:
 
         Raises: BackendError where there is none: without a driver its constructor raises a TypeError.
         """
-        self.lib.log.lines.clear()
+        self.lib.log.clear()
         try:
             return self.lib.trt.Builder(self.lib.log)
         except (TypeError, RuntimeError) as error:

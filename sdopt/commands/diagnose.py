@@ -49,13 +49,16 @@ def run(args: argparse.Namespace) -> int:
         with np.load(args.inputs) as file:
             arrays = dict(file)
     check_inputs(component.name, component.inputs, arrays)
+    unsafe = args.precision == "fp16" and component.name in bundle.manifest.get("float16_attention_unsafe", ())
+    if unsafe:
+        print(f"{component.name}: attention stays float32, as in `sdopt build`: it overflows in fp16", file=sys.stderr)
     found = diagnose(
         component.graph,
         arrays,
         floor_db=args.floor,
         dtype=PRECISIONS[args.precision],
         islands=args.island,
-        attention=args.attention_float32,
+        attention=args.attention_float32 or unsafe,
         report=lambda line: print(f"{component.name}: {line}", file=sys.stderr),
     )
     if args.json:

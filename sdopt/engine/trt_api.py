@@ -44,7 +44,7 @@ class TensorRT:
 
         Raises: OutOfMemoryError where the GPU is full; BackendError with what TensorRT logged.
         """
-        self.log.lines.clear()
+        self.log.clear()
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             kind = OutOfMemoryError if "OutOfMemory" in self.log.errors() else BackendError
@@ -64,20 +64,24 @@ class TensorRT:
 
 
 def make_log(trt: Any) -> Any:
-    """A logger that keeps the last lines instead of printing them."""
+    """A logger that keeps the last errors instead of printing them."""
     names = {int(getattr(trt.ILogger, name)): name for name in SEVERITIES}
 
     class Log(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.lines: deque[tuple[str, str]] = deque(maxlen=2000)
+            self._lines: deque[str] = deque(maxlen=20)  # errors, and nothing else: a build logs thousands of lines
 
         def log(self, severity: Any, msg: str) -> None:
-            self.lines.append((names[int(severity)], msg))
+            if names[int(severity)].endswith("ERROR"):
+                self._lines.append(msg)
+
+        def clear(self) -> None:
+            self._lines.clear()
 
         def errors(self) -> str:
-            """The errors since the lines were cleared, as one text."""
-            return " | ".join(text for severity, text in self.lines if severity.endswith("ERROR")) or "no reason given"
+            """The errors since `clear`, as one text."""
+            return " | ".join(self._lines) or "no reason given"
 
     return Log()
 
@@ -129,7 +133,7 @@ class LoadedPlan:
 
         Raises: OutOfMemoryError if there is none, which means that memory is short.
         """
-        self.log.lines.clear()
+        self.log.clear()
         if config is not None:
             context = self.engine.create_execution_context(config)
         elif hasattr(self.trt, "ExecutionContextAllocationStrategy"):
@@ -144,11 +148,18 @@ class LoadedPlan:
         return Context(self.engine, context, self.log, self.what)
 
     def layers(self) -> str:
-        """What the engine's layers are, as JSON; empty where the library cannot tell."""
+        """What the engine's layers are, as JSON; empty where the library cannot tell.
+
+        Raises: BackendError with what TensorRT logged where its inspector fails.
+        """
         if not hasattr(self.engine, "create_engine_inspector"):
             return ""
+        self.log.clear()
         inspector = self.engine.create_engine_inspector()
-        return inspector.get_engine_information(self.trt.LayerInformationFormat.JSON)
+        layers = inspector and inspector.get_engine_information(self.trt.LayerInformationFormat.JSON)
+        if not layers:
+            raise BackendError(f"{self.what}: TensorRT's inspector tells nothing of this engine: {self.log.errors()}")
+        return str(layers)
 
 
 @dataclass(frozen=True)
@@ -162,7 +173,7 @@ class Context:
 
     def prepare(self, profile: int, shapes: Mapping[str, tuple[int, ...]], stream: int) -> int:
         """Choose the profile, then the shapes of all inputs; bytes of scratch memory that they need."""
-        self.log.lines.clear()
+        self.log.clear()
         done = self.context.set_optimization_profile_async(profile, stream)
         for name, shape in shapes.items():
             done = done and self.context.set_input_shape(name, shape)

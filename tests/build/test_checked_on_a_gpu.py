@@ -17,6 +17,7 @@ from sdopt.build.recipe import read_recipe
 from sdopt.build.target import Target
 from sdopt.bundle import Bundle
 from sdopt.engine.plans import PLAN, stored
+from sdopt.engine.trt_api import TensorRT
 from sdopt.errors import BackendError
 from tests.conftest import PlugIn
 
@@ -110,3 +111,22 @@ def test_what_the_builder_logs_is_told(bundle: Bundle, gpu: Any, monkeypatch: py
 def test_the_folder_of_engines_is_the_bundles(bundle: Bundle, gpu: Any) -> None:
     (folder,) = build(bundle, "tensorrt", components=["vae_encoder"], profiles=SIZES, options=EXACT, report=quiet)
     assert folder.parent == Path(bundle.path) / "engines"
+
+
+def test_an_inspector_that_tells_nothing_is_told_with_the_log(
+    bundle: Bundle, gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.fakes.trt.FakeInspector.get_engine_information", lambda inspector, form: "")
+    with pytest.raises(BackendError, match=r"vae_encoder: TensorRT's inspector tells nothing .*no reason given"):
+        build(bundle, "tensorrt", components=["vae_encoder"], profiles=SIZES, options=EXACT, report=quiet)
+    assert stored(bundle, "tensorrt") == []
+
+
+def test_of_a_long_log_the_errors_are_kept(gpu: Any) -> None:
+    log = TensorRT("tensorrt").log
+    log.log(1, "the reason")
+    for i in range(5000):
+        log.log(4, f"verbose {i}")
+    assert log.errors() == "the reason"
+    log.clear()
+    assert log.errors() == "no reason given"

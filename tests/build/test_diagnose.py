@@ -11,9 +11,10 @@ import pytest
 from sdopt import graph
 from sdopt.build.diagnose import diagnose
 from sdopt.bundle import write_manifest
+from sdopt.cli import main
 from tests.build.common import SIZES, inputs_of
 from tests.build.test_half import UNET, WEIGHT, reweigh
-from tests.conftest import EMOJI_BUNDLE, sdopt
+from tests.conftest import EMOJI_BUNDLE, edit_manifest, sdopt
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +67,14 @@ def test_a_wrong_argument_of_the_command_is_named() -> None:
     done = sdopt("diagnose", "--latent", 0)
     assert done.returncode == 2
     assert "--latent 0; allowed are whole numbers from 1" in done.stderr
+
+
+def test_attention_that_overflows_stays_float32_as_in_a_build(
+    bundle_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_manifest(bundle_copy, float16_attention_unsafe=["text_encoder"])
+    command = ["diagnose", str(bundle_copy), "--component", "text_encoder"]
+    assert main(command) in (0, 5)
+    assert "text_encoder: attention stays float32" in capsys.readouterr().err
+    assert main([*command, "--precision", "bf16"]) in (0, 5)
+    assert "attention stays" not in capsys.readouterr().err
