@@ -17,7 +17,7 @@ import onnx_ir as ir
 from sdopt.build.half import MINUS_INFINITY, TYPES, HalfReport, half
 from sdopt.build.lower import lower
 from sdopt.build.rounded import outputs_of, rounded, session
-from sdopt.graph import is_float, load, name_of, save, weights
+from sdopt.graph import BF16, F32, behind, is_float, load, name_of, save, weights
 from sdopt.likeness import psnr
 from sdopt.specs import Array
 
@@ -113,10 +113,16 @@ def _values(path: Path, names: Collection[str], arrays: Mapping[str, Array]) -> 
     """Some values inside the graph at `path`."""
     model = load(path)
     inside = {name_of(value): value for node in model.graph for value in node.outputs}
-    model.graph.outputs[:] = [inside[name] for name in names]
+    values = [inside[name] for name in names]
+    model.graph.outputs[:] = [_wide(model, value) if value.dtype == BF16 else value for value in values]
     shown = path.with_name(f"{path.stem}-shown.onnx")
     ir.save(model, shown)  # the weights stay where they are, in the file beside it
-    return outputs_of(session(shown), arrays)
+    return dict(zip(names, outputs_of(session(shown), arrays).values(), strict=True))
+
+
+def _wide(model: ir.Model, value: ir.Value) -> ir.Value:
+    """A bfloat16 value in float32: NumPy has no bfloat16."""
+    return behind(model, value)("Cast", [value], f"{name_of(value)}/shown", dtype=F32, to=int(F32.value))
 
 
 @dataclass(frozen=True)
