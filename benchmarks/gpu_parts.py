@@ -40,16 +40,16 @@ from gpu_tools import (
     timings,
 )  # fmt: skip
 
-from sdopt import likeness
+from sdopt import metrics as likeness
 from sdopt.bench import machine
 from sdopt.bench.built import Clock
 from sdopt.bench.sides import Inputs, SdoptSide, latents_of
-from sdopt.bundle import Bundle, new_folder
+from sdopt.bundle.files import Bundle, new_folder
+from sdopt.bundle.specs import Array
 from sdopt.engine import BACKENDS, describe, installed_backends, open_engine
 from sdopt.engine.device import shared_device
 from sdopt.engine.plans import stored
 from sdopt.errors import BackendError, SdoptError
-from sdopt.specs import Array
 
 CAPTURABLE = "sdopt.engine.trt_api.Context.capturable"
 LOG_LINES = 40

@@ -19,20 +19,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
-from sdopt import likeness
+from sdopt import metrics as likeness
 from sdopt.bench import machine
 from sdopt.bench.built import BuiltSide
 from sdopt.bench.cases import Case
 from sdopt.bench.sides import Inputs, latents_of
 from sdopt.bench.sides import picture as picture_of
 from sdopt.bench.timing import Call
-from sdopt.bundle import Bundle
+from sdopt.bundle.files import Bundle
+from sdopt.bundle.specs import Array, Float32
 from sdopt.engine.device import shared_device
 from sdopt.engine.plans import FOLDER
 from sdopt.errors import BackendError
-from sdopt.images import to_pil
+from sdopt.image.pil import to_pil
 from sdopt.pipeline import Pipeline
-from sdopt.specs import Array, Float32
 
 ROOT = Path(__file__).parents[1]
 EMOJI = ROOT / "engines/emoji"

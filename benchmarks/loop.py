@@ -22,16 +22,16 @@ from typing import Any
 
 import numpy as np
 
-from sdopt.bundle import Bundle, embedded
+from sdopt.bundle.files import Bundle, embedded
+from sdopt.bundle.specs import Profile, TensorSpec
 from sdopt.engine.cuda import CudaBindings
 from sdopt.engine.device import Device
 from sdopt.engine.plans import Record
 from sdopt.engine.trt import TrtEngine
 from sdopt.pipeline import Pipeline
-from sdopt.request import make_plan
+from sdopt.request.plan import make_plan
 from sdopt.samplers import SAMPLERS
 from sdopt.samplers.packed import HISTORY, row_width
-from sdopt.specs import Profile, TensorSpec
 
 STEPS, ROUNDS = 20, 150
 

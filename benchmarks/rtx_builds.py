@@ -34,7 +34,7 @@ from sdopt.bench.machine import machine
 from sdopt.bench.record import replace_text
 from sdopt.build.options import Options
 from sdopt.build.plan import build
-from sdopt.bundle import Bundle
+from sdopt.bundle.files import Bundle
 from sdopt.engine.plans import PLAN, stored
 from sdopt.errors import SdoptError
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from sdopt.bundle import MANIFEST, new_folder, read_manifest, write_manifest
+from sdopt.bundle.files import MANIFEST, new_folder, read_manifest, write_manifest
 from sdopt.errors import BundleError, SdoptError
 
 KEPT = "kept.npz"

@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sdopt.bundle import Bundle as Bundle
+    from sdopt.bundle.files import Bundle as Bundle
     from sdopt.engine import Engine as Engine
     from sdopt.engine import open_engine as open_engine
     from sdopt.errors import BackendError as BackendError
@@ -33,7 +33,7 @@ __version__ = "0.1.0"
 _HOME = {
     "load": "pipeline",
     "Pipeline": "pipeline",
-    "Bundle": "bundle",
+    "Bundle": "bundle.files",
     "Engine": "engine",
     "open_engine": "engine",
     "SamplerTable": "samplers",

@@ -1,5 +1,5 @@
 """`python -m sdopt` is `sdopt`."""
 
-from sdopt.cli import main
+from sdopt.cli.main import main
 
 raise SystemExit(main())

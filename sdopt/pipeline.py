@@ -21,20 +21,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdopt import images as pictures
-from sdopt import previews
-from sdopt.arguments import Options
-from sdopt.bundle import Bundle, embedded
-from sdopt.conditioning import TextEncoders
+from sdopt.bundle.files import Bundle, embedded
+from sdopt.bundle.specs import Array, Float32
+from sdopt.denoise.loop import Step, fused_component, fused_steps, host_steps, refuse_nan
+from sdopt.denoise.model import Denoiser
+from sdopt.denoise.start import Posterior, begin
 from sdopt.engine import BACKENDS, Engine, built_components, choose_backend, open_engine
 from sdopt.errors import UsageError, choices
-from sdopt.guidance import Denoiser
-from sdopt.noise import batch, generator
-from sdopt.request import Plan, make_plan
-from sdopt.specs import Array, Float32
-from sdopt.stepper import Step, fused_component, fused_steps, host_steps, refuse_nan
-from sdopt.tasks import Posterior, begin
-from sdopt.tiling import decode_tiled, encode_tiled, sliced
+from sdopt.image import pil as pictures
+from sdopt.image import preview as previews
+from sdopt.image.tiling import decode_tiled, encode_tiled, sliced
+from sdopt.request.options import Options
+from sdopt.request.plan import Plan, make_plan
+from sdopt.samplers.noise import batch, generator
+from sdopt.text.encode import TextEncoders
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -73,7 +73,7 @@ def load(
     `memory`: "fast" keeps every component that was loaded; "low" frees it when another one is needed.
     `cache`: keep what the engine library makes of the graphs in this user's cache folder (for Stable Diffusion 1.5
     about 4 GB), so that the next process starts sooner and takes less memory.
-    `paranoid`: compute the hash of every file anew; else that of a file that has not changed is known (`sdopt.stamps`).
+    `paranoid`: compute the hash of every file anew; else that of a file that has not changed is known.
     Engines that `sdopt build` made are loaded if this user built them; `trust_engines` takes anybody's: they are code.
     Raises: BundleError for a bundle that is damaged or unsafe; BackendError if no engine library is installed.
     """
@@ -113,7 +113,7 @@ class Pipeline:
         callback_on_step_end: Callback | None = None,
         **options: Unpack[Options],
     ) -> Result:
-        """Pictures of `prompt`; `sdopt.arguments.Options` lists the other keywords.
+        """Pictures of `prompt`; `sdopt.request.options.Options` lists the other keywords.
 
         `callback_on_step_end(pipe, index, timestep, {"latents": sample})` may return other latents, as in diffusers.
         Raises: UsageError for a wrong argument; NumericsError rather than a black picture.
@@ -160,7 +160,7 @@ class Pipeline:
         """The token that prompts may use from now on: a textual inversion from a .safetensors file, or an array
         [n, width] (for SDXL `{"clip_l": ..., "clip_g": ...}`).
 
-        Without `token` it is the one that the file names, or the file's own name (see `sdopt.embeddings`).
+        Without `token` it is the one that the file names, or the file's own name (see `sdopt.text.textual_inversion`).
         Raises: UsageError for a file that is not what it should be, a token that is taken, or a bundle that takes none.
         """
         return self._text.add(source, token)

@@ -74,7 +74,7 @@ def bundle_copy(tmp_path: Path) -> Path:
 @pytest.fixture
 def bundle(bundle_copy: Path) -> Any:
     """The same, opened."""
-    from sdopt.bundle import Bundle
+    from sdopt.bundle.files import Bundle
 
     return Bundle.open(bundle_copy, verify=False)
 

@@ -13,73 +13,25 @@ import pytest
 
 from tests.conftest import ROOT
 
-# part of sdopt -> the parts that it may import
-ALLOWED = {
-    "errors": set(),
-    "specs": {"errors"},
-    "likeness": {"specs"},
-    "stamps": {"errors"},
-    "bundle": {"specs", "stamps", "errors"},
-    "engine": {"bundle", "specs", "stamps", "errors"},
-    "graph": {"specs", "errors"},
-    "noise": {"errors", "specs"},
-    "schedules": {"errors", "specs"},
-    "samplers": {"schedules", "errors", "specs"},
-    "tokenizer": {"errors", "specs"},
-    "images": {"errors", "specs"},
-    "masks": {"images", "errors", "specs"},
-    "previews": {"bundle", "errors", "specs"},
-    "embeddings": {"errors", "specs"},
-    "arguments": {"bundle", "samplers", "images", "masks", "tiling", "specs", "errors"},
-    "request": {"arguments", "bundle", "samplers", "images", "masks", "tiling", "specs", "errors"},
-    "prompts": {"tokenizer", "specs"},
-    "tiling": {"specs", "errors"},
-    "tasks": {"request", "samplers", "specs", "errors"},
-    "conditioning": {"engine", "bundle", "embeddings", "prompts", "request", "tokenizer", "specs", "errors"},
-    "guidance": {"engine", "specs"},
-    "stepper": {"engine", "guidance", "request", "tasks", "samplers", "specs", "errors"},
-    "capabilities": {"arguments", "bundle", "conditioning"},
-    "pipeline": {
-        "guidance",
-        "stepper",
-        "conditioning",
-        "engine",
-        "bundle",
-        "arguments",
-        "request",
-        "tasks",
-        "prompts",
-        "tiling",
-        "previews",
-        "samplers",
-        "noise",
-        "tokenizer",
-        "images",
-        "specs",
-        "errors",
-    },
-    "export": {"graph", "likeness", "engine", "bundle", "samplers", "schedules", "noise", "specs", "errors", ""},
-    "build": {"graph", "likeness", "engine", "bundle", "samplers", "specs", "stamps", "errors", ""},
-    "bench": {"likeness", "pipeline", "engine", "bundle", "images", "samplers", "specs", "errors", ""},
-    "commands": {
-        "engine",
-        "export",
-        "build",
-        "bench",
-        "pipeline",
-        "arguments",
-        "request",
-        "samplers",
-        "images",
-        "bundle",
-        "errors",
-        "capabilities",
-        "specs",
-        "",
-    },
-    "cli": {"commands", "errors", ""},
-    "__main__": {"cli"},
-    "": {"pipeline", "engine", "bundle", "samplers", "errors"},  # sdopt/__init__.py, lazily
+# room -> the rooms that it imports from: exactly these, so an arrow that nothing uses any more is deleted here too
+ARROWS = {
+    "errors": "",
+    "bundle": "errors",
+    "metrics": "bundle",
+    "engine": "bundle errors",
+    "graph": "bundle errors",
+    "samplers": "bundle errors",
+    "image": "bundle errors",
+    "request": "bundle errors image samplers",
+    "text": "bundle engine errors request",
+    "denoise": "bundle engine errors request samplers",
+    "pipeline": "bundle denoise engine errors image request samplers text",
+    "export": "bundle engine errors graph metrics samplers sdopt",
+    "build": "bundle engine errors graph metrics samplers sdopt",
+    "bench": "bundle engine errors metrics pipeline samplers sdopt",
+    "cli": "bench build bundle engine errors export image pipeline request samplers sdopt text",
+    "__main__": "cli",
+    "sdopt": "bundle engine errors pipeline samplers",  # sdopt/__init__.py, lazily
 }
 NOT_AT_RUN_TIME = (
     "torch",
@@ -94,42 +46,62 @@ NOT_AT_RUN_TIME = (
 )
 
 
-def part_of(module: str) -> str:
-    """ "sdopt.engine.ort" -> "engine"; "sdopt" -> "" """
-    return module.split(".")[1] if "." in module else ""
-
-
-def imports(path: Path) -> set[str]:
-    """The parts of sdopt that a file imports, also late or for types only."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "sdopt":
-            parts = {a.name for a in node.names}
-            found |= {p if p in ALLOWED else "" for p in parts}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("sdopt."):
-            found.add(part_of(node.module))
-        elif isinstance(node, ast.Import):
-            found |= {part_of(a.name) for a in node.names if a.name.split(".")[0] == "sdopt"}
+def modules() -> dict[str, Path]:
+    """Every module of sdopt by its name."""
+    found: dict[str, Path] = {}
+    for path in sorted((ROOT / "sdopt").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 
-def sources() -> list[Path]:
-    return sorted((ROOT / "sdopt").rglob("*.py"))
+MODULES = modules()
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_go_one_way(path: Path) -> None:
-    parts = path.relative_to(ROOT / "sdopt").with_suffix("").parts
-    part = "" if parts == ("__init__",) else parts[0]
-    assert imports(path) <= ALLOWED[part] | {part}
+def room(module: str) -> str:
+    """ "sdopt.engine.ort" -> "engine"; "sdopt" -> "sdopt" """
+    return module.split(".")[1] if "." in module else module
 
 
-def test_the_allowed_imports_have_no_cycle_but_the_lazy_front_door() -> None:
-    remaining = {part: needs - {""} for part, needs in ALLOWED.items() if part}
+def imports(module: str) -> set[str]:
+    """The modules of sdopt that a module imports, also late or for types only."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "sdopt":
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                found.add(name if name in MODULES else node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "sdopt"}
+    return found
+
+
+@pytest.mark.parametrize("name", ARROWS)
+def test_a_room_imports_from_exactly_these(name: str) -> None:
+    outside = {room(i) for module in MODULES if room(module) == name for i in imports(module)} - {name}
+    assert outside == set(ARROWS[name].split())
+
+
+def test_every_room_is_in_the_table() -> None:
+    assert {room(module) for module in MODULES} == set(ARROWS)
+
+
+def test_arrows_point_one_way_but_for_the_lazy_front_door() -> None:
+    refuse_cycles({name: set(arrows.split()) - {"sdopt"} for name, arrows in ARROWS.items() if name != "sdopt"})
+
+
+@pytest.mark.parametrize("name", sorted({room(module) for module in MODULES}))
+def test_inside_of_a_room_imports_point_one_way_too(name: str) -> None:
+    inside = {module for module in MODULES if room(module) == name}
+    refuse_cycles({module: (imports(module) & inside) - {module} for module in inside})
+
+
+def refuse_cycles(needs: dict[str, set[str]]) -> None:
+    remaining = dict(needs)
     while remaining:
-        leaves = {part for part, needs in remaining.items() if not needs & set(remaining)}
+        leaves = {name for name, wanted in remaining.items() if not wanted & set(remaining)}
         assert leaves, f"a cycle among {sorted(remaining)}"
-        remaining = {part: needs for part, needs in remaining.items() if part not in leaves}
+        remaining = {name: wanted for name, wanted in remaining.items() if name not in leaves}
 
 
 def modules_after(code: str) -> set[str]:
@@ -142,7 +114,7 @@ def modules_after(code: str) -> set[str]:
 
 def test_a_process_that_makes_a_picture_never_imports_the_export_side(tmp_path: Path) -> None:
     command = ["generate", "a red apple", "--steps", "2", "-o", str(tmp_path / "a.png")]
-    loaded = modules_after(f"from sdopt.cli import main; assert main({command!r}) == 0")
+    loaded = modules_after(f"from sdopt.cli.main import main; assert main({command!r}) == 0")
     assert (tmp_path / "a.png").exists()
     assert not {m for m in loaded if m.split(".")[0] in NOT_AT_RUN_TIME}
     assert not {m for m in loaded if m.startswith(("sdopt.export", "sdopt.build", "sdopt.bench"))}

@@ -28,7 +28,7 @@ def test_what_it_copies_is_there_and_is_enough_to_build_the_wheel(tmp_path: Path
     names = subprocess.run(
         [sys.executable, "-m", "zipfile", "-l", str(wheel)], check=True, capture_output=True, text=True
     )
-    for needed in ("sdopt/cli.py", "sdopt/py.typed", "sdopt/emoji/manifest.json", "sdopt/emoji/unet.onnx.data"):
+    for needed in ("sdopt/cli/main.py", "sdopt/py.typed", "sdopt/emoji/manifest.json", "sdopt/emoji/unet.onnx.data"):
         assert needed in names.stdout
 
 

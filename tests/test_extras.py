@@ -19,7 +19,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from sdopt.cli import COMMANDS
+from sdopt.cli.main import COMMANDS
 from tests.conftest import EMOJI_BUNDLE, EMOJI_CHECKPOINT, ROOT
 
 tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
@@ -77,7 +77,7 @@ for name in task["modules"]:
     except ImportError as error:
         failed[name] = str(error)
 for words in task["commands"]:
-    from sdopt.cli import main
+    from sdopt.cli.main import main
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

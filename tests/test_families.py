@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 import sdopt
+from sdopt.bundle.specs import Array
+from sdopt.denoise.model import scale_embedding
 from sdopt.errors import UsageError
-from sdopt.guidance import scale_embedding
 from sdopt.samplers import SAMPLERS
-from sdopt.specs import Array
 from tests import tiny
+from tests.denoise.test_start import generators, mask_of, picture
 from tests.test_pipeline import FLOOR_DB, picture_psnr
-from tests.test_tasks import generators, mask_of, picture
 
 OPTIONS = {"num_inference_steps": 5, "guidance_scale": 3.0, "output_type": "np"}
 WIDE = {"height": 24, "width": 32}

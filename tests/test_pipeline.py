@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 import sdopt
-from sdopt.cli import main
+from sdopt.bundle.specs import Array
+from sdopt.cli.main import main
+from sdopt.denoise.model import Denoiser
 from sdopt.engine import BACKENDS, installed_backends, open_engine
 from sdopt.errors import NumericsError, UsageError
-from sdopt.guidance import Denoiser
 from sdopt.samplers import SAMPLERS
-from sdopt.specs import Array
 from tests.conftest import EMOJI_BUNDLE, EMOJI_CHECKPOINT
 
 FLOOR_DB = 60.0
@@ -142,7 +142,7 @@ def test_guidance_in_two_calls_is_guidance_in_one(emoji: sdopt.Pipeline) -> None
 
 
 def test_given_latents_and_embeddings_take_the_place_of_seed_and_prompt(emoji: sdopt.Pipeline) -> None:
-    from sdopt.noise import generator
+    from sdopt.samplers.noise import generator
 
     expected = emoji("a cat", seed=9, num_inference_steps=3, output_type="np").images
     shape = (1, *next(emoji.denoise("a cat", seed=9, num_inference_steps=1)).sample.shape[1:])

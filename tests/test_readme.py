@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sdopt.cli import COMMANDS
+from sdopt.cli.main import COMMANDS
 from tests.conftest import EMOJI_BUNDLE, ROOT, sdopt
 
 README = (ROOT / "README.md").read_text()

@@ -169,7 +169,7 @@ def variant(checkpoint: Path, folder: Path, scheduler: Any = None, **index: Any)
 def export_like(checkpoint: Path, target: Path, base: Path, **options: Any) -> Path:
     """The bundle of a checkpoint; a graph of the bundle `base` that passes the gate for it is copied, not traced."""
     import sdopt.export
-    from sdopt.bundle import Bundle
+    from sdopt.bundle.files import Bundle
     from sdopt.errors import ParityError
     from sdopt.export import export, parity
 

@@ -23,8 +23,8 @@ import numpy as np
 from sdopt.bench.cases import Case
 from sdopt.bench.sides import Inputs
 from sdopt.bench.timing import Call, Sample, timed
+from sdopt.bundle.specs import Array, Float32
 from sdopt.errors import BackendError, CheckpointError, UsageError
-from sdopt.specs import Array, Float32
 
 REFERENCE = "eager-float32"
 DTYPES = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}

@@ -24,13 +24,13 @@ import numpy as np
 from sdopt.bench.cases import Case
 from sdopt.bench.sides import Inputs, SdoptSide, embeds_of, options, picture
 from sdopt.bench.timing import Call, Sample, timed
-from sdopt.bundle import Bundle
+from sdopt.bundle.files import Bundle
+from sdopt.bundle.specs import Array, Float32, Scalar, TensorSpec
 from sdopt.engine import Carrying, Engine, Run, built_components, choose_backend
 from sdopt.engine.plans import stored
 from sdopt.errors import BackendError, UsageError
 from sdopt.pipeline import Pipeline
 from sdopt.samplers.packed import SCALARS
-from sdopt.specs import Array, Float32, Scalar, TensorSpec
 
 STEP, STEP_ALONE = "unet_step", "unet_step_alone"
 NOTE = (

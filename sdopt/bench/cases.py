@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from sdopt.bundle import Bundle
+from sdopt.bundle.files import Bundle
 from sdopt.errors import UsageError, choices
 
 PRECISIONS = ("float32", "bf16", "fp16", "fp32")  # of sdopt's engines; the last two of those that are built

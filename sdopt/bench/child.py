@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sdopt.bench.protocol import Message, memory, serve
 
 if TYPE_CHECKING:
-    from sdopt.specs import Array
+    from sdopt.bundle.specs import Array
 
 Draw = Callable[[], "Array"]
 

@@ -20,9 +20,9 @@ from sdopt.bench.peers import PeerSide, cold_start, command_of
 from sdopt.bench.sides import COMPONENTS, OURS, Inputs, Side, latents_of
 from sdopt.bench.stats import psnr
 from sdopt.bench.timing import Call, Sample, Series, interleaved
-from sdopt.bundle import Bundle
+from sdopt.bundle.files import Bundle
+from sdopt.bundle.specs import Array, Float32
 from sdopt.errors import BackendError, UsageError
-from sdopt.specs import Array, Float32
 
 Report = Callable[[str], None]
 

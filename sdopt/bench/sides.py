@@ -21,10 +21,10 @@ import numpy as np
 
 from sdopt.bench.cases import Case
 from sdopt.bench.timing import Call, timed
-from sdopt.bundle import Bundle
+from sdopt.bundle.files import Bundle
+from sdopt.bundle.specs import Array, Float32, TensorSpec
 from sdopt.engine import BACKENDS, Engine
 from sdopt.pipeline import Pipeline
-from sdopt.specs import Array, Float32, TensorSpec
 
 COMPONENTS = ("text_encoder", "unet", "step", "loop_step", "host_step", "vae_decoder", "picture")
 OURS = "sdopt"

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sdopt import likeness
+from sdopt import metrics as likeness
+from sdopt.bundle.specs import Array
 from sdopt.errors import NumericsError, UsageError
-from sdopt.specs import Array
 
 RESAMPLES = 10_000
 
@@ -65,7 +65,7 @@ def slowdown(old: Sequence[float], new: Sequence[float], seed: int = 0) -> Estim
 
 
 def psnr(reference: Array, other: Array, peak: float | None = None) -> float:
-    """`sdopt.likeness.psnr` of outputs that can be compared.
+    """`sdopt.metrics.psnr` of outputs that can be compared.
 
     Raises: UsageError for different shapes; NumericsError where either is not finite.
     """

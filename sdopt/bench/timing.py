@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from sdopt.bundle.specs import Array
 from sdopt.errors import UsageError
-from sdopt.specs import Array
 
 
 @dataclass(frozen=True)

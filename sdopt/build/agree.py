@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sdopt.build.examples import example
+from sdopt.bundle.specs import Array, Profile, TensorSpec
 from sdopt.engine import Engine
 from sdopt.errors import BackendError
-from sdopt.likeness import psnr
+from sdopt.metrics import psnr
 from sdopt.samplers.packed import SCALARS
-from sdopt.specs import Array, Profile, TensorSpec
 
 # In dB. Two right results differ by their roundings: relative to the largest value, 2^-11 for each value in fp16 and in
 # TF32 (what "fp32" is on a GPU), 2^-8 in bf16. That leaves 66 and 48 dB after one rounding; the hundreds of a UNet in

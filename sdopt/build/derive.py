@@ -15,9 +15,9 @@ from sdopt.build.lower import OPSET, lower, lower_operators
 from sdopt.build.options import PRECISIONS
 from sdopt.build.recipe import Part
 from sdopt.build.trt_build import Builder
-from sdopt.bundle import Bundle
+from sdopt.bundle.files import Bundle
+from sdopt.bundle.specs import Profile
 from sdopt.graph.ort_ops import ort_ops
-from sdopt.specs import Profile
 
 
 def derive(

@@ -17,9 +17,9 @@ import onnx_ir as ir
 from sdopt.build.half import MINUS_INFINITY, TYPES, HalfReport, half
 from sdopt.build.lower import lower
 from sdopt.build.rounded import outputs_of, rounded, session
+from sdopt.bundle.specs import Array
 from sdopt.graph import BF16, F32, behind, is_float, load, name_of, save, weights
-from sdopt.likeness import psnr
-from sdopt.specs import Array
+from sdopt.metrics import psnr
 
 GROUP = 150  # values to a run: they are all in memory at once
 EXACT_DB = 200.0

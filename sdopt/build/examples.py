@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from sdopt.bundle.specs import Array, TensorSpec
 from sdopt.samplers.packed import SCALARS
-from sdopt.specs import Array, TensorSpec
 
 
 def example(inputs: Sequence[TensorSpec], sizes: Mapping[str, int], seed: int = 0) -> dict[str, Array]:

@@ -19,8 +19,8 @@ import onnx.shape_inference
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
+from sdopt.bundle.specs import Array
 from sdopt.graph import BOOL, I64, attribute, drop_unused, name_of, redirect
-from sdopt.specs import Array
 
 WHOLE = (I64, ir.DataType.INT32, BOOL)
 SMALL = 64  # numbers: what describes a shape has not more

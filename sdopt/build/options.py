@@ -8,7 +8,7 @@ from typing import Any
 
 from sdopt import __version__
 from sdopt.build.recipe import Part
-from sdopt.bundle import Bundle
+from sdopt.bundle.files import Bundle
 from sdopt.errors import UsageError, choices
 
 PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": ""}  # what `half` calls them

@@ -26,13 +26,13 @@ from sdopt.build.recipe import Part, Recipe, part_profile, read_recipe, user_pro
 from sdopt.build.target import Target
 from sdopt.build.trt_build import Builder, Progress
 from sdopt.build.trt_types import half_products, inspected, types_of
-from sdopt.bundle import Bundle, new_folder
+from sdopt.bundle.files import Bundle, new_folder
+from sdopt.bundle.specs import Profile
+from sdopt.bundle.stamps import user_folder
 from sdopt.engine.cuda import bytes_text
 from sdopt.engine.device import shared_device
 from sdopt.engine.plans import GRAPH, PLAN, Record, Stored, Unsigned, changed, engines_folder, stored, write_record
 from sdopt.errors import BackendError
-from sdopt.specs import Profile
-from sdopt.stamps import user_folder
 
 Report = Callable[[str], None]
 

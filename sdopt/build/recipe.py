@@ -13,9 +13,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
-from sdopt.bundle import Bundle
+from sdopt.bundle.files import Bundle
+from sdopt.bundle.specs import Profile, TensorSpec
 from sdopt.errors import BackendError, UsageError, choices
-from sdopt.specs import Profile, TensorSpec
 
 HOMES = (Path(__file__).parent.parent / "recipe.toml", Path(__file__).parents[2] / "engines/recipe.toml")
 NAMES = ("batch", "height", "width", "tokens")

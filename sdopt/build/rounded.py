@@ -17,8 +17,8 @@ from typing import Any, cast
 import onnx_ir as ir
 import onnxruntime
 
+from sdopt.bundle.specs import Array
 from sdopt.graph import BF16, F16, F32, Writer, behind, converted, drop_unused, name_of, weights
-from sdopt.specs import Array
 
 HALF = (F16, BF16)
 ort = cast(Any, onnxruntime)  # its bindings are not typed

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from sdopt.build.trt_types import keep_types, layer_types, product_types
+from sdopt.bundle.specs import Profile, TensorSpec
 from sdopt.engine.trt_api import TensorRT
 from sdopt.errors import BackendError, UsageError
-from sdopt.specs import Profile, TensorSpec
 
 GIB = 1 << 30
 FLAGS = {  # option -> BuilderFlag

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
-from sdopt.bundle import Bundle
+from sdopt.bundle.files import Bundle
+from sdopt.bundle.specs import Array, TensorSpec
 from sdopt.engine import plans
 from sdopt.errors import BackendError, UsageError, choices
-from sdopt.specs import Array, TensorSpec
 
 
 class Engine(Protocol):

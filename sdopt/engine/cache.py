@@ -21,9 +21,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sdopt.bundle import Bundle, Component, new_folder
+from sdopt.bundle.files import Bundle, Component, new_folder
+from sdopt.bundle.stamps import user_folder
 from sdopt.errors import BackendError, SdoptError
-from sdopt.stamps import user_folder
 
 UNUSED_SECONDS = 30 * 24 * 3600
 Loaded = TypeVar("Loaded")

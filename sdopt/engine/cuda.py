@@ -20,8 +20,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from sdopt.bundle.specs import Array
 from sdopt.errors import BackendError
-from sdopt.specs import Array
 
 OUT_OF_MEMORY = 2
 NO_DEVICE = 100

@@ -9,11 +9,11 @@ from typing import Any, cast
 
 import numpy as np
 
+from sdopt.bundle.specs import Array, TensorSpec
 from sdopt.engine.cuda import LostContextError
 from sdopt.engine.device import Device, rounded
 from sdopt.engine.trt_api import Context
 from sdopt.errors import BackendError
-from sdopt.specs import Array, TensorSpec
 
 log = logging.getLogger(__name__)
 

@@ -7,13 +7,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sdopt.bundle.stamps import user_folder
 from sdopt.engine.cuda import OutOfMemoryError
 from sdopt.engine.device import Device
 from sdopt.engine.lane import Lane
 from sdopt.engine.plans import Record
 from sdopt.engine.trt_api import LoadedPlan, TensorRT
 from sdopt.errors import BackendError
-from sdopt.stamps import user_folder
 
 MAX_IDLE = 4  # lanes that a plan keeps for shapes that may come again
 

@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import openvino
 
-from sdopt.bundle import Bundle, Component
+from sdopt.bundle.files import Bundle, Component
+from sdopt.bundle.specs import Array, check_inputs
 from sdopt.engine import How, cache
 from sdopt.errors import BackendError, BundleError, UsageError
-from sdopt.specs import Array, check_inputs
 
 ov = cast(Any, openvino)  # its bindings are not typed
 PRECISIONS = {"float32": "f32", "bf16": "bf16"}

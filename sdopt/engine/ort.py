@@ -11,14 +11,14 @@ from typing import Any, cast
 import numpy as np
 import onnxruntime
 
-from sdopt.bundle import Bundle, Component
+from sdopt.bundle.files import Bundle, Component
+from sdopt.bundle.specs import Array, TensorSpec, check_begin, check_inputs
+from sdopt.bundle.stamps import user_folder
 from sdopt.engine import How, cache
 from sdopt.engine.cores import usable_cores
 from sdopt.engine.cuda import sees_gpu
 from sdopt.engine.plans import GRAPH, built_components, usable
 from sdopt.errors import BackendError, BundleError, UsageError
-from sdopt.specs import Array, TensorSpec, check_begin, check_inputs
-from sdopt.stamps import user_folder
 
 ort = cast(Any, onnxruntime)  # its bindings are not typed
 ONNX_TYPES = {

@@ -24,10 +24,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from sdopt.bundle import Bundle
+from sdopt.bundle.files import Bundle
+from sdopt.bundle.specs import Profile, TensorSpec
+from sdopt.bundle.stamps import known_sha256, sha256, user_folder
 from sdopt.errors import BackendError, BundleError
-from sdopt.specs import Profile, TensorSpec
-from sdopt.stamps import known_sha256, sha256, user_folder
 
 RECORD = "record.json"
 PLAN = "engine.plan"  # TensorRT's

@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from sdopt.bundle import Bundle
+from sdopt.bundle.files import Bundle
+from sdopt.bundle.specs import Array, Profile, check_begin, check_inputs
 from sdopt.engine import How
 from sdopt.engine.cuda import LostContextError, OutOfMemoryError
 from sdopt.engine.device import Device, shared_device
@@ -30,7 +31,6 @@ from sdopt.engine.loaded import Loaded
 from sdopt.engine.plans import PLAN, Stored, Unsigned, usable
 from sdopt.engine.trt_api import TensorRT, environment
 from sdopt.errors import BackendError, UsageError
-from sdopt.specs import Array, Profile, check_begin, check_inputs
 
 Plan = Stored | Unsigned
 

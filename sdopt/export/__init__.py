@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sdopt import __version__
-from sdopt.bundle import new_folder, refuse_existing, write_manifest
+from sdopt.bundle.files import new_folder, refuse_existing, write_manifest
 from sdopt.engine import choose_backend
 from sdopt.errors import CheckpointError
 from sdopt.export import components, families, parity, presets, preview, schedule, trace

@@ -14,9 +14,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from sdopt.bundle.specs import Array, TensorSpec
 from sdopt.export.families import conditioning, is_tiny, vae_factor
 from sdopt.export.source import Checkpoint
-from sdopt.specs import Array, TensorSpec
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from sdopt.bundle import Component
+from sdopt.bundle.files import Component
+from sdopt.bundle.specs import Array
 from sdopt.errors import ParityError
 from sdopt.export.components import Part
-from sdopt.likeness import psnr
-from sdopt.specs import Array
+from sdopt.metrics import psnr
 
 FLOOR_DB = 80.0
 Reference = dict[str, Array]  # the outputs of a component by name

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from sdopt.bundle import Component
-from sdopt.likeness import psnr
-from sdopt.specs import Array, Float32, TensorSpec
+from sdopt.bundle.files import Component
+from sdopt.bundle.specs import Array, Float32, TensorSpec
+from sdopt.metrics import psnr
 
 if TYPE_CHECKING:
     from sdopt.engine.ort import OrtEngine

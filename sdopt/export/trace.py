@@ -14,11 +14,11 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from sdopt.bundle.specs import TensorSpec
 from sdopt.errors import CheckpointError, UsageError
 from sdopt.export.components import Part
 from sdopt.export.share import share_halves
 from sdopt.graph.linears import part_linears
-from sdopt.specs import TensorSpec
 
 OPSETS = (18, 19, 20, 21, 22, 23)
 NARROW_ABOVE = 1024  # elements: a smaller tensor is not worth a Cast

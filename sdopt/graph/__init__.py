@@ -10,8 +10,8 @@ from typing import Any, cast
 import numpy as np
 import onnx_ir as ir
 
+from sdopt.bundle.specs import Array, TensorSpec
 from sdopt.errors import BundleError, UsageError
-from sdopt.specs import Array, TensorSpec
 
 F32, F16, BF16, I64, BOOL = (
     ir.DataType.FLOAT,

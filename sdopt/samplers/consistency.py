@@ -7,8 +7,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from sdopt import schedules
 from sdopt.errors import UsageError
+from sdopt.samplers import schedules
 from sdopt.samplers.ddim import at, ratio, split, start_of
 from sdopt.samplers.grids import custom_timesteps
 from sdopt.samplers.prediction import X, clean_of, noise_of

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sdopt import schedules
 from sdopt.errors import UsageError, choices
+from sdopt.samplers import schedules
 from sdopt.samplers.grids import integer_grid
 from sdopt.samplers.prediction import X, clean_of, noise_of
 from sdopt.samplers.rows import Request, Rows

@@ -11,8 +11,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from sdopt import schedules
 from sdopt.errors import UsageError
+from sdopt.samplers import schedules
 from sdopt.samplers.dpm import multistep_table, solver_options
 from sdopt.samplers.grids import Grid
 from sdopt.samplers.prediction import OUTPUT, Pair, X

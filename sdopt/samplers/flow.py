@@ -10,8 +10,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from sdopt import schedules
 from sdopt.errors import UsageError
+from sdopt.samplers import schedules
 from sdopt.samplers.grids import Grid, custom_sigmas, custom_timesteps, schedule_of, scheduled
 from sdopt.samplers.prediction import OUTPUT, X
 from sdopt.samplers.rows import Request, Rows

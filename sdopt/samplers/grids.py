@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdopt import schedules
 from sdopt.errors import UsageError
+from sdopt.samplers import schedules
 from sdopt.samplers.rows import Request
 
 Float32 = NDArray[np.float32]

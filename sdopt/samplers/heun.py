@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from sdopt import schedules
+from sdopt.samplers import schedules
 from sdopt.samplers.euler import ancestral, c_in, widest
 from sdopt.samplers.grids import Grid, sigma_grid
 from sdopt.samplers.prediction import clean_of, noise_of

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sdopt.bundle.specs import Float32
 from sdopt.errors import UsageError
 from sdopt.samplers.table import SamplerTable
-from sdopt.specs import Float32
 
 SCALARS = ("timestep", "guidance", "rescale", "c_in", "c_skip", "c_out", "clean_x", "clean_o")
 HISTORY = 12  # values kept from earlier calls: as many as the deepest sampler uses, PNDM after its Runge-Kutta warm-up

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sdopt import schedules
 from sdopt.errors import UsageError
+from sdopt.samplers import schedules
 from sdopt.samplers.ddim import at, at_or_final, ratio, split, start_of
 from sdopt.samplers.grids import integer_grid
 from sdopt.samplers.prediction import clean_of

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sdopt.bench.cases import Case, pick, read_cases
-from sdopt.bundle import Bundle
+from sdopt.bundle.files import Bundle
 from sdopt.errors import UsageError
 from tests.conftest import EMOJI_BUNDLE, ROOT
 

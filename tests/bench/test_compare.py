@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sdopt.bench.cases import Case
-from sdopt.cli import main
+from sdopt.cli.main import main
 from tests.bench.records import CASE, record, side, steady
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from sdopt.bench.record import read
 from sdopt.bench.sides import COMPONENTS
-from sdopt.cli import main
+from sdopt.cli.main import main
 from tests.conftest import EMOJI_BUNDLE, EMOJI_CHECKPOINT, ROOT
 
 PEER = (

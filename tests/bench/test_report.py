@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sdopt.bench.report import report
-from sdopt.cli import main
+from sdopt.cli.main import main
 from tests.bench.records import CASE, record, side, steady
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import sdopt
-from sdopt.bundle import Bundle
+from sdopt.bundle.files import Bundle
 from sdopt.errors import BundleError
 from tests.conftest import EMOJI_BUNDLE, ROOT
 

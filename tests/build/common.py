@@ -12,8 +12,8 @@ import onnx_ir as ir
 from sdopt import graph
 from sdopt.build.examples import example
 from sdopt.build.rounded import outputs_of, rounded, session
-from sdopt.likeness import psnr
-from sdopt.specs import Array
+from sdopt.bundle.specs import Array
+from sdopt.metrics import psnr
 
 SIZES = {
     "batch": 2,

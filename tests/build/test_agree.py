@@ -12,11 +12,11 @@ import pytest
 from sdopt.build.agree import FLOOR_DB, check_rows, measure
 from sdopt.build.options import Options
 from sdopt.build.plan import build
-from sdopt.bundle import Bundle, Component
+from sdopt.bundle.files import Bundle, Component
+from sdopt.bundle.specs import Array, Profile, TensorSpec
 from sdopt.engine.ort import OrtEngine
 from sdopt.engine.plans import stored
 from sdopt.errors import BackendError
-from sdopt.specs import Array, Profile, TensorSpec
 from tests.conftest import EMOJI_BUNDLE
 
 X = TensorSpec("x", "float32", ("batch", 64))

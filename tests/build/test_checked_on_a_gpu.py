@@ -15,7 +15,7 @@ from sdopt.build.options import Options, part_options
 from sdopt.build.plan import build
 from sdopt.build.recipe import read_recipe
 from sdopt.build.target import Target
-from sdopt.bundle import Bundle
+from sdopt.bundle.files import Bundle
 from sdopt.engine.plans import PLAN, stored
 from sdopt.engine.trt_api import TensorRT
 from sdopt.errors import BackendError

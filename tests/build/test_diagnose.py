@@ -10,8 +10,8 @@ import pytest
 
 from sdopt import graph
 from sdopt.build.diagnose import diagnose
-from sdopt.bundle import write_manifest
-from sdopt.cli import main
+from sdopt.bundle.files import write_manifest
+from sdopt.cli.main import main
 from tests.build.common import SIZES, inputs_of
 from tests.build.test_half import UNET, WEIGHT, reweigh
 from tests.conftest import EMOJI_BUNDLE, edit_manifest, sdopt

@@ -13,10 +13,10 @@ import pytest
 import sdopt
 from sdopt.build.options import Options
 from sdopt.build.plan import build
-from sdopt.bundle import Bundle
+from sdopt.bundle.files import Bundle
+from sdopt.denoise.loop import fused_component
 from sdopt.engine.plans import find
 from sdopt.errors import BackendError
-from sdopt.stepper import fused_component
 from tests import tiny
 from tests.conftest import EMOJI_BUNDLE, edit_manifest
 

@@ -15,14 +15,14 @@ from sdopt import graph
 from sdopt.build.examples import example
 from sdopt.build.fuse_step import CARRIED, fuse_step
 from sdopt.build.rounded import outputs_of
-from sdopt.bundle import Component
+from sdopt.bundle.files import Component
+from sdopt.bundle.specs import Array
+from sdopt.denoise.model import Denoiser
 from sdopt.engine.ort import OrtEngine
 from sdopt.errors import UsageError
-from sdopt.guidance import Denoiser
-from sdopt.likeness import psnr
+from sdopt.metrics import psnr
 from sdopt.samplers import SAMPLERS, SamplerTable, sampler_table
 from sdopt.samplers.packed import HISTORY, packed, row_width
-from sdopt.specs import Array
 from tests.build.common import opened
 from tests.conftest import EMOJI_BUNDLE
 

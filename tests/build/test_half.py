@@ -15,7 +15,7 @@ from sdopt.build.fuse_step import fuse_step
 from sdopt.build.half import half
 from sdopt.build.rounded import outputs_of
 from sdopt.errors import UsageError
-from sdopt.likeness import psnr
+from sdopt.metrics import psnr
 from tests.build.common import half_outputs, inputs_of, opened, outputs, parity
 from tests.conftest import EMOJI_BUNDLE
 

@@ -15,8 +15,8 @@ from sdopt.build.fuse_step import fuse_step
 from sdopt.build.half import half
 from sdopt.build.halves import join_halves
 from sdopt.build.lower import lower, lower_operators
-from sdopt.likeness import psnr
-from sdopt.specs import Array
+from sdopt.bundle.specs import Array
+from sdopt.metrics import psnr
 from tests.build.common import SIZES, inputs_of, outputs
 from tests.build.test_half import COMPONENTS, UNET, inputs_of_step
 from tests.conftest import EMOJI_BUNDLE

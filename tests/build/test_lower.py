@@ -13,9 +13,9 @@ from sdopt import graph
 from sdopt.build.fuse_step import fuse_step
 from sdopt.build.half import half
 from sdopt.build.lower import lower
+from sdopt.bundle.specs import Array
 from sdopt.errors import UsageError
-from sdopt.likeness import psnr
-from sdopt.specs import Array
+from sdopt.metrics import psnr
 from tests.build.common import half_outputs, outputs, parity
 from tests.build.test_half import COMPONENTS, UNET, inputs_of_step, small_graph, value
 from tests.conftest import EMOJI_BUNDLE

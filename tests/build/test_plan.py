@@ -24,12 +24,12 @@ from sdopt.build.plan import build
 from sdopt.build.recipe import Part, part_profile, read_recipe, user_profiles
 from sdopt.build.target import Target
 from sdopt.build.trt_build import Builder, meaning
-from sdopt.bundle import Bundle
+from sdopt.bundle.files import Bundle
+from sdopt.bundle.specs import Profile, TensorSpec
 from sdopt.engine.cuda import Gpu
 from sdopt.engine.plans import stored
 from sdopt.engine.trt_api import TensorRT
 from sdopt.errors import BackendError, UsageError
-from sdopt.specs import Profile, TensorSpec
 from tests.conftest import EMOJI_BUNDLE, ROOT, edit_manifest
 from tests.conftest import sdopt as command
 
@@ -260,8 +260,8 @@ BARE = """
 import sys
 for name in ("onnxruntime", "torch", "diffusers", "transformers"):
     sys.modules[name] = None
-import sdopt.commands.build, sdopt.build.plan
-from sdopt.bundle import Bundle
+import sdopt.cli.build, sdopt.build.plan
+from sdopt.bundle.files import Bundle
 folders = sdopt.build.plan.build(Bundle.open(sys.argv[1], verify=False), sys.argv[2], components=["vae_encoder"],
                                  profiles=["batch=1 height=64 width=64"], options=sdopt.build.plan.Options(opt_level=0))
 """

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from sdopt.bundle.specs import Array
 from sdopt.engine import Engine
 from sdopt.errors import UsageError
-from sdopt.specs import Array
 
 Arrays = dict[str, Array]
 

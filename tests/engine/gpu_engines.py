@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from sdopt.build.plan import Options, build
-from sdopt.bundle import Bundle
+from sdopt.bundle.files import Bundle
 from tests.conftest import EMOJI_BUNDLE, ROOT, make_tiny_checkpoint
 
 WIDE = ("batch=1:1:4 height=64:128:192 width=64:128:192 tokens=1:32:64",)

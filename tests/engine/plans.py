@@ -13,7 +13,7 @@ from sdopt.build.options import Options, part_options
 from sdopt.build.plan import Job
 from sdopt.build.recipe import part_profile, read_recipe, user_profiles
 from sdopt.build.target import Target
-from sdopt.bundle import Bundle, new_folder
+from sdopt.bundle.files import Bundle, new_folder
 from sdopt.engine.cuda import Gpu
 from sdopt.engine.plans import PLAN, write_record
 from tests.fakes.trt import fake_plan

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdopt.bundle import Bundle
-from sdopt.cli import main
+from sdopt.bundle.files import Bundle
+from sdopt.bundle.specs import Array
+from sdopt.cli.main import main
 from sdopt.engine import BACKENDS, cache, installed_backends, open_engine
 from sdopt.errors import BundleError
-from sdopt.specs import Array
 from tests.conftest import EMOJI_BUNDLE
 from tests.engine.contract import unet_inputs
 

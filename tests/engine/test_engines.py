@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 
 from sdopt import engine as engines
-from sdopt.bundle import Bundle, new_folder
+from sdopt.bundle.files import Bundle, new_folder
 from sdopt.engine import BACKENDS, Engine, choose_backend, cuda, installed_backends, open_engine
 from sdopt.engine import ort as ort_engine
 from sdopt.engine.plans import Record, engines_folder, write_record
@@ -36,7 +36,7 @@ def test_contract(unet: Engine, promise: Callable[[Engine], None]) -> None:
 def test_bf16_is_near_float32_and_only_where_it_is_asked_for() -> None:
     pytest.importorskip("openvino")
     from sdopt.engine.openvino import native_bf16
-    from sdopt.likeness import psnr
+    from sdopt.metrics import psnr
 
     bundle = Bundle.open(EMOJI_BUNDLE)
     if not native_bf16():
@@ -115,7 +115,7 @@ def test_a_graph_that_is_not_what_the_manifest_says_is_refused(bundle_copy: obje
 MEMORY = """
 import sys
 from pathlib import Path
-from sdopt.bundle import Bundle, new_folder
+from sdopt.bundle.files import Bundle, new_folder
 from sdopt.engine.ort import OrtEngine
 unet = Bundle.open(sys.argv[1]).component("unet")
 def held():

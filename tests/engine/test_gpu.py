@@ -15,14 +15,14 @@ import pytest
 
 import sdopt
 from sdopt.bench.cases import floors
-from sdopt.bundle import Bundle
+from sdopt.bundle.files import Bundle
+from sdopt.bundle.specs import Array
 from sdopt.engine import Engine, installed_backends, open_engine
 from sdopt.engine.cuda import open_cuda
 from sdopt.engine.device import shared_device
 from sdopt.errors import BackendError, UsageError
-from sdopt.likeness import psnr
+from sdopt.metrics import psnr
 from sdopt.samplers import SAMPLERS
-from sdopt.specs import Array
 from tests.engine.contract import CONTRACT
 from tests.engine.gpu_engines import WAYS, Engines
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from sdopt.bundle import Bundle, new_folder
+from sdopt.bundle.files import Bundle, new_folder
+from sdopt.bundle.specs import Profile
 from sdopt.engine.plans import RECORD, Record, built_components, engines_folder, stored, usable, write_record
 from sdopt.errors import BackendError, BundleError
-from sdopt.specs import Profile
 
 HERE = {"tensorrt": "10.13.3.9", "GPU": "Fake GPU", "driver": "CUDA 13"}
 PLAN = b"a plan"

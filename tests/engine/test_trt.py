@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 import sdopt
-from sdopt.bundle import Bundle
+from sdopt.bundle.files import Bundle
+from sdopt.bundle.specs import Array, Profile
 from sdopt.engine import Engine, device, open_engine
 from sdopt.engine.cuda import LostContextError, OutOfMemoryError
 from sdopt.errors import BackendError, NumericsError, UsageError
 from sdopt.samplers import SAMPLERS
-from sdopt.specs import Array, Profile
 from tests.conftest import PlugIn
 from tests.engine.contract import CONTRACT, unet_inputs
 from tests.fakes.gpu import Simulator

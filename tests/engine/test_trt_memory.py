@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import sdopt
-from sdopt.bundle import Bundle
-from sdopt.cli import main
+from sdopt.bundle.files import Bundle
+from sdopt.cli.main import main
 from sdopt.engine import device, open_engine
 from sdopt.errors import BackendError, UsageError
 from tests.conftest import EMOJI_BUNDLE, PlugIn

@@ -17,7 +17,7 @@ import onnx
 import pytest
 
 import sdopt.export
-from sdopt.bundle import Bundle
+from sdopt.bundle.files import Bundle
 from sdopt.engine import ort
 from sdopt.errors import BundleError, CheckpointError, ParityError, UsageError
 from sdopt.export import components, export, parity, trace
@@ -247,7 +247,7 @@ def rescheduled(
     checkpoint: Path, bundle: Path, folder: Path, name: str, **changes: object
 ) -> tuple[Path, Path, list[str]]:
     """Copies of a checkpoint and its bundle with another scheduler, as an export writes them, and what it reports."""
-    from sdopt.bundle import write_manifest
+    from sdopt.bundle.files import write_manifest
     from sdopt.export.schedule import manifest_entries
 
     copy, target = (Path(shutil.copytree(p, folder / p.name)) for p in (checkpoint, bundle))

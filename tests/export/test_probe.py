@@ -10,7 +10,7 @@ import pytest
 
 from sdopt.errors import CheckpointError
 from sdopt.samplers import SAMPLERS, SamplerTable, sampler_table
-from tests.oracle import SD15, config_for, deviation, run_diffusers, run_table, scheduler_like
+from tests.samplers.oracle import SD15, config_for, deviation, run_diffusers, run_table, scheduler_like
 
 pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -6,9 +6,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from sdopt.bundle import Bundle, Component
+from sdopt.bundle.files import Bundle, Component
+from sdopt.bundle.specs import Array, TensorSpec
 from sdopt.engine.ort import OrtEngine
-from sdopt.specs import Array, TensorSpec
 from tests.conftest import EMOJI_BUNDLE
 
 LATENT = ("latent_height", "latent_width")

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from sdopt.specs import Array
+from sdopt.bundle.specs import Array
 
 Work = Callable[[], None]
 TOTAL = 1 << 30

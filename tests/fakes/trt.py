@@ -32,8 +32,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from sdopt.bundle.specs import Array
 from sdopt.engine.trt_api import SEVERITIES
-from sdopt.specs import Array
 from tests.fakes.gpu import ILLEGAL_ADDRESS, Refused, Simulator
 
 CONTEXT_BYTES, MOST_SCRATCH = 4096, 8000

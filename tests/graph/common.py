@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 import onnxruntime
 
-from sdopt.specs import Array
+from sdopt.bundle.specs import Array
 
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
 

@@ -13,10 +13,10 @@ import onnx_ir as ir
 import pytest
 
 from sdopt import graph
-from sdopt.bundle import Bundle
+from sdopt.bundle.files import Bundle
 from sdopt.engine.ort import OrtEngine
 from sdopt.graph.ort_ops import ort_ops, tailored
-from sdopt.likeness import psnr
+from sdopt.metrics import psnr
 from tests.conftest import EMOJI_BUNDLE
 from tests.graph.common import FLOAT, run
 

@@ -1,0 +1,45 @@
+"""A look at latents without the decoder: one colour for each, by a small affine map that the bundle carries.
+
+    rgb = latents @ matrix[:-1] + matrix[-1]            matrix [channels + 1, 3], fitted to the model's own VAE
+
+It takes microseconds, so every step of the loop can be shown; `sdopt.export.preview` fits it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sdopt.bundle.files import Bundle
+from sdopt.bundle.specs import Array, Float32
+from sdopt.errors import BundleError
+
+
+def matrix_of(bundle: Bundle) -> Float32:
+    """The map of a bundle, [channels + 1, 3].
+
+    Raises: BundleError if it has none, as bundles of earlier releases.
+    """
+    entry: dict[str, Any] = bundle.manifest.get("preview") or {}
+    if "matrix" not in entry:
+        raise BundleError(
+            f"{bundle.path} has no previews; export it again, or decode the latents: pipe.decode(latents)"
+        )
+    matrix = np.asarray(entry["matrix"], np.float32)
+    if matrix.shape != (bundle.manifest["latents"]["channels"] + 1, 3):
+        raise BundleError(f"{bundle.path}: the matrix of its previews is {list(matrix.shape)}; export it again")
+    return matrix
+
+
+def rgb(latents: Float32, matrix: Float32) -> Array:
+    """The colours of latents [images, channels, h, w], uint8 [images, h, w, 3]."""
+    unit: Float32 = np.transpose(latents, (0, 2, 3, 1)) @ matrix[:-1] + matrix[-1]
+    return np.round(np.clip(unit, 0, 1) * 255).astype(np.uint8)
+
+
+def to_pil(colours: Array, scale: int = 1) -> list[Image.Image]:
+    """The colours as pictures, `scale` times as large."""
+    found = [Image.fromarray(one) for one in colours]
+    return [one.resize((one.width * scale, one.height * scale), Image.Resampling.BICUBIC) for one in found]

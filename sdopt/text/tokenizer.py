@@ -1,0 +1,115 @@
+"""From a prompt to the token ids of a CLIP text encoder, over the `tokenizers` library."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer as Backend
+
+from sdopt.bundle.specs import Array
+from sdopt.errors import BundleError, UsageError
+
+MAX_PROMPT_BYTES = 8192
+
+
+class Tokenizer:
+    """A bundle's tokenizer: text in, `[len(prompts), max_length]` int32 ids out, begun, ended, cut and padded.
+
+    Raises: BundleError if the file cannot be read; UsageError for a prompt over 8 KiB.
+    """
+
+    def __init__(self, path: Path, entry: Mapping[str, Any]) -> None:
+        self.max_length: int = entry["max_length"]
+        self.bos: int = entry["bos_token_id"]
+        self.eos: int = entry["eos_token_id"]
+        self.pad: int = entry["pad_token_id"]
+        self._backend: Any = _guarded(f"{path} cannot be read", lambda: Backend.from_file(str(path)))
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._first_row: int | None = entry.get("vocab_size")  # ids from here on are rows of extra embeddings
+        self._rows: dict[int, int] = {}  # the library's id of an added token -> ours
+
+    def __call__(self, prompts: Sequence[str]) -> Array:
+        return np.stack([self._ids(prompt) for prompt in prompts])
+
+    def _ids(self, prompt: str) -> Array:
+        prompt = self._spelt_out(prompt)
+        encoding = self._encoded(prompt)
+        ids = self._ours(encoding.ids)
+        room = self.max_length - 2
+        if len(ids) > room:
+            kept = encoding.offsets[room - 1][1]
+            warnings.warn(
+                f"the prompt has {len(ids)} tokens, the model reads {room}; left out: {prompt[kept:].strip()!r}. "
+                "prompt_style='a1111' reads all of it.",
+                stacklevel=5,
+            )
+        return self.framed(ids[:room])
+
+    def fragment(self, text: str) -> list[int]:
+        """The ids of a piece of a prompt, neither begun nor ended."""
+        return self._ours(self._encoded(self._spelt_out(text)).ids)
+
+    def refuse_taken(self, token: str, count: int) -> None:
+        """Raises UsageError if `token` of `count` vectors cannot be added: it is there already, or too long."""
+        if count > self.max_length - 2:
+            raise UsageError(f"the embedding {token!r} has {count} vectors; a prompt has {self.max_length - 2} tokens")
+        for name in _names(token, max(count, 2)):
+            if self._backend.token_to_id(name) is not None:
+                raise UsageError(f"token {name!r} is a word that this model has already; choose another with token=...")
+
+    def add(self, token: str, count: int) -> None:
+        """Let `token` mean the next `count` rows of the extra embeddings, as diffusers names them."""
+        self.refuse_taken(token, count)
+        assert self._first_row is not None  # a bundle that takes extra embeddings has it
+        names = _names(token, count)
+        self._backend.add_tokens(names)
+        for name in names:
+            self._rows[self._backend.token_to_id(name)] = self._first_row + len(self._rows)
+
+    def _ours(self, ids: list[int]) -> list[int]:
+        return [self._rows.get(i, i) for i in ids]
+
+    def _spelt_out(self, prompt: str) -> str:
+        """The prompt with `<token> <token>_1 ...` in place of every added token of several vectors."""
+        if not self._rows:
+            return prompt
+        found = self._encoded(prompt)
+        for token in dict.fromkeys(t for t, i in zip(found.tokens, found.ids, strict=True) if i in self._rows):
+            names = [token]
+            while self._backend.token_to_id(f"{token}_{len(names)}") in self._rows:
+                names.append(f"{token}_{len(names)}")
+            prompt = prompt.replace(token, " ".join(names))
+        return prompt
+
+    def framed(self, ids: Sequence[int]) -> Array:
+        """`[max_length]` int32: the beginning, at most max_length - 2 ids, the end, and padding."""
+        row = np.full(self.max_length, self.pad, np.int32)
+        row[: len(ids) + 2] = [self.bos, *ids, self.eos]
+        return row
+
+    def _encoded(self, prompt: str) -> Any:
+        if len(prompt.encode("utf-8", "replace")) > MAX_PROMPT_BYTES:
+            raise UsageError(f"a prompt of {len(prompt)} characters; allowed are {MAX_PROMPT_BYTES} bytes")
+        clean = prompt.encode("utf-8", "replace").decode()  # a lone surrogate is not text
+        return _guarded(
+            f"the tokenizer fails on {prompt[:40]!r}", lambda: self._backend.encode(clean, add_special_tokens=False)
+        )
+
+
+def _names(token: str, count: int) -> list[str]:
+    return [token, *(f"{token}_{i}" for i in range(1, count))]
+
+
+def _guarded(what: str, call: Any) -> Any:
+    """`call()`, with a panic of the library (a BaseException) turned into a BundleError."""
+    try:
+        return call()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise BundleError(f"{what}: {error}; export the bundle again") from error

@@ -1,0 +1,214 @@
+"""A bundle is read strictly, and appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sdopt.bundle.files import Bundle, new_folder, write_manifest
+from sdopt.errors import BundleError
+from tests.conftest import EMOJI_BUNDLE, EMOJI_CHECKPOINT, edit_manifest
+
+MINIMAL = {
+    "family": "sd",
+    "scheduler": {"_class_name": "DDIMScheduler"},
+    "latents": {"channels": 4, "factor": 8, "scaling_factor": 0.18215, "shift_factor": 0.0},
+    "defaults": {"height": 512, "width": 512, "num_inference_steps": 50, "guidance_scale": 7.5},
+    "conditioning": {"encoders": [], "pooled": None, "time_ids": False, "zeros_for_empty": False},
+    "tokenizers": {"tokenizer": {"file": "tokenizer/tokenizer.json", "max_length": 77}},
+    "components": {
+        "unet": {
+            "graph": "unet.onnx",
+            "inputs": [{"name": "sample", "dtype": "float32", "shape": ["batch", 4, "latent_height", "latent_width"]}],
+            "outputs": [
+                {"name": "noise_pred", "dtype": "float32", "shape": ["batch", 4, "latent_height", "latent_width"]}
+            ],
+        }
+    },
+}
+
+
+def minimal_bundle(folder: Path) -> Path:
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "tokenizer/tokenizer.json").write_text("{}")
+    (folder / "unet.onnx").write_bytes(b"graph")
+    write_manifest(folder, MINIMAL)
+    return folder
+
+
+def test_the_format_is_this_text_to_the_byte(tmp_path: Path) -> None:
+    text = (minimal_bundle(tmp_path) / "manifest.json").read_text()
+    assert text.startswith('{\n "format_version": 1,\n "family": "sd",\n')
+    assert text.endswith(
+        """ "files": {
+  "tokenizer/tokenizer.json": {
+   "bytes": 2,
+   "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+  },
+  "unet.onnx": {
+   "bytes": 5,
+   "sha256": "eef93e1d14482804277fca0172464032d1a4fdbcc338524059fa1e861454ad4d"
+  }
+ }
+}
+"""
+    )
+    assert Bundle.open(tmp_path).component("unet").graph == tmp_path / "unet.onnx"
+
+
+def test_the_embedded_bundle_opens_and_knows_its_sizes() -> None:
+    bundle = Bundle.open(EMOJI_BUNDLE)
+    assert bundle.components == ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+    assert bundle.nbytes("unet") > 10e6
+    assert len(bundle.digest) == 10
+    with pytest.raises(BundleError, match="no component 'unett'; it has unet"):
+        bundle.component("unett")
+
+
+def damage_byte(bundle: Path, name: str) -> None:
+    data = bytearray((bundle / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (bundle / name).write_bytes(data)
+
+
+@pytest.mark.parametrize("name", sorted(json.loads((EMOJI_BUNDLE / "manifest.json").read_text())["files"]))
+def test_one_flipped_bit_in_any_file_is_refused(bundle_copy: Path, name: str) -> None:
+    damage_byte(bundle_copy, name)
+    with pytest.raises(BundleError, match=rf"{name} does not match its SHA-256.*again"):
+        Bundle.open(bundle_copy)
+    Bundle.open(bundle_copy, verify=False)
+
+
+def test_a_missing_or_truncated_file_is_refused(bundle_copy: Path) -> None:
+    data = bundle_copy / "unet.onnx.data"
+    os.truncate(data, data.stat().st_size - 1)
+    with pytest.raises(BundleError, match=r"unet.onnx.data is truncated.*copy the bundle again"):
+        Bundle.open(bundle_copy)
+    data.unlink()
+    with pytest.raises(BundleError, match=r"unet.onnx.data is missing"):
+        Bundle.open(bundle_copy)
+
+
+def test_a_folder_without_a_manifest_is_no_bundle(bundle_copy: Path, tmp_path: Path) -> None:
+    (bundle_copy / "manifest.json").unlink()
+    with pytest.raises(BundleError, match="incomplete"):
+        Bundle.open(bundle_copy)
+    with pytest.raises(BundleError, match="no such folder"):
+        Bundle.open(tmp_path / "nothing")
+    with pytest.raises(BundleError, match="diffusers checkpoint, not a bundle. `sdopt export"):
+        Bundle.open(EMOJI_CHECKPOINT)
+
+
+@pytest.mark.parametrize("version", [2, 0, None, "1"])
+def test_an_unknown_format_version_says_what_to_do(bundle_copy: Path, version: object) -> None:
+    edit_manifest(bundle_copy, format_version=version)
+    with pytest.raises(BundleError, match="format_version .* this sdopt reads 1. Upgrade"):
+        Bundle.open(bundle_copy)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        '{"format_version": 1, "format_version": 1}',
+        '{"format_version": NaN}',
+        "[" * 100_000,
+        " " * (1 << 20) + "{}",
+        '{"format_version": 1}',
+        "[1]",
+        "\xff\xfe",
+    ],
+    ids=["empty", "cut", "duplicate", "nan", "deep", "huge", "keys", "list", "bytes"],
+)
+def test_a_malformed_manifest_is_refused(bundle_copy: Path, text: str) -> None:
+    (bundle_copy / "manifest.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(BundleError, match=r"manifest\.json"):
+        Bundle.open(bundle_copy)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b", "a\\b", "C:x", "a\0b", ""])
+def test_a_path_that_leaves_the_bundle_is_refused_before_it_is_opened(bundle_copy: Path, name: str) -> None:
+    edit_manifest(bundle_copy, files={name: {"bytes": 1, "sha256": ""}})
+    with pytest.raises(BundleError, match="leaves the bundle"):
+        Bundle.open(bundle_copy)
+
+
+@pytest.mark.parametrize("name", ["unet.onnx.data", "tokenizer"])
+def test_symbolic_links_are_refused_with_the_way_out(bundle_copy: Path, name: str) -> None:
+    (bundle_copy / name).rename(bundle_copy / "moved")
+    (bundle_copy / name).symlink_to(bundle_copy / "moved")
+    with pytest.raises(BundleError, match=r"symbolic link.*cp -rL"):
+        Bundle.open(bundle_copy)
+
+
+def test_a_pipe_or_folder_in_place_of_a_file_does_not_hang(bundle_copy: Path) -> None:
+    for make in (os.mkfifo, os.mkdir):
+        path = bundle_copy / "unet.onnx"
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        make(path)
+        with pytest.raises(BundleError, match="not a plain file"):
+            Bundle.open(bundle_copy)
+
+
+def test_a_component_with_a_malformed_entry_is_named(bundle_copy: Path) -> None:
+    components = json.loads((bundle_copy / "manifest.json").read_text())["components"]
+    del components["unet"]["inputs"]
+    edit_manifest(bundle_copy, components=components)
+    with pytest.raises(BundleError, match="component 'unet' is malformed"):
+        Bundle.open(bundle_copy)
+
+
+def test_a_block_that_fails_leaves_no_trace(tmp_path: Path) -> None:
+    def fail() -> None:
+        with new_folder(tmp_path / "b") as folder:
+            (folder / "half").write_text("x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_bundle_is_replaced_only_with_force(tmp_path: Path) -> None:
+    target = minimal_bundle(tmp_path / "b")
+    with pytest.raises(BundleError, match=r"exists already.*--force"), new_folder(target):
+        pass
+    with new_folder(target, force=True) as folder:
+        (folder / "manifest.json").write_text("new")
+    assert [p.name for p in tmp_path.rglob("*")] == ["b", "manifest.json"]
+
+
+def test_force_never_replaces_a_folder_that_is_not_a_bundle(tmp_path: Path) -> None:
+    (tmp_path / "holiday").mkdir()
+    (tmp_path / "holiday/photo.jpg").write_text("dear")
+    with (
+        pytest.raises(BundleError, match="not a bundle; it is not replaced"),
+        new_folder(tmp_path / "holiday", force=True),
+    ):
+        pass
+    assert (tmp_path / "holiday/photo.jpg").exists()
+
+
+def test_a_full_disk_is_said_before_the_work_starts(tmp_path: Path) -> None:
+    with (
+        pytest.raises(BundleError, match=r"GB free, about .* needed"),
+        new_folder(tmp_path / "b", needed_bytes=1 << 60),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_export_left_is_removed_once_it_is_a_day_old(tmp_path: Path) -> None:
+    old, young = tmp_path / ".b.tmp-old", tmp_path / ".b.tmp-young"
+    old.mkdir()
+    young.mkdir()
+    os.utime(old, (0, 0))
+    with new_folder(tmp_path / "b"):
+        pass
+    assert not old.exists()
+    assert young.exists()

@@ -1,0 +1,123 @@
+"""Ids are those of transformers; pixels and PNG text are what others read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdopt.bundle.files import Bundle
+from sdopt.errors import BundleError, UsageError
+from sdopt.image import pil as images
+from sdopt.text.tokenizer import Tokenizer
+from tests.conftest import EMOJI_BUNDLE, EMOJI_CHECKPOINT
+
+ENTRY = Bundle.open(EMOJI_BUNDLE).manifest["tokenizers"]["tokenizer"]
+PROMPTS = [
+    "",
+    "a red apple on a blue background",
+    "  A  RED\tapple!!  it's 42% of ünïcödé — 日本 🍎 ",
+    "\x00 null and \u202e right to left",
+    "word " * 100,
+    "<|endoftext|> in the middle <|startoftext|>",
+]
+
+
+@pytest.mark.filterwarnings("ignore:the prompt has")
+def test_ids_are_those_of_transformers() -> None:
+    from transformers import CLIPTokenizer
+
+    ours = Tokenizer(EMOJI_BUNDLE / ENTRY["file"], ENTRY)(PROMPTS)
+    theirs = CLIPTokenizer.from_pretrained(EMOJI_CHECKPOINT / "tokenizer")(
+        PROMPTS, padding="max_length", max_length=ENTRY["max_length"], truncation=True, return_tensors="np"
+    )
+    assert ours.dtype == np.int32
+    np.testing.assert_array_equal(ours, theirs["input_ids"])
+
+
+def test_old_checkpoints_with_vocab_and_merges_only_get_the_same_tokenizer(tmp_path: Path) -> None:
+    import shutil
+
+    from sdopt.export.source import Checkpoint
+
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(EMOJI_CHECKPOINT / "tokenizer", folder)
+    (folder / "tokenizer.json").unlink()
+    assert Checkpoint(tmp_path, "sd").tokenizer()(PROMPTS[1])["input_ids"] == [
+        i
+        for i in Tokenizer(EMOJI_BUNDLE / ENTRY["file"], ENTRY)([PROMPTS[1]])[0].tolist()
+        if i != ENTRY["pad_token_id"]
+    ] + [ENTRY["eos_token_id"]]
+
+
+def test_a_lone_surrogate_is_not_a_crash() -> None:
+    assert Tokenizer(EMOJI_BUNDLE / ENTRY["file"], ENTRY)(["\ud800 a"]).shape == (1, ENTRY["max_length"])
+
+
+def test_a_prompt_over_8_kib_is_refused() -> None:
+    with pytest.raises(UsageError, match="9000 characters; allowed are 8192 bytes"):
+        Tokenizer(EMOJI_BUNDLE / ENTRY["file"], ENTRY)(["a" * 9000])
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"model": {"type": "BPE", "vocab": 3}}', "\0" * 100])
+def test_a_malformed_tokenizer_is_a_bundle_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(BundleError, match=r"tokenizer.json cannot be read"):
+        Tokenizer(tmp_path / "tokenizer.json", ENTRY)
+
+
+def test_a_tokenizer_whose_regex_panics_is_a_bundle_error(tmp_path: Path) -> None:
+    import json
+
+    entry = json.loads((EMOJI_BUNDLE / ENTRY["file"]).read_text())
+    entry["normalizer"] = None
+    entry["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Removed", "invert": True}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(entry))
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json", ENTRY)
+    with pytest.raises(BundleError, match="the tokenizer fails"):
+        tokenizer(["a" * 28 + "b"])
+
+
+def test_pixels_are_rounded_as_diffusers_rounds_them() -> None:
+    import torch
+    from diffusers.image_processor import VaeImageProcessor
+
+    decoded = np.random.default_rng(0).normal(0, 0.7, (2, 3, 8, 6)).astype(np.float32)
+    theirs = VaeImageProcessor().postprocess(torch.from_numpy(decoded), output_type="pil")
+    for ours, expected in zip(images.to_pil(decoded), theirs, strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(expected))
+
+
+PARAMETERS = {
+    "prompt": "a cat", "negative_prompt": "", "num_inference_steps": 20, "sampled_by": "Euler", "guidance_scale": 2.0,
+    "seed": 7, "rng": "cpu", "width": 64, "height": 64, "model": "a, b: c", "version": "0.1",
+}  # fmt: skip
+
+
+def test_the_a1111_text_is_this_to_the_letter() -> None:
+    assert images.a1111_text(PARAMETERS) == (
+        "a cat\nSteps: 20, Sampler: Euler, Schedule type: Automatic, CFG scale: 2.0, Seed: 7, Size: 64x64, "
+        'Model: "a, b: c", RNG: CPU, Version: sdopt 0.1'
+    )
+
+
+def test_parameters_survive_the_file(tmp_path: Path) -> None:
+    images.save_png(Image.new("RGB", (4, 4)), tmp_path / "a.png", PARAMETERS)
+    assert images.read_parameters(tmp_path / "a.png") == PARAMETERS
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(OSError, match="a.png"):
+        images.save_png(Image.new("RGB", (4, 4)), tmp_path / "a.png")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a png", b"\x89PNG\r\n\x1a\n"])
+def test_a_file_that_is_no_png_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(UsageError, match="does not tell how it was made"):
+        images.read_parameters(tmp_path / "a.png")
