@@ -81,6 +81,7 @@ def built(case: Case, cache: Path, opt_level: int) -> dict[str, Any]:
         "profiles": [str(profile) for profile in record.profiles],
         "version": record.environment["tensorrt_rtx"],
         "seconds": round(seconds, 1),
+        "cpu_seconds": round(resource.getrusage(resource.RUSAGE_SELF).ru_utime, 1),  # of all threads
         "plan_bytes": plan,
         "weight_bytes": record.notes["weight_bytes"],
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

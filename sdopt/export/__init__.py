@@ -12,6 +12,7 @@ probe       any linear diffusers scheduler into its sampler table
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import os
@@ -58,6 +59,7 @@ def export(
     target = Path(target)
     refuse_existing(target, force)
     choose_backend("ort")
+    importlib.import_module("sdopt.engine.ort")  # now: an interrupt in the middle of its import is no KeyboardInterrupt
     with (
         open_checkpoint(
             os.fspath(source), revision=revision, variant=variant, offline=offline, config=config
