@@ -30,6 +30,7 @@ from sdopt.bundle.files import Bundle
 from sdopt.bundle.specs import Array, Float32
 from sdopt.engine.device import shared_device
 from sdopt.engine.plans import FOLDER
+from sdopt.engine.pool import EnginePool
 from sdopt.errors import BackendError
 from sdopt.image.pil import to_pil
 from sdopt.pipeline import Pipeline
@@ -252,7 +253,7 @@ def against_reference(o: Options, made: Array | None) -> Result:
 
 def reference(case: Case, bundle: Path) -> Array:
     """The case's picture by ONNX Runtime on the processor, in float32."""
-    with Pipeline(Bundle.open(bundle), "ort:cpu") as pipe:
+    with Pipeline(EnginePool(Bundle.open(bundle), "ort:cpu")) as pipe:
         return picture_of(pipe, case, latents_of(case, pipe.bundle))
 
 

@@ -27,6 +27,7 @@ from sdopt.bundle.specs import Profile, TensorSpec
 from sdopt.engine.cuda import CudaBindings
 from sdopt.engine.device import Device
 from sdopt.engine.plans import Record
+from sdopt.engine.pool import EnginePool
 from sdopt.engine.trt import TrtEngine
 from sdopt.pipeline import Pipeline
 from sdopt.request.plan import make_plan
@@ -180,17 +181,18 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for loop in ("host", "fused"):
-            pipe = Pipeline(Bundle.open(embedded()))
+            bundle = Bundle.open(embedded())
             if loop == "host":
-                pipe._engines["unet"] = Instant(np.random.default_rng(0).standard_normal((2, 4, 64, 64), np.float32))
+                given = {"unet": Instant(np.random.default_rng(0).standard_normal((2, 4, 64, 64), np.float32))}
             else:
-                pipe._engines["unet_step"] = fused_engine(Path(folder))
-                pipe._built = ("unet_step",)
+                given = {"unet_step": fused_engine(Path(folder))}
+            pipe = Pipeline(EnginePool(bundle, given=given))
             for name in names:
                 r = measure(pipe, name, loop)
                 print(f"{loop:<7}{name:<14}{r['median_ms']:>8.3f} ms a step  (p10 {r['p10']:.3f}, p90 {r['p90']:.3f})")
                 results.append(r)
-            pipe.close()
+            for engine in given.values():
+                engine.close()
     if args.output:
         record = {
             "latents": [1, 4, 64, 64],

@@ -19,28 +19,26 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from sdopt.bundle.files import Bundle, embedded
 from sdopt.bundle.specs import Array, Float32
-from sdopt.denoise.loop import Step, fused_component, fused_steps, host_steps, refuse_nan
+from sdopt.denoise.loop import Step, fused_component, fused_steps, host_steps
 from sdopt.denoise.model import Denoiser
-from sdopt.denoise.start import Posterior, begin
-from sdopt.engine import BACKENDS, Engine, built_components, choose_backend, open_engine
+from sdopt.denoise.start import begin
+from sdopt.engine import Engine
+from sdopt.engine.pool import EnginePool
 from sdopt.errors import UsageError, choices
 from sdopt.image import pil as pictures
 from sdopt.image import preview as previews
-from sdopt.image.tiling import decode_tiled, encode_tiled, sliced
+from sdopt.image.vae import Vae
 from sdopt.request.options import Options
 from sdopt.request.plan import Plan, make_plan
-from sdopt.samplers.noise import batch, generator
+from sdopt.samplers.noise import drawing
 from sdopt.text.encode import TextEncoders
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 OUTPUT_TYPES = ("pil", "np", "latent")
-MEMORY = ("fast", "low")
 
 
 @dataclass(frozen=True)
@@ -78,32 +76,26 @@ def load(
     Raises: BundleError for a bundle that is damaged or unsafe; BackendError if no engine library is installed.
     """
     bundle = Bundle.open(embedded() if path is None else path, verify=verify, paranoid=paranoid)
-    how = {"precision": precision, "memory": memory}
-    return Pipeline(bundle, backend, **how, threads=threads, trust_engines=trust_engines, cache=cache)
+    how: dict[str, Any] = {"precision": precision, "memory": memory, "threads": threads}
+    return Pipeline(EnginePool(bundle, backend, **how, trust=trust_engines, cache=cache))
 
 
 class Pipeline:
-    """A bundle and its engines, each loaded when first needed and kept until `release`."""
+    """Encode, denoise and decode, on the engines of a pool, which is closed with the pipeline."""
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        backend: str = "auto",
-        *,
-        precision: str = "auto",
-        memory: str = "fast",
-        threads: int | None = None,
-        trust_engines: bool = False,
-        cache: bool = True,
-    ) -> None:
-        if memory not in MEMORY:
-            raise UsageError(f"memory = {memory!r}; allowed are {choices(memory, MEMORY)}")
-        self.bundle = bundle
-        self.backend, self.precision = choose_backend(backend, precision)
-        self.memory, self.threads, self.trust_engines, self.cache = memory, threads, trust_engines, cache
-        self._built = built_components(bundle, self.backend)
-        self._engines: dict[str, Engine] = {}
-        self._text = TextEncoders(bundle, self.engine)
+    def __init__(self, pool: EnginePool) -> None:
+        self.pool, self.bundle = pool, pool.bundle
+        self._text, self._vae = TextEncoders(pool), Vae(pool)
+
+    @property
+    def backend(self) -> str:
+        """The backend that the engines run on, e.g. "ort"."""
+        return self.pool.backend
+
+    @property
+    def precision(self) -> str:
+        """The precision that they compute in; "auto" on a backend that runs what was built."""
+        return self.pool.precision
 
     def __call__(
         self,
@@ -138,17 +130,20 @@ class Pipeline:
 
     def steps(self, plan: Plan) -> Iterator[Step]:
         """The loop: predict the noise, take the sampler's row, move the sample."""
-        draw = self._drawing(plan)
+        entry = self.bundle.manifest["latents"]
+        size = (plan.height // entry["factor"], plan.width // entry["factor"])
+        draw = drawing(plan.seeds, plan.rng, (len(plan.seeds), entry["channels"], *size))
         cond, negative = self._text.conditions(plan)
-        canvas = begin(plan, self._joins, draw, partial(self._posterior, plan))
-        needs_built = not BACKENDS[self.backend.partition(":")[0]].precisions
-        fused = fused_component(negative is not None, self._built, needs_built)
-        if fused is None:
-            options = (plan.guidance_batch, plan.guidance_rescale, plan.guidance_embedding)
-            denoiser = Denoiser(partial(self.engine, "unet"), cond, negative, canvas.extra, *options)
-            yield from host_steps(plan, canvas, denoiser, draw)
-        else:
-            yield from fused_steps(plan, canvas, self.engine(fused), cond, negative, draw)
+        encode = partial(self._vae.encode, tile=plan.vae_tile, one_by_one=plan.vae_slice)
+        canvas = begin(plan, self._joins, draw, encode)
+        fused = fused_component(negative is not None, self.pool.built, self.pool.runs_only_built)
+        with self.pool.using(fused or "unet") as engine:
+            if fused is None:
+                options = (plan.guidance_batch, plan.guidance_rescale, plan.guidance_embedding)
+                denoiser = Denoiser(engine, cond, negative, canvas.extra, *options)
+                yield from host_steps(plan, canvas, denoiser, draw)
+            else:
+                yield from fused_steps(plan, canvas, engine, cond, negative, draw)
 
     def encode(self, prompts: Sequence[str], prompt_style: str = "plain", clip_skip: int = 0) -> Float32:
         """The prompts' embeddings, [prompts, tokens, features]; equal prompts are encoded once."""
@@ -192,42 +187,20 @@ class Pipeline:
         self, sample: Float32, output_type: str = "pil", *, vae_tile: int | None = None, vae_slice: bool = False
     ) -> Any:
         """The pictures of latents [images, channels, latent_height, latent_width]; see `vae_tile` in Options."""
-        entry = self.bundle.manifest["latents"]
-        scaled = sample / _by_channel(entry["scaling_factor"]) + _by_channel(entry["shift_factor"])
-        run = sliced(self._decoded) if vae_slice else self._decoded
-        decoded = run(scaled) if vae_tile is None else decode_tiled(run, scaled, vae_tile, entry["factor"])
+        decoded = self._vae.decode(sample, vae_tile, vae_slice)
         return pictures.to_pil(decoded) if output_type == "pil" else pictures.to_unit(decoded)
 
-    def _decoded(self, latents: Float32) -> Float32:
-        decoded = self.engine("vae_decoder")(latent_sample=latents)["sample"]
-        refuse_nan(decoded, "vae_decoder")
-        return decoded
-
     def engine(self, component: str) -> Engine:
-        """The engine of a component, loaded if it is not."""
-        if component not in self._engines:
-            if self.memory == "low":
-                self.close()
-            self._engines[component] = open_engine(
-                self.bundle,
-                component,
-                self.backend,
-                threads=self.threads,
-                precision=self.precision,
-                trust=self.trust_engines,
-                cache=self.cache,
-            )
-        return self._engines[component]
+        """The engine of a component, opened if it is not: to have it ready before the first picture."""
+        return self.pool.open(component)
 
     def release(self, component: str) -> None:
         """Free the memory of a component that is no longer needed; it loads again when asked for."""
-        engine = self._engines.pop(component, None)
-        if engine is not None:
-            engine.close()
+        self.pool.release(component)
 
     def close(self) -> None:
-        for component in list(self._engines):
-            self.release(component)
+        """Free the memory of all components; they load again when asked for."""
+        self.pool.close()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -237,36 +210,7 @@ class Pipeline:
     ) -> None:
         self.close()
 
-    def _drawing(self, plan: Plan) -> Callable[[], Float32]:
-        """Draws standard normal noise, each image's from its own seed, so that a batch equals its images made alone."""
-        entry = self.bundle.manifest["latents"]
-        shape = (len(plan.seeds), entry["channels"], plan.height // entry["factor"], plan.width // entry["factor"])
-        generators = [generator(seed, plan.rng) for seed in plan.seeds]
-        return lambda: batch(generators, shape)
-
     @property
     def _joins(self) -> bool:
         """Whether the UNet takes more channels than the latents have: a mask and a masked picture beside them."""
         return self.bundle.component("unet").inputs[0].shape[1] != self.bundle.manifest["latents"]["channels"]
-
-    def _posterior(self, plan: Plan, images: Float32) -> Posterior:
-        """Mean and, where the encoder gives one, standard deviation of the scaled latents of pictures in -1..1."""
-        entry = self.bundle.manifest["latents"]
-        run = sliced(self._encoded) if plan.vae_slice else self._encoded
-        tile = plan.vae_tile
-        moments = run(images) if tile is None else encode_tiled(run, images, tile, entry["factor"])
-        scale = _by_channel(entry["scaling_factor"])
-        mean, logvar = np.split(moments, [entry["channels"]], 1)
-        mean = (mean - _by_channel(entry["shift_factor"])) * scale
-        return mean, np.exp(logvar / 2) * scale if logvar.size else None
-
-    def _encoded(self, images: Float32) -> Float32:
-        """Mean and log-variance of the latents of pictures, beside each other in the channels."""
-        posterior = self.engine("vae_encoder")(sample=images)
-        refuse_nan(posterior["mean"], "vae_encoder")
-        return np.concatenate([posterior["mean"], *([posterior["logvar"]] if "logvar" in posterior else [])], 1)
-
-
-def _by_channel(value: float | Sequence[float]) -> Float32:
-    """One number for all channels, or one for each, to be multiplied with latents [images, channels, h, w]."""
-    return np.asarray(value, np.float32).reshape(-1, 1, 1)

@@ -22,12 +22,13 @@ from typing import Any, cast
 import numpy as np
 
 from sdopt.bench.cases import Case
-from sdopt.bench.sides import Inputs, SdoptSide, embeds_of, options, picture
+from sdopt.bench.sides import Inputs, SdoptSide, embeds_of, options, picture, precision_for
 from sdopt.bench.timing import Call, Sample, timed
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.specs import Array, Float32, Scalar, TensorSpec
 from sdopt.engine import Carrying, Engine, Run, built_components, choose_backend
 from sdopt.engine.plans import stored
+from sdopt.engine.pool import EnginePool
 from sdopt.errors import BackendError, UsageError
 from sdopt.pipeline import Pipeline
 from sdopt.samplers.packed import SCALARS
@@ -85,11 +86,13 @@ class BuiltSide(SdoptSide):
                     f"{self.precision}: sdopt build {bundle} --backend {self._library} --precision {case.precision}"
                 )
             self.note = f"{NOTE}; built for {'; '.join(map(str, record.profiles))}"
-        gpu = getattr(self._pipe.engine(name), "device", None)
+        engine = self._pipe.engine(name)
+        gpu = getattr(engine, "device", None)
         self.note += f"; on {gpu.cuda.gpu.name}" if gpu is not None else ""
         self.engine_bytes = {n: sum(f["bytes"] for f in r.files.values()) for n, r in records.items()}
-        self._noted = Noted(self._pipe.engine(self.step_name))
-        self._pipe = _pipeline_with(self._pipe, self.step_name, self._noted)
+        self._noted, self._plain = Noted(engine), self._pipe
+        how: dict[str, Any] = {"precision": precision_for(case), "threads": threads}
+        self._pipe = Pipeline(EnginePool(self.bundle, case.backend, **how, given={self.step_name: self._noted}))
         self._run: Run | None = None
 
     @property
@@ -149,6 +152,7 @@ class BuiltSide(SdoptSide):
         if self._run is not None:
             self._run.close()
         super().close()
+        self._plain.close()
 
     def _steps(self, inputs: Inputs) -> Iterator[Any]:
         """The loop on the embeddings of `inputs` or, where it has none, on the case's prompt."""
@@ -269,14 +273,3 @@ class Clock:
             return Sample(seconds, output, self.read())
 
         return sample
-
-
-def _pipeline_with(pipe: Pipeline, component: str, engine: Engine) -> Pipeline:
-    """The same pipeline, whose `component` is `engine`."""
-    own = pipe.engine
-
-    def chosen(name: str) -> Engine:
-        return engine if name == component else own(name)
-
-    cast(Any, pipe).engine = chosen
-    return pipe

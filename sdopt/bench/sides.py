@@ -23,7 +23,8 @@ from sdopt.bench.cases import Case
 from sdopt.bench.timing import Call, timed
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.specs import Array, Float32, TensorSpec
-from sdopt.engine import BACKENDS, Engine
+from sdopt.engine import BACKENDS
+from sdopt.engine.pool import EnginePool
 from sdopt.pipeline import Pipeline
 
 COMPONENTS = ("text_encoder", "unet", "step", "loop_step", "host_step", "vae_decoder", "picture")
@@ -70,10 +71,8 @@ class SdoptSide:
 
     def __init__(self, case: Case, bundle: Path, threads: int) -> None:
         self._case = case
-        precision = precision_for(case)
-        self._pipe = Pipeline(
-            Bundle.open(bundle), case.backend, precision=precision, memory=case.memory, threads=threads
-        )
+        how: dict[str, Any] = {"precision": precision_for(case), "memory": case.memory, "threads": threads}
+        self._pipe = Pipeline(EnginePool(Bundle.open(bundle), case.backend, **how))
         self.backend, self.precision = self._pipe.backend, self._pipe.precision
         self.versions: Mapping[str, str] = {}
         self.engine_bytes: Mapping[str, int] = {
@@ -88,7 +87,7 @@ class SdoptSide:
         case, pipe = self._case, self._pipe
         zeros = self.bundle.manifest["conditioning"]["zeros_for_empty"]
         texts = [case.prompt, ""] if case.guided and not zeros else [case.prompt]
-        loop = _Loop(self.bundle, np.zeros_like(inputs.unet["sample"]))
+        loop = Pipeline(EnginePool(self.bundle, given={"unet": _Instant(np.zeros_like(inputs.unet["sample"]))}))
         embeds, steps = embeds_of(case, inputs), len(loop_steps(loop, case, inputs))
         unet = _once(self.bundle, inputs.unet, case.batch)
         return {
@@ -150,18 +149,9 @@ def _once(bundle: Bundle, arrays: Mapping[str, Float32], images: int) -> dict[st
     return {name: array[:images] if name in shared else array for name, array in arrays.items()}
 
 
-class _Loop(Pipeline):
-    """A pipeline whose UNet answers at once, so that what is left is the loop's own time."""
-
-    def __init__(self, bundle: Bundle, answer: Float32) -> None:
-        super().__init__(bundle)
-        self._unet = _Instant(answer)
-
-    def engine(self, component: str) -> Engine:
-        return self._unet if component == "unet" else super().engine(component)
-
-
 class _Instant:
+    """A UNet that answers at once, so that what is left is the loop's own time."""
+
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
 

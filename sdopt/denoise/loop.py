@@ -19,7 +19,8 @@ from sdopt.bundle.specs import Float32, Scalar
 from sdopt.denoise.model import Denoiser, scale_embedding
 from sdopt.denoise.start import Canvas, Draw
 from sdopt.engine import Carrying, Engine, Run
-from sdopt.errors import NumericsError, UsageError
+from sdopt.engine.finite import refuse_nan
+from sdopt.errors import UsageError
 from sdopt.request.plan import Plan
 from sdopt.samplers.packed import packed
 
@@ -155,12 +156,3 @@ class _Current:
         for name in ("next_sample", "denoised") if self._k >= 0 else ():
             if name not in self._kept:
                 self._kept[name] = self._run.fetch(name)
-
-
-def refuse_nan(array: Float32, where: str) -> None:
-    """Raises: NumericsError if `array`, which came from `where`, holds NaN or infinity."""
-    if not np.isfinite(array).all():
-        raise NumericsError(
-            f"{where}: the output has NaN or infinity. On a half-precision engine try float32 for this component; "
-            "otherwise the weights or the inputs are damaged."
-        )

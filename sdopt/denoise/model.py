@@ -5,7 +5,7 @@ Ref: Ho & Salimans 2022, arXiv:2207.12598.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -17,15 +17,14 @@ class Denoiser:
     """The UNet with classifier-free guidance: output = uncond + scale * (cond - uncond); at 1 or less, cond alone.
 
     With `embedding` the UNet was distilled with guidance, and is told the scale by a vector of that width instead.
-    `unet` gives the engine, which may have been freed between calls. `cond` and `negative` are its further inputs by
-    name; `extra` is joined to the sample as further channels.
+    `cond` and `negative` are the further inputs of `unet` by name; `extra` is joined to the sample as further channels.
     `batch` 2 runs both halves of guidance in one call, 1 in two.
     Ref: Ho & Salimans 2022, arXiv:2207.12598, eq. 6, in the form of Saharia et al. 2022, arXiv:2205.11487, section 2.2.
     """
 
     def __init__(
         self,
-        unet: Callable[[], Engine],
+        unet: Engine,
         cond: Mapping[str, Float32],
         negative: Mapping[str, Float32] | None,
         extra: Float32 | None = None,
@@ -34,7 +33,7 @@ class Denoiser:
         embedding: int = 0,
     ) -> None:
         self._unet, self._extra, self._rescale, self._embedding = unet, extra, rescale, embedding
-        inputs = unet().inputs
+        inputs = unet.inputs
         self._shares = bool(inputs) and inputs[0].shape[0] == "images"  # the graph itself repeats the sample
         self._cond, self._negative, self._both = cond, negative, None
         if negative is not None and batch == 2:
@@ -58,7 +57,7 @@ class Denoiser:
 
     def _run(self, sample: Float32, timestep: float, condition: Mapping[str, Float32]) -> Float32:
         times = np.full(len(sample), timestep, np.float32)
-        return self._unet()(sample=sample, timestep=times, **condition)["noise_pred"]
+        return self._unet(sample=sample, timestep=times, **condition)["noise_pred"]
 
 
 def scale_embedding(w: float, width: int) -> Float32:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -156,6 +156,12 @@ class TorchCpu:
     def _uniform53(self) -> float:
         high, low = (int(word) for word in self._uint32(2))
         return ((high << 32 | low) & (1 << 53) - 1) * 2.0**-53
+
+
+def drawing(seeds: Sequence[int], rng: str, shape: Sequence[int]) -> Callable[[], Float32]:
+    """Draws standard normal noise of `shape`, each image's from its own seed: a batch equals its images made alone."""
+    generators = [generator(seed, rng) for seed in seeds]
+    return lambda: batch(generators, shape)
 
 
 def _box_muller(uniform: Float32) -> None:

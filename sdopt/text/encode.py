@@ -12,14 +12,14 @@ Ref: Podell et al. 2023, arXiv:2307.01952, sections 2.1 and 2.2.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.specs import Array, Float32
-from sdopt.engine import Engine
+from sdopt.engine.pool import EnginePool
 from sdopt.errors import NumericsError, UsageError
 from sdopt.request.plan import Plan
 from sdopt.text.textual_inversion import Embedding, embedding
@@ -30,10 +30,11 @@ Condition = dict[str, Float32]  # by the name of the UNet's input
 
 
 class TextEncoders:
-    """A bundle's text encoders and tokenizers, loaded when first used."""
+    """The text encoders and tokenizers of the bundle of `pool`, loaded when first used."""
 
-    def __init__(self, bundle: Bundle, engine: Callable[[str], Engine]) -> None:
-        self._bundle, self._engine = bundle, engine
+    def __init__(self, pool: EnginePool) -> None:
+        self._pool, bundle = pool, pool.bundle
+        self._bundle = bundle
         self._entry: Mapping[str, Any] = bundle.manifest["conditioning"]
         self._tokenizers: dict[str, Tokenizer] = {}
         self._extra = {name: np.zeros((1, width), np.float32) for name, width in extra_widths(bundle).items()}
@@ -95,7 +96,8 @@ class TextEncoders:
             ids, weights = stacked(self._tokenizer(encoder["tokenizer"]), of_encoder, most)
             name = encoder["component"]
             extra = {"extra_embeddings": self._extra[name]} if name in self._extra else {}
-            outputs = self._engine(name)(input_ids=ids.reshape(-1, ids.shape[-1]), **extra)
+            with self._pool.using(name) as engine:
+                outputs = engine(input_ids=ids.reshape(-1, ids.shape[-1]), **extra)
             state = weighted(_state(outputs, encoder, clip_skip), weights.reshape(-1, ids.shape[-1]))
             if not np.isfinite(state).all():
                 raise NumericsError(f"{encoder['component']}: the output has NaN or infinity; its weights are damaged")

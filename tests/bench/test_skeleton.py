@@ -12,6 +12,7 @@ import pytest
 
 import sdopt
 from sdopt.bundle.files import Bundle
+from sdopt.engine.pool import EnginePool
 from sdopt.errors import BundleError
 from tests.conftest import EMOJI_BUNDLE, ROOT
 
@@ -33,7 +34,7 @@ def test_a_skeleton_is_small_and_a_filled_one_opens_and_makes_pictures(filled: P
     bundle = Bundle.open(filled)
     assert bundle.manifest["random_weights"] == 0
     assert bundle.digest != Bundle.open(EMOJI_BUNDLE).digest
-    with sdopt.Pipeline(bundle, "ort:cpu") as pipe:
+    with sdopt.Pipeline(EnginePool(bundle, "ort:cpu")) as pipe:
         picture = pipe("an apple", num_inference_steps=2, height=64, width=64, seed=0, output_type="np").images
     assert np.isfinite(picture).all()
     assert picture.std() > 0

@@ -53,7 +53,7 @@ def test_every_version_builds_half_engines_and_runs_them(flavour: str, bundle: B
     with sdopt.load(bundle.path, backend="tensorrt") as pipe:
         options: dict[str, Any] = {"height": 64, "width": 64, "seed": 1, "num_inference_steps": 2}
         picture = pipe("a red apple", output_type="np", **options).images
-        assert set(pipe._engines) == {"text_encoder", "unet_step", "vae_decoder"}
+        assert set(pipe.pool.opened) == {"text_encoder", "unet_step", "vae_decoder"}
     with sdopt.load(bundle.path, backend="ort:cpu") as pipe:
         expected = pipe("a red apple", output_type="np", **options).images
     assert abs(picture - expected).max() < 0.05

@@ -72,7 +72,7 @@ def pictures(bundle: Path, step: str = "", **options: Any) -> Any:
     with sdopt.load(bundle, backend="ort:cpu", threads=1, verify=False, cache=False) as pipe:
         images = pipe("a red apple", **{**OPTIONS, **options}).images
         if step:
-            assert [name for name in pipe._engines if name.startswith("unet")] == [step]
+            assert [name for name in pipe.pool.opened if name.startswith("unet")] == [step]
     return images
 
 

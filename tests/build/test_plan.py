@@ -182,7 +182,7 @@ def test_engines_for_onnx_runtime_make_the_same_picture_with_its_tensors_bound(b
     assert sorted(p.name for p in folder.iterdir()) == ["graph.onnx", "graph.onnx.data", "record.json"]
     with sdopt.load(bundle.path, backend="ort:cpu", threads=1) as pipe:
         found = pipe("a red apple", **options).images
-        assert set(pipe._engines) == {"text_encoder", "unet_step"}
+        assert set(pipe.pool.opened) == {"text_encoder", "unet_step"}
     np.testing.assert_allclose(found, expected, atol=2e-4)
     build(bundle, "ort", components=["unet_step"], options=Options(precision="fp32"), report=lines.append)
     assert lines[-1] == f"unet_step: already built, {folder}"

@@ -13,6 +13,7 @@ from PIL import Image
 
 import sdopt
 from sdopt.denoise.start import noised
+from sdopt.engine.pool import EnginePool
 from sdopt.errors import UsageError
 from sdopt.image import pil as images
 from sdopt.samplers import SAMPLERS, sampler_table
@@ -210,9 +211,9 @@ def test_guidance_in_an_interval_runs_the_other_calls_without(emoji: sdopt.Pipel
 
         def close(self) -> None: ...
 
-    emoji._engines["unet"] = Counted()
+    pipe = sdopt.Pipeline(EnginePool(emoji.bundle, given={"unet": Counted()}))
     options = {"seed": 1, "num_inference_steps": 10, "guidance_scale": 3.0, "output_type": "np"}
-    limited = emoji("a cat", guidance_interval=(0.2, 0.7), **options).images
+    limited = pipe("a cat", guidance_interval=(0.2, 0.7), **options).images
     assert sizes == [1] * 2 + [2] * 5 + [1] * 3
     scales = [1.0] * 2 + [3.0] * 5 + [1.0] * 3
     np.testing.assert_array_equal(limited, emoji("a cat", **{**options, "guidance_scale": scales}).images)
