@@ -305,7 +305,9 @@ class CudaBindings:
         try:
             work()
         except BaseException:
-            self._rt.cudaStreamEndCapture(handle)  # the stream must leave capture, whatever it captured
+            _, graph = self._rt.cudaStreamEndCapture(handle)  # the stream must leave capture, whatever it captured
+            if graph is not None:
+                self._rt.cudaGraphDestroy(graph)
             self._rt.cudaGetLastError()
             raise
         try:
