@@ -305,9 +305,9 @@ class CudaBindings:
         try:
             work()
         except BaseException:
-            _, graph = self._rt.cudaStreamEndCapture(handle)  # the stream must leave capture, whatever it captured
-            if graph is not None:
-                self._rt.cudaGraphDestroy(graph)
+            status, *graph = self._rt.cudaStreamEndCapture(handle)  # the stream must leave capture
+            if not int(status):  # what was captured is whole: an interrupt, or an error of Python
+                self._rt.cudaGraphDestroy(*graph)
             self._rt.cudaGetLastError()
             raise
         try:

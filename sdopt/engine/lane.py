@@ -173,8 +173,9 @@ class Lane:
     def launch(self, k: int | None = None) -> None:
         """Queue one call: row `k` of every table to its input, then the graph. Without `k` there are no tables."""
         cuda, stream = self.device.cuda, self.device.stream
-        for name, (offset, nbytes) in self._rows.items() if k is not None else ():
-            cuda.copy(self.address(name), self.tables.address + offset + k * nbytes, nbytes, stream)
+        if k is not None:
+            for name, (offset, nbytes) in self._rows.items():
+                cuda.copy(self.address(name), self.tables.address + offset + k * nbytes, nbytes, stream)
         if self._epoch != self.device.epoch:
             self._arm()
         elif not self._graph and self._capturable:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TESTS = ("tests/engine/test_trt.py", "tests/engine/test_trt_memory.py", "tests/engine/test_cuda.py")
+TESTS = tuple(f"tests/engine/test_{name}.py" for name in ("trt", "trt_memory", "cuda", "trt_faults"))
 COPIED = ("sdopt", "tests", "engines", "pyproject.toml")
 
 
@@ -52,7 +52,8 @@ MUTANTS = (
     Mutant("the arena's move goes unnoticed", "lane.py", "if self._epoch != self.device.epoch:", "if self._epoch < 0:"),
     Mutant("the old graph is kept", "lane.py", "        self._drop_graph()\n        self.context.scratch", "        self.context.scratch"),
     Mutant("no collection rests during a capture", "device.py", "gc.disable()", "pass"),
-    Mutant("a refused capture leaves the stream in it", "cuda.py", "_, graph = self._rt.cudaStreamEndCapture(handle)  # the stream", "graph = None  # the stream"),
+    Mutant("a refused capture leaves the stream in it", "cuda.py", "status, *graph = self._rt.cudaStreamEndCapture(handle)  # the stream", "status = 1  # the stream"),
+    Mutant("what an interrupt left of a capture is leaked", "cuda.py", "                self._rt.cudaGraphDestroy(*graph)", "                pass"),
     Mutant("a graph that fails late is leaked", "cuda.py", "            self.drop(kept)\n            raise", "            raise"),
     Mutant("a graph is leaked", "lane.py", "            self.device.cuda.drop(self._graph)", "            pass"),
     Mutant("that there is no graph is not told", "lane.py", "        log.warning(", "        log.debug("),
@@ -71,6 +72,9 @@ MUTANTS = (
     Mutant("the wrong stream", "lane.py", "self.context.enqueue(self.device.stream)", "self.context.enqueue(0)"),
     # the step
     Mutant("rows stay where they are", "lane.py", "self.tables.address + offset + k * nbytes", "self.tables.address + offset"),
+    Mutant("a call takes the rows of the run before it", "trt.py", "                lane.launch()\n", "                lane.launch(0)\n"),
+    Mutant("a slot is filled again while the GPU is behind", "lane.py", "if (name, k) in self._filled:", "if False:"),
+    Mutant("an input of another size passes", "lane.py", "if array.shape != place.shape:", "if False:"),
     Mutant("nothing is carried", "lane.py", "for output, name in self._carry.items():", "for output, name in ():"),
     Mutant("a run begins with what the last one left", "trt.py", "                lane.clear()\n", ""),
     Mutant("a profile is chosen after the shapes", "trt_api.py", "        done = self.context.set_optimization_profile_async(profile, stream)\n        for name, shape in shapes.items():\n            done = done and self.context.set_input_shape(name, shape)\n", "        done = True\n        for name, shape in shapes.items():\n            done = done and self.context.set_input_shape(name, shape)\n        done = done and self.context.set_optimization_profile_async(profile, stream)\n"),
