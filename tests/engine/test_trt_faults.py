@@ -135,6 +135,17 @@ def test_the_same_call_may_be_launched_again_while_the_gpu_is_behind(stocked: Pa
     np.testing.assert_array_equal(*found)
 
 
+def test_work_that_is_queued_when_its_engine_is_closed_harms_no_other(stocked: Path, gpu: Simulator) -> None:
+    engine, arrays = counting(stocked)
+    with opened(stocked) as other:
+        expected = other(latent_sample=LATENTS)["sample"]
+        run = engine.begin(arrays, {})
+        run.launch(0)
+        run.close()
+        engine.close()
+        np.testing.assert_array_equal(other(latent_sample=LATENTS)["sample"], expected)
+
+
 def test_a_loop_that_the_collector_finds_with_its_pipeline_ends_in_silence(
     stocked: Path, gpu: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
