@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from threading import RLock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +104,7 @@ class Pipeline:
         self.memory, self.threads, self.trust_engines, self.cache = memory, threads, trust_engines, cache
         self._built = built_components(bundle, self.backend)
         self._engines: dict[str, Engine] = {}
+        self._opening = RLock()  # threads that ask for an engine at once get the same one
         self._text = TextEncoders(bundle, self.engine)
 
     def __call__(
@@ -205,19 +207,20 @@ class Pipeline:
 
     def engine(self, component: str) -> Engine:
         """The engine of a component, loaded if it is not."""
-        if component not in self._engines:
-            if self.memory == "low":
-                self.close()
-            self._engines[component] = open_engine(
-                self.bundle,
-                component,
-                self.backend,
-                threads=self.threads,
-                precision=self.precision,
-                trust=self.trust_engines,
-                cache=self.cache,
-            )
-        return self._engines[component]
+        with self._opening:
+            if component not in self._engines:
+                if self.memory == "low":
+                    self.close()
+                self._engines[component] = open_engine(
+                    self.bundle,
+                    component,
+                    self.backend,
+                    threads=self.threads,
+                    precision=self.precision,
+                    trust=self.trust_engines,
+                    cache=self.cache,
+                )
+            return self._engines[component]
 
     def release(self, component: str) -> None:
         """Free the memory of a component that is no longer needed; it loads again when asked for."""

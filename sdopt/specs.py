@@ -64,7 +64,10 @@ class TensorSpec:
 
     @staticmethod
     def from_json(entry: Mapping[str, Any]) -> TensorSpec:
-        return TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"]))
+        name, dtype, shape = entry["name"], entry["dtype"], tuple(entry["shape"])
+        if not isinstance(name, str) or not isinstance(dtype, str) or not all(isinstance(d, str | int) for d in shape):
+            raise TypeError(f"{entry} is no tensor")
+        return TensorSpec(name, dtype, shape)
 
 
 def check_inputs(owner: str, specs: Sequence[TensorSpec], arrays: Mapping[str, Array]) -> dict[str, int]:
@@ -93,6 +96,9 @@ def check_begin(
     unknown = (set(arrays) | set(tables)) - set(known)
     if unknown:
         raise UsageError(f"{owner}: unknown input {', '.join(sorted(unknown))}; it takes {', '.join(known)}")
+    empty = [name for name, table in tables.items() if not len(table)]
+    if empty:
+        raise UsageError(f"{owner}: the table of {', '.join(empty)} has no row; a run has one for each call")
     dims: dict[str, int] = {}
     for name, array in (*arrays.items(), *((name, table[0]) for name, table in tables.items())):
         known[name].check(array, dims, owner)

@@ -15,6 +15,7 @@ from sdopt.build.trt_types import keep_types, layer_types, product_types
 from sdopt.engine.trt_api import TensorRT
 from sdopt.errors import BackendError, UsageError
 from sdopt.specs import Profile, TensorSpec
+from sdopt.stamps import write_whole
 
 GIB = 1 << 30
 FLAGS = {  # option -> BuilderFlag
@@ -81,8 +82,12 @@ class Builder:
         errors = ""
         for workspace in self._workspaces():
             self.lib.log.clear()
-            config = self._config(builder, inputs, profiles, workspace)
-            if self._written(builder, network, config, plan):
+            held: list[BaseException] = []
+            config = self._config(builder, inputs, profiles, workspace, held)
+            done = self._written(builder, network, config, plan, held)
+            if held:
+                raise held[0]
+            if done:
                 self._keep_timing(config)
                 del parser  # it holds the weights until here
                 return layer_types(network)
@@ -167,7 +172,12 @@ class Builder:
         return [None] if most is None else [most, most // 2, most // 4]
 
     def _config(
-        self, builder: Any, inputs: Sequence[TensorSpec], profiles: Sequence[Profile], workspace: int | None
+        self,
+        builder: Any,
+        inputs: Sequence[TensorSpec],
+        profiles: Sequence[Profile],
+        workspace: int | None,
+        held: list[BaseException],
     ) -> Any:
         trt, config = self.lib.trt, builder.create_builder_config()
         if workspace is not None:
@@ -193,7 +203,7 @@ class Builder:
             config.set_tactic_sources(1 << int(sources.EDGE_MASK_CONVOLUTIONS) | 1 << int(sources.JIT_CONVOLUTIONS))
         self._set_timing(config)
         if self.progress is not None and hasattr(config, "progress_monitor"):
-            config.progress_monitor = make_monitor(trt, self.progress)
+            config.progress_monitor = make_monitor(trt, self.progress, held)
         for profile in profiles:
             optimization = builder.create_optimization_profile()
             try:
@@ -214,32 +224,32 @@ class Builder:
             raise UsageError(f"--{words}: {self.lib.backend} {self.lib.version} does not have it ({name})")
         return getattr(enum, name)
 
-    def _written(self, builder: Any, network: Any, config: Any, plan: Path) -> bool:
+    def _written(self, builder: Any, network: Any, config: Any, plan: Path, held: list[BaseException]) -> bool:
         """Build, straight to disk where the library can."""
         if hasattr(builder, "build_serialized_network_to_stream"):
             with plan.open("wb") as stream:
-                return bool(
-                    builder.build_serialized_network_to_stream(network, config, make_writer(self.lib.trt, stream))
-                )
+                writer = make_writer(self.lib.trt, stream, held)
+                return bool(builder.build_serialized_network_to_stream(network, config, writer))
         memory = builder.build_serialized_network(network, config)
         if memory is not None:
             plan.write_bytes(memory)
         return memory is not None
 
     def _set_timing(self, config: Any) -> None:
-        known = self.timing.read_bytes() if self.timing is not None and self.timing.is_file() else b""
-        if self.timing is not None:
-            config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+        if self.timing is None:
+            return
+        known = b""
+        with suppress(OSError):
+            known = self.timing.read_bytes()
+        cache = config.create_timing_cache(known) or config.create_timing_cache(b"")  # None for a damaged one
+        config.set_timing_cache(cache, ignore_mismatch=False)
 
     def _keep_timing(self, config: Any) -> None:
         cache = config.get_timing_cache()
         if self.timing is None or cache is None:
             return
-        self.timing.parent.mkdir(parents=True, exist_ok=True)
         with suppress(OSError):  # a build is not lost for a cache that cannot be written
-            temporary = self.timing.with_suffix(".tmp")
-            temporary.write_bytes(cache.serialize())
-            temporary.replace(self.timing)
+            write_whole(self.timing, bytes(cache.serialize()))
 
 
 def has_bf16(lib: TensorRT) -> bool:
@@ -253,8 +263,11 @@ def meaning(errors: str) -> str:
     return f"{told}. TensorRT says: {errors}" if told else errors
 
 
-def make_monitor(trt: Any, progress: Progress) -> Any:
-    """TensorRT's progress as calls of `progress`; Ctrl-C stops the build at the next step."""
+def make_monitor(trt: Any, progress: Progress, held: list[BaseException]) -> Any:
+    """TensorRT's progress as calls of `progress`; what one raises, as Ctrl-C does, stops the build at the next step.
+
+    `held` has it then: no exception may pass through the library.
+    """
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
@@ -274,21 +287,28 @@ def make_monitor(trt: Any, progress: Progress) -> Any:
         def _tell(self, phase: str, done: int) -> bool:
             try:
                 progress(phase, done, self._steps.get(phase, done))
-            except KeyboardInterrupt:  # no exception may pass through the library
-                return False
-            return True
+            except BaseException as error:
+                held.append(error)
+            return not held
 
     return Monitor()
 
 
-def make_writer(trt: Any, stream: Any) -> Any:
-    """TensorRT's stream of a finished plan into a file."""
+def make_writer(trt: Any, stream: Any, held: list[BaseException]) -> Any:
+    """TensorRT's stream of a finished plan into a file.
+
+    `held` has what a write raises, as on a full disk: the library takes a plan that was not written for a good one.
+    """
 
     class Writer(trt.IStreamWriter):
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
 
         def write(self, data: bytes) -> int:
-            return stream.write(data)
+            try:
+                return 0 if held else int(stream.write(data))
+            except BaseException as error:
+                held.append(error)
+                return 0
 
     return Writer()

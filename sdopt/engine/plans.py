@@ -79,12 +79,30 @@ class Record:
 
     @staticmethod
     def from_json(entry: Mapping[str, Any]) -> Record:
+        """Raises: ValueError, TypeError or KeyError for what is no record; whoever wrote it, it is read strictly."""
         values: dict[str, Any] = dict(entry)
+        _check_kinds(values)
         for kind in ("inputs", "outputs"):
             values[kind] = tuple(map(TensorSpec.from_json, entry[kind]))
         values["profiles"] = tuple(map(Profile.parse, entry["profiles"]))
         values["asked"] = tuple(entry["asked"])
         return Record(**values)
+
+
+def _check_kinds(values: Mapping[str, Any]) -> None:
+    """Raises: TypeError unless texts are texts, and tables of them are that."""
+    texts = [values[name] for name in ("component", "backend", "command")]
+    tables = [values[name] for name in ("carry", "environment", "sources", "options", "notes", "files")]
+    if not all(isinstance(table, dict) for table in tables):
+        raise TypeError("a table of a record is none")
+    for table in tables[:3]:
+        texts += table.values()
+    for file in tables[-1].values():
+        texts.append(file["sha256"])
+        if type(file["bytes"]) is not int:
+            raise TypeError("a size in a record is no number")
+    if not all(isinstance(text, str) for text in (*texts, *values["profiles"], *values["asked"])):
+        raise TypeError("a text of a record is none")
 
 
 @dataclass(frozen=True)
@@ -98,7 +116,9 @@ class Stored:
 
     def checked(self, name: str) -> Path:
         """The path of one file of the engine, after its size and hash were found to be those of the record."""
-        path, entry = self.folder / name, self.record.files[name]
+        path, entry = self.folder / name, self.record.files.get(name)
+        if entry is None:
+            raise BackendError(f"{path} is not listed in its record; build it again: {self.record.again}")
         if path.is_symlink() or not path.is_file() or path.stat().st_size != entry["bytes"]:
             raise BackendError(f"{path} is missing, truncated or a link; build it again: {self.record.again}")
         if known_sha256(path, self.paranoid) != entry["sha256"]:
@@ -129,12 +149,13 @@ def engines_folder(bundle: Bundle) -> Path:
 
 def stored(bundle: Bundle, backend: str) -> list[Stored]:
     """The engines of `backend` in a bundle, newest first; what is no readable record is passed over."""
-    found: list[Stored] = []
+    found: list[tuple[int, Stored]] = []
     for path in engines_folder(bundle).glob(f"*/{RECORD}"):
-        entry = _read(path)
-        if entry is not None and entry[0].backend == backend:
-            found.append(Stored(path.parent, *entry, bundle.paranoid))
-    return sorted(found, key=lambda s: (s.folder / RECORD).stat().st_mtime_ns, reverse=True)
+        with suppress(FileNotFoundError):  # a build in another process removes what is stale
+            entry = _read(path)
+            if entry is not None and entry[0].backend == backend:
+                found.append((path.stat().st_mtime_ns, Stored(path.parent, *entry, bundle.paranoid)))
+    return [one for _, one in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
 
 def usable(

@@ -129,7 +129,7 @@ class TrtEngine:
                 for name, array in arrays.items():
                     lane.put(name, array)
                 lane.put_tables(tables, max(map(len, tables.values()), default=1))
-            return TrtRun(self, loaded, dims, lane)
+            return TrtRun(self, loaded, dims, lane, tuple(map(len, tables.values())))
         except BaseException:
             self.give_back(loaded, dims, lane)
             raise
@@ -152,10 +152,10 @@ class TrtEngine:
 
     def _take(self, dims: Mapping[str, int]) -> tuple[Loaded, Lane]:
         """The plan that fits these lengths, and a lane of it."""
-        if self._closed:
-            raise UsageError(f"{self.name}: this engine is closed; open it again with open_engine")
         plan, profile = self._fitting(dims)
         with self.device.queueing():
+            if self._closed:
+                raise UsageError(f"{self.name}: this engine is closed; open it again with open_engine")
             loaded = self._load(plan)
             return loaded, loaded.take(profile, dims)
 
@@ -228,11 +228,18 @@ def _discard(device: Device, loaded: dict[str, Loaded]) -> None:
 class TrtRun:
     """Calls of a TensorRT engine in turn; see `sdopt.engine.Run`."""
 
-    def __init__(self, engine: TrtEngine, loaded: Loaded, dims: Mapping[str, int], lane: Lane) -> None:
+    def __init__(
+        self, engine: TrtEngine, loaded: Loaded, dims: Mapping[str, int], lane: Lane, rows: tuple[int, ...]
+    ) -> None:
+        self._rows = rows  # of each table
         self._name, self._device, self._lane = engine.name, engine.device, lane
         self._give_back: Callable[[], None] | None = partial(engine.give_back, loaded, dims, lane)
 
     def launch(self, k: int, **arrays: Array) -> None:
+        if not 0 <= k < min(self._rows, default=1) and (self._rows or arrays):
+            raise UsageError(
+                f"{self._name}: there is no call {k}; the tables of this run have {min(self._rows, default=1)} rows"
+            )
         with self._queueing():
             for name, array in arrays.items():
                 self._lane.stream_in(k, name, array)
@@ -250,7 +257,7 @@ class TrtRun:
             self._lane.put(name, array)
 
     def _queueing(self) -> AbstractContextManager[None]:
-        if self._give_back is None:
+        if self._give_back is None or self._lane.closed:
             raise UsageError(f"{self._name}: this run is over; begin another")
         return self._device.queueing()
 

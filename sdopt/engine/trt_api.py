@@ -224,7 +224,7 @@ def environment(lib: TensorRT, gpu: Gpu | None, options: Mapping[str, Any]) -> d
     An engine runs where its build's TensorRT, GPU and driver are. With `version_compatible` any build of the same major
     version will do, with `hardware_compatible` any GPU from Ampere on. TensorRT-RTX compiles for the GPU when it loads.
     """
-    version = lib.version.split(".")[0] + ".x" if options["version_compatible"] else lib.version
+    version = lib.version.split(".")[0] + ".x" if options.get("version_compatible") else lib.version
     told = {lib.trt.__name__: version}
     capabilities = getattr(lib.trt, "ComputeCapability", None)
     if capabilities is not None:
@@ -234,6 +234,6 @@ def environment(lib: TensorRT, gpu: Gpu | None, options: Mapping[str, Any]) -> d
     if gpu is None:
         raise BackendError(f"{lib.trt.__name__} builds engines on the GPU that will run them, and there is none here")
     told["driver"] = f"CUDA {gpu.driver // 1000}"
-    if options["hardware_compatible"] and float(gpu.compute_capability) >= 8:
+    if options.get("hardware_compatible") and float(gpu.compute_capability) >= 8:
         return {**told, "GPU": "Ampere or newer"}
     return {**told, "GPU": gpu.name, "compute capability": gpu.compute_capability}

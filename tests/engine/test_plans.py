@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sdopt.bundle import Bundle, new_folder
+from sdopt.engine import plans
 from sdopt.engine.plans import RECORD, Record, built_components, engines_folder, stored, usable, write_record
 from sdopt.errors import BackendError, BundleError
 from sdopt.specs import Profile
@@ -162,3 +164,45 @@ def test_all_that_changes_an_engine_changes_its_key(bundle: Bundle) -> None:
 def test_the_key_of_a_user_is_readable_by_nobody_else(bundle: Bundle, own_folders: Path) -> None:
     put(bundle)
     assert (own_folders / "state/sdopt/engine-key").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"component": []}, {"backend": {}}, {"carry": "sample"}, {"environment": {"GPU": 1}}, {"options": None},
+        {"files": {"engine.plan": {"bytes": 6}}}, {"files": {"engine.plan": 6}}, {"profiles": [1]}, {"asked": [None]},
+        {"inputs": [{"name": [], "dtype": "float32", "shape": [1]}]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_record_with_another_kind_of_value_is_none(bundle: Bundle, change: dict[str, object]) -> None:
+    """It may be anybody's: a bundle from somewhere else would stop every command with a traceback."""
+    folder = put(bundle)
+    entry = json.loads((folder / RECORD).read_text())
+    (folder / RECORD).write_text(json.dumps({**entry, **change}))
+    assert built_components(bundle, "tensorrt") == ()
+    with pytest.raises(BackendError, match="has no tensorrt engine of unet. Build it"):
+        looked_up(bundle, trust=True)
+
+
+def test_a_trusted_record_that_lists_no_engine_says_so(bundle: Bundle) -> None:
+    folder = put(bundle)
+    entry = json.loads((folder / RECORD).read_text())
+    (folder / RECORD).write_text(json.dumps({**entry, "files": {}}))
+    with pytest.raises(BackendError, match=r"engine.plan is not listed in its record; build it again"):
+        looked_up(bundle, trust=True)
+
+
+def test_an_engine_that_another_process_removes_meanwhile_is_passed_over(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone, kept = put(bundle), put(bundle, options={"precision": "fp32"})
+    read = plans._read  # pyright: ignore[reportPrivateUsage]
+
+    def slow(path: Path) -> object:
+        found = read(path)
+        shutil.rmtree(gone, ignore_errors=True)
+        return found
+
+    monkeypatch.setattr(plans, "_read", slow)
+    assert [s.folder for s in stored(bundle, "tensorrt")] == [kept]
