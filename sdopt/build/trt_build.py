@@ -27,7 +27,8 @@ NOT_IN_RTX = {
     "hardware_compatible": "its engines run on every GPU that it knows",
     "version_compatible": "its engines run with the version that built them",
 }
-# what TensorRT logs -> what it means and what helps; the first that fits is told
+# what TensorRT logs -> what it means and what helps; the first that fits is told. Last what is in every log without a
+# driver, whatever the cause.
 MEANINGS = {
     "Could not find any implementation": "no kernel fits into the memory that it may use: free some of the GPU's, "
     "or give a smaller profile",
@@ -36,10 +37,10 @@ MEANINGS = {
     "OutOfMemory": "the GPU's memory is full: close other programs, or give a smaller profile",
     "libnvinfer_lean": "--version-compatible needs TensorRT's lean library beside it: pip install tensorrt-lean",
     "graph_jit": "--refit needs a GPU while it builds: leave it out, or build where the GPU is",
-    "cudaError 35": "this option needs an NVIDIA driver while it builds",
     "not supported by a dedicated kernel": "there is no attention kernel for this precision: build with fp16",
     "does not support this compute capability": "this library has no kernels for this GPU: use --backend tensorrt",
     "Unsupported SM": "this TensorRT is older than this GPU: install a newer one",
+    "cudaError 35": "this option needs an NVIDIA driver while it builds",
 }
 MEMORY = ("Could not find any implementation", "no tactics", "out of memory", "OutOfMemory")
 Progress = Callable[[str, int, int], None]  # (phase, steps done, steps in all)
@@ -177,7 +178,8 @@ class Builder:
         for option, name in FLAGS.items():
             if self.options[option]:
                 config.set_flag(self._member(trt.BuilderFlag, name, option))
-        if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # RTX: nothing is allocated late, so graphs capture it
+        late = self.options["weight_streaming"]  # RTX allocates then as it runs, and refuses both together
+        if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION") and not late:  # nothing late, so graphs capture it
             config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         if self.options["precision"] == "fp16" and not self.strongly_typed:
             config.set_flag(trt.BuilderFlag.FP16)
