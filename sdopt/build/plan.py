@@ -29,7 +29,18 @@ from sdopt.build.trt_types import half_products, inspected, types_of
 from sdopt.bundle import Bundle, new_folder
 from sdopt.engine.cuda import bytes_text
 from sdopt.engine.device import shared_device
-from sdopt.engine.plans import GRAPH, PLAN, Record, Stored, Unsigned, changed, engines_folder, stored, write_record
+from sdopt.engine.plans import (
+    COMMAND,
+    GRAPH,
+    PLAN,
+    Record,
+    Stored,
+    Unsigned,
+    changed,
+    engines_folder,
+    stored,
+    write_record,
+)
 from sdopt.errors import BackendError
 from sdopt.specs import Profile
 from sdopt.stamps import user_folder
@@ -58,7 +69,7 @@ def build(
     target = Target.here(backend)
     recipe, asked = recipe or read_recipe(), (options or Options()).resolved(target.precision)
     ranges = user_profiles(bundle, recipe, profiles, static)
-    command = command or f"sdopt build {bundle.path} --backend {backend}"
+    command = command or f"{COMMAND} --backend {backend}"
     folders: list[Path] = []
     for part in recipe.chosen(bundle, components):
         own = part_options(asked, part, bundle, target.has_bf16)
@@ -216,7 +227,12 @@ class Job:
         """The plan as an engine on the GPU."""
         from sdopt.engine.trt import TrtEngine
 
-        return TrtEngine(builder.lib, shared_device(self.target.index), [Unsigned(plan.parent, record)], cache=False)
+        return TrtEngine(
+            builder.lib,
+            shared_device(self.target.index),
+            [Unsigned(plan.parent, record.at(self.bundle.path))],
+            cache=False,
+        )
 
     def _stale(self) -> list[tuple[Stored, str]]:
         """Engines of the same request, for this GPU, that were made from something else; and what it was."""

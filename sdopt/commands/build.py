@@ -81,9 +81,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def command(args: argparse.Namespace) -> str:
-    """What builds with the same options but other profiles: a record keeps it for messages."""
-    words = ["sdopt", "build", str(args.bundle), "--backend", args.backend]
-    words += [word for name in args.component or () for word in ("--component", name)]
+    """What builds with the same options other components and profiles, of a bundle that may move: a record keeps it."""
+    words = ["sdopt", "build", "BUNDLE", "--backend", args.backend]
     for name, default in (("precision", "auto"), ("opt_level", 3), ("workspace", None), ("recipe", None)):
         if getattr(args, name) != default:
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]

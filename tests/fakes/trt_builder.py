@@ -86,7 +86,9 @@ class FakeBuilder:
             self.library.complain(self.log, "Network must have at least one output and one optimization profile")
             return None
         if {"REQUIRE_USER_ALLOCATION", "WEIGHT_STREAMING"} <= config.flags:
-            self.library.complain(self.log, "Error Code: 35: no driver (cudaError 35)")  # it is always there without one
+            self.library.complain(
+                self.log, "Error Code: 35: no driver (cudaError 35)"
+            )  # it is always there without one
             words = "is not compatible with BuilderFlag::kWEIGHT_STREAMING"
             self.library.complain(self.log, f"BuilderFlag::kREQUIRE_USER_ALLOCATION {words}")
             return None
