@@ -231,7 +231,9 @@ class Pipeline:
         """What pictures are computed in, e.g. "float32" or "fp16 (vae_decoder bf16)": what the engines really have."""
         used: dict[str, str] = {n: getattr(engine, "precision", "") for n, engine in self._engines.items()}
         self._built |= {name: word for name, word in used.items() if word and name in self._built}
-        return told_precision(self.bundle, self._built, self._own)
+        able = BACKENDS[self.backend.partition(":")[0]].precisions
+        own = self._own if self._own in able or not able else "float32"  # where half is built, the other components
+        return told_precision(self.bundle, self._built, own)
 
     def release(self, component: str) -> None:
         """Free the memory of a component that is no longer needed; it loads again when asked for."""

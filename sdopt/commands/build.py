@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdopt.errors import BackendError
+from sdopt.specs import short
 
 EXTRA = 'the builder needs onnx-ir and onnx: pip install "sdopt[tensorrt]" (or "sdopt[tensorrt-rtx]", "sdopt[build]")'
 FLAGS = {
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--component", action="append", metavar="NAME", help="build only this one; may be given again")
     add(
-        "--precision", default="auto",
+        "--precision", default="auto", type=short,
         help="fp16, bf16 or fp32 (default: fp16, on a CPU fp32; what overflows in fp16 is built in bf16 or fp32)",
     )  # fmt: skip
     add(

@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="ort (or ort:cpu, ort:cuda), openvino, tensorrt, tensorrt-rtx (default: `sdopt doctor` says)",
     )
-    add("--precision", default="auto", help="float32, or bf16 where the processor has it (default: float32)")
+    add("--precision", default="auto", help="float32, bf16 where the processor has it, or of what `sdopt build` made (default: float32; what was built)")
     add("--no-cache", action="store_true", help="keep nothing for the next start (see `sdopt doctor`)")
     add("--threads", type=int, help="threads of the engine (default: what this process may use)")
     add("--replay", type=Path, metavar="PNG", help="make the picture in PNG again, from the parameters it carries")
