@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from sdopt.build.trt_types import keep_types, layer_types, product_types
+from sdopt.engine.cuda import bytes_text
 from sdopt.engine.trt_api import TensorRT
 from sdopt.errors import BackendError, UsageError
 from sdopt.specs import Profile, TensorSpec
 
-GIB = 1 << 30
 FLAGS = {  # option -> BuilderFlag
     "refit": "REFIT",
     "version_compatible": "VERSION_COMPATIBLE",
@@ -72,7 +72,7 @@ class Builder:
         `types` are those of the graph's tensors, `half_products` its convolutions and matrix products in half.
         Raises: BackendError with what TensorRT's log says and means; UsageError for an option that it does not have.
         """
-        self._check_options()
+        check_options(self.lib, self.options)
         builder = self._builder()
         network = builder.create_network(self._network_flags())
         parser = self._parsed(network, graph)
@@ -90,7 +90,7 @@ class Builder:
             errors = self.lib.log.errors()
             if not any(word in errors for word in MEMORY) or workspace is None:
                 break
-            self.report(f"{self.name}: {workspace / GIB:.2f} GiB of workspace did not do; trying less")
+            self.report(f"{self.name}: {bytes_text(workspace)} of workspace did not do; trying less")
         raise self._failed("builds no engine", errors)
 
     def unsupported(self, operators: Sequence[str]) -> list[str]:
@@ -120,17 +120,6 @@ class Builder:
 
     def _refused(self, profile: Profile, errors: str) -> UsageError:
         return UsageError(f"{self.name}: {self.lib.backend} refuses the profile {profile}: {meaning(errors)}")
-
-    def _check_options(self) -> None:
-        """Raises: UsageError for what this library does not have, before anything is built."""
-        trt = self.lib.trt
-        if self.options["precision"] == "bf16" and not has_bf16(self.lib):
-            raise UsageError(
-                f"precision 'bf16': {self.lib.backend} {self.lib.version} does not have it; --precision fp16 or fp32"
-            )
-        for option, reason in NOT_IN_RTX.items() if hasattr(trt, "ComputeCapability") else ():
-            if self.options[option]:
-                raise UsageError(f"--{option.replace('_', '-')}: {self.lib.backend} does not have it: {reason}")
 
     def _check_half(self, network: Any, wanted: int) -> None:
         """Raises: BackendError if what is in half in the graph is not so in the network: it would be slow unnoticed."""
@@ -177,7 +166,7 @@ class Builder:
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         for option, name in FLAGS.items():
             if self.options[option]:
-                config.set_flag(self._member(trt.BuilderFlag, name, option))
+                config.set_flag(getattr(trt.BuilderFlag, name))
         late = self.options["weight_streaming"]  # RTX allocates then as it runs, and refuses both together
         if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION") and not late:  # nothing late, so graphs capture it
             config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
@@ -185,8 +174,7 @@ class Builder:
             config.set_flag(trt.BuilderFlag.FP16)
             config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
         if self.options["hardware_compatible"]:
-            levels = trt.HardwareCompatibilityLevel
-            config.hardware_compatibility_level = self._member(levels, "AMPERE_PLUS", "hardware_compatible")
+            config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
         for name in ("PROFILE_SHARING_0806", "DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805"):
             if hasattr(trt.PreviewFeature, name) and not self.strongly_typed:  # 8.6: later versions always do so
                 config.set_preview_feature(getattr(trt.PreviewFeature, name), True)
@@ -209,12 +197,6 @@ class Builder:
             if index < 0:
                 raise self._refused(profile, self.lib.log.errors())
         return config
-
-    def _member(self, enum: Any, name: str, option: str) -> Any:
-        if not hasattr(enum, name):
-            words = option.replace("_", "-")
-            raise UsageError(f"--{words}: {self.lib.backend} {self.lib.version} does not have it ({name})")
-        return getattr(enum, name)
 
     def _written(self, builder: Any, network: Any, config: Any, plan: Path) -> bool:
         """Build, straight to disk where the library can."""
@@ -242,6 +224,22 @@ class Builder:
             temporary = self.timing.with_suffix(".tmp")
             temporary.write_bytes(cache.serialize())
             temporary.replace(self.timing)
+
+
+def check_options(lib: TensorRT, options: Mapping[str, Any]) -> None:
+    """Raises: UsageError for what this library does not have, before anything is built."""
+    trt = lib.trt
+    if options["precision"] == "bf16" and not has_bf16(lib):
+        raise UsageError(f"precision 'bf16': {lib.backend} {lib.version} does not have it; --precision fp16 or fp32")
+    for option, reason in NOT_IN_RTX.items() if hasattr(trt, "ComputeCapability") else ():
+        if options[option]:
+            raise UsageError(f"--{option.replace('_', '-')}: {lib.backend} does not have it: {reason}")
+    members = {option: (trt.BuilderFlag, name) for option, name in FLAGS.items()}
+    members["hardware_compatible"] = (getattr(trt, "HardwareCompatibilityLevel", None), "AMPERE_PLUS")
+    for option, (enum, name) in members.items():
+        if options[option] and not hasattr(enum, name):
+            words = option.replace("_", "-")
+            raise UsageError(f"--{words}: {lib.backend} {lib.version} does not have it ({name}); leave it out")
 
 
 def has_bf16(lib: TensorRT) -> bool:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sdopt.errors import BackendError
+from sdopt.errors import BackendError, UsageError
 from sdopt.specs import short
 
 EXTRA = 'the builder needs onnx-ir and onnx: pip install "sdopt[tensorrt]" (or "sdopt[tensorrt-rtx]", "sdopt[build]")'
@@ -58,6 +58,9 @@ def run(args: argparse.Namespace) -> int:
         raise BackendError(f"{error}; {EXTRA}") from error
     from sdopt.bundle import Bundle
 
+    _refuse_for_ort(args)
+    if args.workspace is not None and args.workspace < 1 / 1024:
+        raise UsageError(f"--workspace {args.workspace:g}; allowed are GiB from 0.001 on, e.g. --workspace 4")
     options = Options(
         precision=args.precision,
         opt_level=args.opt_level,
@@ -79,6 +82,25 @@ def run(args: argparse.Namespace) -> int:
         )
     print(*folders, sep="\n")
     return 0
+
+
+def _refuse_for_ort(args: argparse.Namespace) -> None:
+    """Raises: UsageError for options that mean nothing in a graph for ONNX Runtime."""
+    if args.backend.partition(":")[0] != "ort":
+        return
+    plain: dict[str, Any] = {
+        "profile": [],
+        "static": False,
+        "opt_level": 3,
+        "workspace": None,
+        **dict.fromkeys(FLAGS, False),
+    }
+    given = [f"--{name.replace('_', '-')}" for name, default in plain.items() if getattr(args, name) != default]
+    if given:
+        raise UsageError(
+            f"{', '.join(given)}: a graph for ONNX Runtime takes every size, and its library optimises it when it "
+            "loads; leave it out, or build for --backend tensorrt"
+        )
 
 
 def command(args: argparse.Namespace) -> str:

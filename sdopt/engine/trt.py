@@ -66,11 +66,14 @@ def device_index(backend: str, device: str | None) -> int:
 def describe(backend: str) -> dict[str, Any]:
     """Version, precisions and the GPU, or what is missing for one, for `sdopt doctor`."""
     told: dict[str, Any] = {"precisions": ["fp16", "bf16", "fp32"]}
+    version = "installed"
     try:
+        version = TensorRT(backend).version  # its import needs no driver; its runtime would
         told["devices"] = [shared_device().cuda.gpu.name]
-        return {"version": TensorRT(backend).version, **told}
+        return {"version": version, **told}
     except BackendError as error:
-        return {"version": "installed", **told, "devices": [], "lacks": str(error)}
+        builds = "; `sdopt build` works without: only running needs it" if backend == "tensorrt-rtx" else ""
+        return {"version": version, **told, "devices": [], "lacks": f"{error}{builds}"}
 
 
 class TrtEngine:
@@ -188,21 +191,6 @@ class TrtEngine:
                 f"{self._rebuild(plan.record, index, [dims])} use --backend ort"
             )
         return plan, index
-
-    def expect(self, calls: Sequence[Mapping[str, int]]) -> None:
-        """Before calls with these lengths: refuse them all at once if some fit no profile.
-
-        Raises: UsageError naming the lengths and the command that builds one engine for all of them.
-        """
-        choices = [(plan, i, p) for plan in self._plans for i, p in enumerate(plan.record.profiles)]
-        lost = [dims for dims in calls if all(profile.outside(dims) for _, _, profile in choices)]
-        if lost:
-            plan, index, profile = min(choices, key=lambda choice: sum(map(choice[2].distance, calls)))
-            given = "; ".join(", ".join(f"{n} = {d}" for n, d in profile.outside(dims).items()) for dims in lost)
-            raise UsageError(
-                f"{self.name}: calls to come have {given}; the nearest profile of this engine is {profile}. "
-                f"{self._rebuild(plan.record, index, calls)} use --backend ort"
-            )
 
     def _rebuild(self, record: Record, index: int, calls: Sequence[Mapping[str, int]]) -> str:
         """The sentence, up to its "or", that says how to build an engine that takes these calls too."""

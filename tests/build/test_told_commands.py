@@ -1,4 +1,4 @@
-"""What an error says to type works: it is typed, and then the request is made again. On the fake GPU and ONNX Runtime."""
+"""What an error says to type works: it is typed, and the request made again, on the fake GPU and ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -136,7 +136,12 @@ def test_of_two_precisions_the_one_that_is_asked_for_is_used_and_told(
     told = capsys.readouterr().err
     assert "in fp16 nothing is; there is bf16. Leave --precision out, or build it: sdopt build" in told
     assert main([*shlex.split(told.partition("build it: sdopt ")[2]), "--profile", *SIZES]) == 0
-    for asked, used in {"bf16": "bf16", "bfloat16": "bf16", "float16": "fp16 (vae_decoder bf16)", "auto": "fp16"}.items():
+    for asked, used in {
+        "bf16": "bf16",
+        "bfloat16": "bf16",
+        "float16": "fp16 (vae_decoder bf16)",
+        "auto": "fp16",
+    }.items():
         capsys.readouterr()
         assert main([*words, asked]) == 0
         assert json.loads(capsys.readouterr().out)["precision"].startswith(used)
