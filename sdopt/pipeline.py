@@ -27,8 +27,9 @@ from sdopt import previews
 from sdopt.arguments import Options
 from sdopt.bundle import Bundle, embedded
 from sdopt.conditioning import TextEncoders
-from sdopt.engine import BACKENDS, Engine, built_components, choose_backend, open_engine
-from sdopt.errors import UsageError, choices
+from sdopt.engine import BACKENDS, Engine, built_components, choose_backend, open_engine, told_precision
+from sdopt.engine.plans import NoEnginesError
+from sdopt.errors import BackendError, UsageError, choices
 from sdopt.guidance import Denoiser
 from sdopt.noise import batch, generator
 from sdopt.request import Plan, make_plan
@@ -70,7 +71,9 @@ def load(
 ) -> Pipeline:
     """The pipeline of the bundle at `path`; the embedded text-to-emoji model if None.
 
-    `precision`: "float32", or "bf16" where the processor has it; "auto" is float32, so that pictures are diffusers'.
+    `precision`: "float32" (or "fp32"), or "bf16" where the processor has it; "auto" is float32, so that pictures are
+    diffusers'. Of engines that `sdopt build` made, those in this precision are taken; with "auto" the newest, but on a
+    CPU those in float32.
     `memory`: "fast" keeps every component that was loaded; "low" frees it when another one is needed.
     `cache`: keep what the engine library makes of the graphs in this user's cache folder (for Stable Diffusion 1.5
     about 4 GB), so that the next process starts sooner and takes less memory.
@@ -100,9 +103,10 @@ class Pipeline:
         if memory not in MEMORY:
             raise UsageError(f"memory = {memory!r}; allowed are {choices(memory, MEMORY)}")
         self.bundle = bundle
-        self.backend, self.precision = choose_backend(backend, precision)
+        self.backend, self._own = choose_backend(backend, precision, bundle)
+        self._asked = precision
         self.memory, self.threads, self.trust_engines, self.cache = memory, threads, trust_engines, cache
-        self._built = built_components(bundle, self.backend)
+        self._built = built_components(bundle, self.backend, precision)
         self._engines: dict[str, Engine] = {}
         self._opening = RLock()  # threads that ask for an engine at once get the same one
         self._text = TextEncoders(bundle, self.engine)
@@ -141,7 +145,10 @@ class Pipeline:
     def steps(self, plan: Plan) -> Iterator[Step]:
         """The loop: predict the noise, take the sampler's row, move the sample."""
         draw = self._drawing(plan)
-        cond, negative = self._text.conditions(plan)
+        try:
+            cond, negative = self._text.conditions(plan)
+        except NoEnginesError as error:
+            raise BackendError(f"{error}{self._sizes_to_build(plan)}") from error
         canvas = begin(plan, self._joins, draw, partial(self._posterior, plan))
         needs_built = not BACKENDS[self.backend.partition(":")[0]].precisions
         fused = fused_component(negative is not None, self._built, needs_built)
@@ -216,14 +223,24 @@ class Pipeline:
                     component,
                     self.backend,
                     threads=self.threads,
-                    precision=self.precision,
+                    precision=self._own if self._asked != "auto" else "auto",
                     trust=self.trust_engines,
                     cache=self.cache,
                 )
             return self._engines[component]
 
+    @property
+    def precision(self) -> str:
+        """What pictures are computed in, e.g. "float32" or "fp16 (vae_decoder bf16)": what the engines really have."""
+        used: dict[str, str] = {n: getattr(engine, "precision", "") for n, engine in self._engines.items()}
+        self._built |= {name: word for name, word in used.items() if word and name in self._built}
+        able = BACKENDS[self.backend.partition(":")[0]].precisions
+        own = self._own if self._own in able or not able else "float32"  # where half is built, the other components
+        return told_precision(self.bundle, self._built, own)
+
     def release(self, component: str) -> None:
         """Free the memory of a component that is no longer needed; it loads again when asked for."""
+        _ = self.precision
         engine = self._engines.pop(component, None)
         if engine is not None:
             engine.close()
@@ -239,6 +256,13 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _sizes_to_build(self, plan: Plan) -> str:
+        """The profile that `sdopt build` must be told for a plan; empty where it needs none."""
+        own, images = self.bundle.manifest["defaults"], len(plan.seeds)
+        if (plan.height, plan.width) == (own["height"], own["width"]) and images <= 4:
+            return ""
+        return f' --profile "batch=1:1:{max(4, images)} height={plan.height} width={plan.width}"'
 
     def _drawing(self, plan: Plan) -> Callable[[], Float32]:
         """Draws standard normal noise, each image's from its own seed, so that a batch equals its images made alone."""

@@ -10,6 +10,7 @@ from sdopt import __version__
 from sdopt.build.recipe import Part
 from sdopt.bundle import Bundle
 from sdopt.errors import UsageError, choices
+from sdopt.specs import short
 
 PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": ""}  # what `half` calls them
 AUTO = "auto"  # fp16; on a CPU, which computes in nothing else as fast, fp32
@@ -31,6 +32,7 @@ class Options:
     weight_streaming: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "precision", short(self.precision))  # "float16" is "fp16" in an engine's key
         if self.precision not in (AUTO, *PRECISIONS):
             raise UsageError(
                 f"precision {self.precision!r}; allowed are {choices(self.precision, [AUTO, *PRECISIONS])}"

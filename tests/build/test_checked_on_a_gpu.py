@@ -122,6 +122,17 @@ def test_an_inspector_that_tells_nothing_is_told_with_the_log(
     assert stored(bundle, "tensorrt") == []
 
 
+@pytest.mark.parametrize("flavour", ["10", "rtx"])
+def test_an_engine_whose_weights_are_streamed_is_built_and_run(flavour: str, bundle: Bundle, plug_in: PlugIn) -> None:
+    plug_in(flavour)
+    backend = "tensorrt-rtx" if flavour == "rtx" else "tensorrt"
+    options = Options(precision="fp32", weight_streaming=True)
+    build(bundle, backend, components=["vae_encoder"], profiles=SIZES, options=options, report=quiet)
+    (found,) = stored(bundle, backend)
+    assert found.record.options["weight_streaming"]
+    assert found.record.notes["agreement"]["rows"] > 80
+
+
 def test_of_a_long_log_the_errors_are_kept(gpu: Any) -> None:
     log = TensorRT("tensorrt").log
     log.log(1, "the reason")

@@ -158,6 +158,11 @@ def test_tensorrts_errors_are_told_in_plain_words() -> None:
     assert told.startswith("no kernel fits into the memory that it may use")
     assert "ForeignNode" in told
     assert meaning("something new") == "something new"
+    noise = (
+        "cudaError 35: CUDA driver version is insufficient for CUDA runtime version"  # in every log without a driver
+    )
+    assert meaning(f"{noise} | no tactics").startswith("no kernel fits into the workspace")
+    assert meaning(noise).startswith("this option needs an NVIDIA driver")
 
 
 def test_a_plan_of_float32_weights_is_told_but_kept() -> None:

@@ -47,8 +47,8 @@ def test_an_engine_of_this_user_for_this_machine_is_found_and_its_record_survive
     assert folder.name.startswith("unet-")
     (found,) = stored(bundle, "tensorrt")
     assert (found.record.key, found.ours) == (folder.name, True)
-    assert built_components(bundle, "tensorrt") == ("unet",)
-    assert built_components(bundle, "tensorrt-rtx") == ()
+    assert built_components(bundle, "tensorrt") == {"unet": "fp16"}
+    assert built_components(bundle, "tensorrt-rtx") == {}
 
 
 def test_engines_lie_beside_the_bundle_and_do_not_change_it(bundle: Bundle) -> None:
@@ -65,9 +65,35 @@ def test_the_newest_engine_is_taken(bundle: Bundle) -> None:
 
 def test_without_an_engine_the_command_that_builds_one_is_named(bundle: Bundle) -> None:
     with pytest.raises(
-        BackendError, match=r"has no tensorrt engine of unet. Build it: sdopt build .* --backend tensorrt"
+        BackendError, match=r"has no tensorrt engines. Build them: sdopt build .*/bundle --backend tensorrt$"
     ):
         looked_up(bundle)
+    put(bundle, component="vae_decoder")
+    with pytest.raises(BackendError, match=r"has no tensorrt engine of unet. Build it: .* --component unet$"):
+        looked_up(bundle)
+
+
+def test_a_bundle_that_was_moved_is_named_as_it_is_now(bundle: Bundle, tmp_path: Path) -> None:
+    put(bundle)
+    moved = Bundle(bundle.path.rename(tmp_path / "a moved one"), bundle.manifest)
+    with pytest.raises(
+        BackendError, match=r"Build it: sdopt build '.*/a moved one' --backend tensorrt --component unet"
+    ):
+        looked_up(moved, GPU="NVIDIA H200")
+
+
+def test_engines_of_the_precision_that_is_asked_for_go_first(bundle: Bundle) -> None:
+    def found(precision: str) -> list[Path]:
+        own = usable(bundle, "unet", "tensorrt", lambda record: HERE, precision=precision)
+        return [stored.folder for stored in own]
+
+    old, new = put(bundle, options={"precision": "bf16"}), put(bundle)
+    assert found("") == [new, old]
+    assert found("bf16") == found("bfloat16") == [old]
+    assert found("fp32") == [new, old]  # what overflows in it was built in another
+    assert built_components(bundle, "tensorrt") == {"unet": "fp16"}
+    assert built_components(bundle, "tensorrt", precision="bf16") == {"unet": "bf16"}
+    assert built_components(bundle, "tensorrt", precision="fp32") == {}
 
 
 @pytest.mark.parametrize(

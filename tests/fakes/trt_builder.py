@@ -86,6 +86,13 @@ class FakeBuilder:
         if not network.layers or not config.profiles:
             self.library.complain(self.log, "Network must have at least one output and one optimization profile")
             return None
+        if {"REQUIRE_USER_ALLOCATION", "WEIGHT_STREAMING"} <= config.flags:
+            self.library.complain(
+                self.log, "Error Code: 35: no driver (cudaError 35)"
+            )  # it is always there without one
+            words = "is not compatible with BuilderFlag::kWEIGHT_STREAMING"
+            self.library.complain(self.log, f"BuilderFlag::kREQUIRE_USER_ALLOCATION {words}")
+            return None
         half = "FP16" in config.flags
         layers = {layer.outputs[0].name: layer.chosen(half).name for layer in network.layers if layer.outputs}
         streams, sharing = "WEIGHT_STREAMING" in config.flags, "PROFILE_SHARING_0806" in config.features
