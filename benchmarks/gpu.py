@@ -114,9 +114,12 @@ class Climb:
             line = {"status": status, "seconds_taken": round(time.monotonic() - started, 2), "limit": round(limit, 1)}
             if status == "ok" and result.is_file():
                 return {**line, "result": json.loads(result.read_text())}
+            words = _tail(said)
             if status == "left out":
-                return {**line, "reason": _tail(said).strip()}
-            return {**line, "status": "failed" if status == "ok" else status, "said": _tail(said)}
+                return {**line, "reason": words.strip()}
+            told = [row.partition("error: ")[2].strip() for row in words.splitlines() if "error: " in row]
+            why = {"reason": told[-1]} if told else {}  # the error itself, and not only who ended with which code
+            return {**line, "status": "failed" if status == "ok" else status, **why, "said": words}
 
     def options(self, part: Part) -> dict[str, Any]:
         args, model = self.args, part.model
