@@ -206,8 +206,8 @@ def test_a_record_with_another_kind_of_value_is_none(bundle: Bundle, change: dic
     folder = put(bundle)
     entry = json.loads((folder / RECORD).read_text())
     (folder / RECORD).write_text(json.dumps({**entry, **change}))
-    assert built_components(bundle, "tensorrt") == ()
-    with pytest.raises(BackendError, match="has no tensorrt engine of unet. Build it"):
+    assert built_components(bundle, "tensorrt") == {}
+    with pytest.raises(BackendError, match="has no tensorrt engines. Build them"):
         looked_up(bundle, trust=True)
 
 
