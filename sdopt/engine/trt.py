@@ -28,7 +28,7 @@ from sdopt.engine.device import Device, shared_device
 from sdopt.engine.lane import Lane
 from sdopt.engine.loaded import Loaded
 from sdopt.engine.plans import PLAN, Record, Stored, Unsigned, usable
-from sdopt.engine.trt_api import TensorRT, environment
+from sdopt.engine.trt_api import TensorRT, environment, imported
 from sdopt.engine.widen import widened
 from sdopt.errors import BackendError, UsageError
 from sdopt.specs import Array, Profile, check_begin, check_inputs
@@ -68,7 +68,7 @@ def describe(backend: str) -> dict[str, Any]:
     told: dict[str, Any] = {"precisions": ["fp16", "bf16", "fp32"]}
     version = "installed"
     try:
-        version = TensorRT(backend).version  # its import needs no driver; its runtime would
+        version = str(getattr(imported(backend), "__version__", version))
         told["devices"] = [shared_device().cuda.gpu.name]
         return {"version": version, **told}
     except BackendError as error:

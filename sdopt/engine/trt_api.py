@@ -25,11 +25,7 @@ class TensorRT:
     """One imported library with its logger, which must outlive all that it made."""
 
     def __init__(self, backend: str) -> None:
-        self.backend = backend
-        try:
-            self.trt: Any = importlib.import_module(LIBRARIES[backend])
-        except (ImportError, OSError) as error:  # a stub package or a library that does not load
-            raise BackendError(f"backend {backend!r}: {LIBRARIES[backend]} cannot be imported: {error}") from error
+        self.backend, self.trt = backend, imported(backend)
         self.log = make_log(self.trt)
         self.version = str(self.trt.__version__)
 
@@ -61,6 +57,17 @@ class TensorRT:
             engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
         else:
             engine.weight_streaming_budget = -1
+
+
+def imported(backend: str) -> Any:
+    """The module of a backend's library; importing it needs no driver.
+
+    Raises: BackendError for a stub package, or a library that does not load.
+    """
+    try:
+        return importlib.import_module(LIBRARIES[backend])
+    except (ImportError, OSError) as error:
+        raise BackendError(f"backend {backend!r}: {LIBRARIES[backend]} cannot be imported: {error}") from error
 
 
 def make_log(trt: Any) -> Any:
