@@ -37,7 +37,7 @@ from gpu_ladder import CPU, LADDER, QUICK, Part, listed
 
 from sdopt.bench import machine
 from sdopt.bench.cases import read_cases
-from sdopt.errors import SdoptError
+from sdopt.errors import SdoptError, UsageError
 
 HERE = Path(__file__).parent
 TAIL = 2000  # characters of what a part said that its line keeps when it fails
@@ -114,9 +114,12 @@ class Climb:
             line = {"status": status, "seconds_taken": round(time.monotonic() - started, 2), "limit": round(limit, 1)}
             if status == "ok" and result.is_file():
                 return {**line, "result": json.loads(result.read_text())}
+            words = _tail(said)
             if status == "left out":
-                return {**line, "reason": _tail(said).strip()}
-            return {**line, "status": "failed" if status == "ok" else status, "said": _tail(said)}
+                return {**line, "reason": words.strip()}
+            told = [row.partition("error: ")[2].strip() for row in words.splitlines() if "error: " in row]
+            why = {"reason": told[-1]} if told else {}  # the error itself, and not only who ended with which code
+            return {**line, "status": "failed" if status == "ok" else status, **why, "said": words}
 
     def options(self, part: Part) -> dict[str, Any]:
         args, model = self.args, part.model
@@ -208,9 +211,10 @@ def figures(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def table(path: Path) -> str:
     """The lines of a run as Markdown: one row for each figure, and for each part without one why."""
     rows = [["part", "device", "weights", "figure", "value"]]
-    for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-        if "part" not in line:
-            continue
+    if not path.is_file():
+        raise UsageError(f"--table {path}: there is no such file; `gpu.py -o FOLDER` writes FOLDER/parts.jsonl")
+    lines = [line for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()) if "part" in line]
+    for line in {line["part"]: line for line in lines}.values():  # of several runs, the newest
         result = line.get("result", {})
         about = [line["part"], str(result.get("device", "-")), str(result.get("weights", "-"))]
         found = list(figures(result)) or [(line["status"], _brief(line) if line["status"] != "ok" else "-")]

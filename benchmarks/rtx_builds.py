@@ -140,6 +140,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(str(error).replace("\n", " "))
             return 1
         return 0
+    for name in args.models:
+        folder = args.cache / name / "bundle"
+        if not folder.is_dir() and name not in MODELS:
+            parser.error(f"--models {name}: there is no {folder}, and the models are {', '.join(MODELS)}")
+        if not folder.is_dir():
+            parser.error(f"{folder} is missing; make it: python benchmarks/models.py {name} --cache {args.cache}")
     found = read(args.output)
     failures = 0
     for case in cases(args):

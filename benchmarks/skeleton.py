@@ -51,7 +51,10 @@ def empty(bundle: Path, skeleton: Path) -> Path:
 
     Raises: BundleError for what is no bundle, or a folder that exists.
     """
-    manifest = read_manifest(bundle)
+    manifest = read_manifest(bundle) if not (bundle / KEPT).is_file() else None
+    if manifest is None:
+        raise BundleError(f"{bundle} is a skeleton already; `skeleton.py fill {bundle} -o BUNDLE` makes a bundle of it")
+    _refuse_existing(skeleton)
     kept: dict[str, np.ndarray] = {}
     for weight in weights(bundle, manifest):
         if not weight.fan_in:
@@ -75,6 +78,7 @@ def fill(skeleton: Path, bundle: Path, seed: int = 0) -> Path:
     sizes = {name: entry["bytes"] for name, entry in manifest.pop("files").items()}
     if not (skeleton / KEPT).is_file():
         raise BundleError(f"{skeleton} is not a skeleton: it has no {KEPT}. `skeleton.py empty BUNDLE -o {skeleton}`")
+    _refuse_existing(bundle)
     with new_folder(bundle, needed_bytes=sum(sizes.values())) as folder:
         for name, nbytes in sizes.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -86,6 +90,11 @@ def fill(skeleton: Path, bundle: Path, seed: int = 0) -> Path:
         _write_weights(folder, list(weights(folder, {**manifest, "files": sizes})), np.load(skeleton / KEPT), seed)
         write_manifest(folder, {**manifest, "random_weights": seed})
     return bundle
+
+
+def _refuse_existing(folder: Path) -> None:
+    if folder.exists():
+        raise BundleError(f"{folder} exists already; choose another name, or remove it first")
 
 
 def weights(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Weight]:
@@ -160,7 +169,7 @@ def as_bytes(values: np.ndarray, kind: str) -> np.ndarray:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    words = parser.add_subparsers(dest="word", required=True)
+    words = parser.add_subparsers(dest="word", required=True, metavar="empty | fill")
     for name, source in (("empty", "BUNDLE"), ("fill", "SKELETON")):
         command = words.add_parser(name)
         command.add_argument("source", type=Path, metavar=source)

@@ -130,6 +130,10 @@ def main() -> None:
     if args.additions and args.tree != "site":
         parser.error(f"--with is for the tree site; {args.tree} has its own TensorRT")
     order = Order(args.python or find_python(tree.python), args.additions)
+    if args.check_only and not (args.output / "unpack.sh").is_file():
+        parser.error(
+            f"--check-only: {args.output} has no unpack.sh; pack it first: portable.py {args.tree} -o {args.output}"
+        )
     if not args.check_only:
         pack(args.tree, order, args.output, int(args.piece * MB), args.xz)
     if not args.no_check:

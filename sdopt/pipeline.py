@@ -25,8 +25,9 @@ from sdopt.denoise.loop import Step, fused_component, fused_steps, host_steps
 from sdopt.denoise.model import Denoiser
 from sdopt.denoise.start import begin
 from sdopt.engine import Engine
+from sdopt.engine.plans import NoEnginesError
 from sdopt.engine.pool import EnginePool
-from sdopt.errors import UsageError, choices
+from sdopt.errors import BackendError, UsageError, choices
 from sdopt.image import pil as pictures
 from sdopt.image import preview as previews
 from sdopt.image.vae import Vae
@@ -67,7 +68,9 @@ def load(
 ) -> Pipeline:
     """The pipeline of the bundle at `path`; the embedded text-to-emoji model if None.
 
-    `precision`: "float32", or "bf16" where the processor has it; "auto" is float32, so that pictures are diffusers'.
+    `precision`: "float32" (or "fp32"), or "bf16" where the processor has it; "auto" is float32, so that pictures are
+    diffusers'. Of engines that `sdopt build` made, those in this precision are taken; with "auto" the newest, but on a
+    CPU those in float32.
     `memory`: "fast" keeps every component that was loaded; "low" frees it when another one is needed.
     `cache`: keep what the engine library makes of the graphs in this user's cache folder (for Stable Diffusion 1.5
     about 4 GB), so that the next process starts sooner and takes less memory.
@@ -94,7 +97,7 @@ class Pipeline:
 
     @property
     def precision(self) -> str:
-        """The precision that they compute in; "auto" on a backend that runs what was built."""
+        """What pictures are computed in, e.g. "float32" or "fp16 (vae_decoder bf16)"."""
         return self.pool.precision
 
     def __call__(
@@ -133,7 +136,10 @@ class Pipeline:
         entry = self.bundle.manifest["latents"]
         size = (plan.height // entry["factor"], plan.width // entry["factor"])
         draw = drawing(plan.seeds, plan.rng, (len(plan.seeds), entry["channels"], *size))
-        cond, negative = self._text.conditions(plan)
+        try:
+            cond, negative = self._text.conditions(plan)
+        except NoEnginesError as error:
+            raise BackendError(f"{error}{self._sizes_to_build(plan)}") from error
         encode = partial(self._vae.encode, tile=plan.vae_tile, one_by_one=plan.vae_slice)
         canvas = begin(plan, self._joins, draw, encode)
         fused = fused_component(negative is not None, self.pool.built, self.pool.runs_only_built)
@@ -209,6 +215,13 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _sizes_to_build(self, plan: Plan) -> str:
+        """The profile that `sdopt build` must be told for a plan; empty where it needs none."""
+        own, images = self.bundle.manifest["defaults"], len(plan.seeds)
+        if (plan.height, plan.width) == (own["height"], own["width"]) and images <= 4:
+            return ""
+        return f' --profile "batch=1:1:{max(4, images)} height={plan.height} width={plan.width}"'
 
     @property
     def _joins(self) -> bool:

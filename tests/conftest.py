@@ -19,10 +19,11 @@ from tests import tiny
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for a network
 
-CACHE = tempfile.mkdtemp(prefix="sdopt-tests-cache-")
-os.environ["XDG_CACHE_HOME"] = CACHE  # no test writes into the user's own
-os.environ["XDG_STATE_HOME"] = f"{CACHE}/state"
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+if "SDOPT_TESTS_CACHE" not in os.environ:  # a child process of a test keeps what its test has set
+    CACHE = os.environ["SDOPT_TESTS_CACHE"] = tempfile.mkdtemp(prefix="sdopt-tests-cache-")
+    os.environ["XDG_CACHE_HOME"] = CACHE  # no test writes into the user's own
+    os.environ["XDG_STATE_HOME"] = f"{CACHE}/state"
+    atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 PlugIn = Callable[..., Any]  # of `plug_in`: (flavour, bytes of memory, GPUs) -> tests.fakes.gpu.Simulator
 

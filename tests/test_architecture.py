@@ -21,7 +21,7 @@ ARROWS = {
     "engine": "bundle errors",
     "graph": "bundle errors",
     "samplers": "bundle errors",
-    "image": "bundle errors",
+    "image": "bundle engine errors",
     "request": "bundle errors image samplers",
     "text": "bundle engine errors request",
     "denoise": "bundle engine errors request samplers",

@@ -373,7 +373,7 @@ def test_a_command_opens_each_component_once(
         opened.append(component)
         return open_engine(bundle, component, *given, **options)
 
-    monkeypatch.setattr("sdopt.pipeline.open_engine", counted)
+    monkeypatch.setattr("sdopt.engine.pool.open_engine", counted)
     Image.new("RGB", (64, 64), "green").save(tmp_path / "photo.png")
     Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
     model = ["-m", str(sdxl_bundle)] if family == "sdxl" else []

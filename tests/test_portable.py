@@ -112,6 +112,10 @@ def test_each_python_gets_what_pyproject_asks_for_on_it(portable: ModuleType) ->
     ("words", "told"),
     [
         (["site", "-o", "x", "--piece", "0"], "--piece 0.0: allowed is 1 or more"),
+        (
+            ["site", "-o", "x", "--check-only", "--python", "python3"],
+            "x has no unpack.sh; pack it first: portable.py site",
+        ),
         (["tensorrt-8.6", "-o", "x", "--with", "tensorrt-rtx"], "--with is for the tree site"),
     ],
 )

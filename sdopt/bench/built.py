@@ -42,7 +42,7 @@ NOTE = (
 
 def fused_step(bundle: Bundle, case: Case) -> str | None:
     """The built component that makes whole steps of the case's picture; None if there is none."""
-    built = built_components(bundle, choose_backend(case.backend)[0])
+    built = built_components(bundle, choose_backend(case.backend)[0], precision_for(case))
     wanted = (STEP,) if case.guided else (STEP_ALONE, STEP)
     return next((name for name in wanted if name in built), None)
 
@@ -76,7 +76,9 @@ class BuiltSide(SdoptSide):
         name = fused_step(self.bundle, case)
         assert name is not None
         self.step_name = name
-        records = {s.record.component: s.record for s in reversed(stored(self.bundle, self._library)) if s.ours}
+        built = built_components(self.bundle, self.backend, precision_for(case))
+        mine = [s for s in reversed(stored(self.bundle, self._library)) if s.ours]
+        records = {s.record.component: s.record for s in mine if built.get(s.record.component) == s.precision}
         record = records.get(name)
         if record is not None:
             self.precision = str(record.options["precision"])

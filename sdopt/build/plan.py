@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,25 @@ from sdopt.build.lock import one_builder
 from sdopt.build.options import Options, exceptions, part_options
 from sdopt.build.recipe import Part, Recipe, part_profile, read_recipe, user_profiles
 from sdopt.build.target import Target
-from sdopt.build.trt_build import Builder, Progress
+from sdopt.build.trt_build import Builder, Progress, check_options
 from sdopt.build.trt_types import half_products, inspected, types_of
 from sdopt.bundle.files import Bundle, new_folder
 from sdopt.bundle.specs import Profile
 from sdopt.bundle.stamps import user_folder
 from sdopt.engine.cuda import bytes_text
 from sdopt.engine.device import shared_device
-from sdopt.engine.plans import GRAPH, PLAN, Record, Stored, Unsigned, changed, engines_folder, stored, write_record
+from sdopt.engine.plans import (
+    COMMAND,
+    GRAPH,
+    PLAN,
+    Record,
+    Stored,
+    Unsigned,
+    changed,
+    engines_folder,
+    stored,
+    write_record,
+)
 from sdopt.errors import BackendError
 
 Report = Callable[[str], None]
@@ -58,7 +69,9 @@ def build(
     target = Target.here(backend)
     recipe, asked = recipe or read_recipe(), (options or Options()).resolved(target.precision)
     ranges = user_profiles(bundle, recipe, profiles, static)
-    command = command or f"sdopt build {bundle.path} --backend {backend}"
+    command = command or f"{COMMAND} --backend {backend}"
+    if target.lib is not None:
+        check_options(target.lib, asdict(asked))
     folders: list[Path] = []
     for part in recipe.chosen(bundle, components):
         own = part_options(asked, part, bundle, target.has_bf16)
@@ -165,6 +178,8 @@ class Job:
                 (folder / file).unlink()
             names = [PLAN]
             notes |= self._checked(builder, folder / PLAN, record, types, notes["weight_bytes"], report)
+        else:
+            report(f"{name}: {self.target.uses(self.options['precision'])}")
         write_record(folder, replace(record, notes=notes), names)
         report(f"{name}: {bytes_text(sum((folder / file).stat().st_size for file in names))}")
 
@@ -196,7 +211,7 @@ class Job:
         except BackendError as error:
             if self.target.backend != "tensorrt-rtx":
                 raise
-            report(f"{name}: not checked, because it does not run on this GPU: {error}")
+            report(f"{name}: not checked: {self._why_not_run(str(error))}")
             return notes
         notes["inspected"] = inspected(layers)
         if not builder.strongly_typed:  # here the library may have chosen other types
@@ -204,6 +219,16 @@ class Job:
         with self._opened(builder, plan, record) as engine:
             notes["agreement"] = check_rows(name, engine, record.profiles, precision).to_json()
         return notes
+
+    def _why_not_run(self, error: str) -> str:
+        """Why a finished engine does not run on this machine's GPU, with the library's words behind."""
+        gpu = self.target.gpu
+        if gpu is not None and "driver version is insufficient" in error:
+            return (
+                f"this machine's NVIDIA driver (CUDA {gpu.driver // 1000}.{gpu.driver % 1000 // 10}) is older than the "
+                f"library needs; install a newer one to run the engine here. It says: {error}"
+            )
+        return f"it does not run on this GPU: {error}"
 
     def _layers(self, builder: Builder, plan: Path) -> str:
         """The plan's layers, as the library's inspector tells in JSON."""
@@ -216,7 +241,12 @@ class Job:
         """The plan as an engine on the GPU."""
         from sdopt.engine.trt import TrtEngine
 
-        return TrtEngine(builder.lib, shared_device(self.target.index), [Unsigned(plan.parent, record)], cache=False)
+        return TrtEngine(
+            builder.lib,
+            shared_device(self.target.index),
+            [Unsigned(plan.parent, record.at(self.bundle.path))],
+            cache=False,
+        )
 
     def _stale(self) -> list[tuple[Stored, str]]:
         """Engines of the same request, for this GPU, that were made from something else; and what it was."""

@@ -14,11 +14,18 @@ from pathlib import Path
 from typing import Any, cast
 
 from sdopt.bundle.files import Bundle
-from sdopt.bundle.specs import Profile, TensorSpec
+from sdopt.bundle.specs import Profile, TensorSpec, short
 from sdopt.errors import BackendError, UsageError, choices
 
 HOMES = (Path(__file__).parent.parent / "recipe.toml", Path(__file__).parents[2] / "engines/recipe.toml")
 NAMES = ("batch", "height", "width", "tokens")
+WORDS = {  # field of an engine -> what it may say
+    "fuse": ("", "guided", "alone"),
+    "when": ("", "guided", "unguided", "asked"),
+    "tokens": ("", "chunk"),
+    "precision": ("", "fp16", "bf16", "fp32"),
+}
+MAX_BATCH = 64  # pictures in one call of sdopt (`sdopt.request.options`)
 LEARNT_TOKENS = 128  # rows of textual inversions that a text encoder's engine takes at once
 
 
@@ -78,12 +85,20 @@ def read_recipe(path: Path | None = None) -> Recipe:
 
 
 def _part(name: str, entry: Mapping[str, Any]) -> Part:
-    known = {f.name for f in fields(Part)} - {"name"}
-    if set(entry) - known:
+    known = [f.name for f in fields(Part) if f.name != "name"]
+    unknown = [word for word in entry if word not in known]
+    if unknown:
         raise UsageError(
-            f"recipe, engine {name}: {', '.join(set(entry) - known)} is unknown; there are {sorted(known)}"
+            f"recipe, engine {name}: {', '.join(unknown)} is unknown; there are {choices(unknown[0], known)}"
         )
     values: dict[str, Any] = {**entry, "islands": tuple(entry.get("islands", ()))}
+    if "precision" in values:
+        values["precision"] = short(str(values["precision"]))
+    for field, allowed in WORDS.items():
+        given = values.get(field, "")
+        if given not in allowed:
+            words = choices(str(given), filter(None, allowed))
+            raise UsageError(f"recipe, engine {name}: {field} = {given!r}; allowed are {words}, or leave it out")
     return Part(name=name, **values)
 
 
@@ -104,18 +119,20 @@ def user_profiles(bundle: Bundle, recipe: Recipe, texts: Sequence[str], static: 
     own = {"batch": (1, 1, 1), "tokens": (tokens,) * 3, **{n: (defaults[n],) * 3 for n in ("height", "width")}}
     factor = bundle.manifest["latents"]["factor"]
     profiles: list[Profile] = []
-    for given in [Profile.parse(text) for text in texts] or [recipe.profile]:
+    for given in [Profile.parse(text) for text in dict.fromkeys(texts)] or [recipe.profile]:
         unknown = [name for name in given.ranges if name not in NAMES]
         if unknown:
             raise UsageError(f"profile {str(given)!r}: {unknown[0]} is unknown; there are {', '.join(NAMES)}")
         ranges = {**own, **given.ranges}
         odd = [n for n in ("height", "width") if any(length % factor for length in ranges[n])]
+        if ranges["batch"][2] > MAX_BATCH:
+            raise UsageError(f"profile {str(given)!r}: batch is up to {MAX_BATCH} pictures, which is what a call takes")
         if odd:
             raise UsageError(f"profile {str(given)!r}: {odd[0]} must be in multiples of {factor} pixels")
         if static:
             ranges = {n: (best, best, best) for n, (_, best, _) in ranges.items()}
         profiles.append(Profile(ranges))
-    return tuple(profiles)
+    return tuple({str(profile): profile for profile in profiles}.values())
 
 
 def part_profile(bundle: Bundle, part: Part, inputs: Sequence[TensorSpec], profile: Profile) -> Profile:

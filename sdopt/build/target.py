@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -54,8 +55,12 @@ class Target:
             return Target(name, None, None, None, device)
         try:
             cuda = shared_device(int(device or 0)).cuda  # before TensorRT: its builder names no missing driver
-        except BackendError:
-            if name != "tensorrt-rtx" or device:
+        except BackendError as error:
+            if name == "tensorrt":
+                raise BackendError(
+                    f"{error}. Without a GPU, --backend tensorrt-rtx builds: only running needs one"
+                ) from error
+            if device:
                 raise
             return Target(name, TensorRT(name), None, None)
         with cuda.current():
@@ -85,6 +90,26 @@ class Target:
             return {"provider": PROVIDERS[self.device]}
         return environment(self.lib, self.gpu, options)
 
+    def uses(self, precision: str) -> str:
+        """What a graph for ONNX Runtime is, and what takes it, in a sentence."""
+        kind = PROVIDERS[self.device]
+        words = f"--backend ort:{kind.lower()}"
+        if kind == "CPU" and precision != "fp32":
+            words += f" --precision {precision}"
+        told = f"a graph for ONNX Runtime on {'the CPU' if kind == 'CPU' else 'CUDA'}, {precision}; taken by {words}"
+        if kind == "CUDA" and not _ort_has_cuda():
+            told += '. There is no ONNX Runtime with CUDA here: it is for another machine, or pip install "sdopt[cuda]"'
+        return told
+
     def current(self) -> AbstractContextManager[None]:
         """Inside, this thread builds on the GPU that was asked for."""
         return nullcontext() if self.gpu is None else shared_device(self.index).cuda.current()
+
+
+def _ort_has_cuda() -> bool:
+    """Whether the ONNX Runtime that is installed, if any, can compute on CUDA."""
+    try:
+        runtime: Any = importlib.import_module("onnxruntime")
+    except ImportError:
+        return False
+    return "CUDAExecutionProvider" in runtime.get_available_providers()

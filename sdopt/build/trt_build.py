@@ -13,10 +13,11 @@ from typing import Any
 
 from sdopt.build.trt_types import keep_types, layer_types, product_types
 from sdopt.bundle.specs import Profile, TensorSpec
+from sdopt.bundle.stamps import write_whole
+from sdopt.engine.cuda import bytes_text
 from sdopt.engine.trt_api import TensorRT
 from sdopt.errors import BackendError, UsageError
 
-GIB = 1 << 30
 FLAGS = {  # option -> BuilderFlag
     "refit": "REFIT",
     "version_compatible": "VERSION_COMPATIBLE",
@@ -27,7 +28,8 @@ NOT_IN_RTX = {
     "hardware_compatible": "its engines run on every GPU that it knows",
     "version_compatible": "its engines run with the version that built them",
 }
-# what TensorRT logs -> what it means and what helps; the first that fits is told
+# what TensorRT logs -> what it means and what helps; the first that fits is told. Last what is in every log without a
+# driver, whatever the cause.
 MEANINGS = {
     "Could not find any implementation": "no kernel fits into the memory that it may use: free some of the GPU's, "
     "or give a smaller profile",
@@ -36,10 +38,10 @@ MEANINGS = {
     "OutOfMemory": "the GPU's memory is full: close other programs, or give a smaller profile",
     "libnvinfer_lean": "--version-compatible needs TensorRT's lean library beside it: pip install tensorrt-lean",
     "graph_jit": "--refit needs a GPU while it builds: leave it out, or build where the GPU is",
-    "cudaError 35": "this option needs an NVIDIA driver while it builds",
     "not supported by a dedicated kernel": "there is no attention kernel for this precision: build with fp16",
     "does not support this compute capability": "this library has no kernels for this GPU: use --backend tensorrt",
     "Unsupported SM": "this TensorRT is older than this GPU: install a newer one",
+    "cudaError 35": "this option needs an NVIDIA driver while it builds",
 }
 MEMORY = ("Could not find any implementation", "no tactics", "out of memory", "OutOfMemory")
 Progress = Callable[[str, int, int], None]  # (phase, steps done, steps in all)
@@ -71,7 +73,7 @@ class Builder:
         `types` are those of the graph's tensors, `half_products` its convolutions and matrix products in half.
         Raises: BackendError with what TensorRT's log says and means; UsageError for an option that it does not have.
         """
-        self._check_options()
+        check_options(self.lib, self.options)
         builder = self._builder()
         network = builder.create_network(self._network_flags())
         parser = self._parsed(network, graph)
@@ -81,15 +83,19 @@ class Builder:
         errors = ""
         for workspace in self._workspaces():
             self.lib.log.clear()
-            config = self._config(builder, inputs, profiles, workspace)
-            if self._written(builder, network, config, plan):
+            held: list[BaseException] = []
+            config = self._config(builder, inputs, profiles, workspace, held)
+            done = self._written(builder, network, config, plan, held)
+            if held:
+                raise held[0]
+            if done:
                 self._keep_timing(config)
                 del parser  # it holds the weights until here
                 return layer_types(network)
             errors = self.lib.log.errors()
             if not any(word in errors for word in MEMORY) or workspace is None:
                 break
-            self.report(f"{self.name}: {workspace / GIB:.2f} GiB of workspace did not do; trying less")
+            self.report(f"{self.name}: {bytes_text(workspace)} of workspace did not do; trying less")
         raise self._failed("builds no engine", errors)
 
     def unsupported(self, operators: Sequence[str]) -> list[str]:
@@ -119,17 +125,6 @@ class Builder:
 
     def _refused(self, profile: Profile, errors: str) -> UsageError:
         return UsageError(f"{self.name}: {self.lib.backend} refuses the profile {profile}: {meaning(errors)}")
-
-    def _check_options(self) -> None:
-        """Raises: UsageError for what this library does not have, before anything is built."""
-        trt = self.lib.trt
-        if self.options["precision"] == "bf16" and not has_bf16(self.lib):
-            raise UsageError(
-                f"precision 'bf16': {self.lib.backend} {self.lib.version} does not have it; --precision fp16 or fp32"
-            )
-        for option, reason in NOT_IN_RTX.items() if hasattr(trt, "ComputeCapability") else ():
-            if self.options[option]:
-                raise UsageError(f"--{option.replace('_', '-')}: {self.lib.backend} does not have it: {reason}")
 
     def _check_half(self, network: Any, wanted: int) -> None:
         """Raises: BackendError if what is in half in the graph is not so in the network: it would be slow unnoticed."""
@@ -167,7 +162,12 @@ class Builder:
         return [None] if most is None else [most, most // 2, most // 4]
 
     def _config(
-        self, builder: Any, inputs: Sequence[TensorSpec], profiles: Sequence[Profile], workspace: int | None
+        self,
+        builder: Any,
+        inputs: Sequence[TensorSpec],
+        profiles: Sequence[Profile],
+        workspace: int | None,
+        held: list[BaseException],
     ) -> Any:
         trt, config = self.lib.trt, builder.create_builder_config()
         if workspace is not None:
@@ -176,15 +176,15 @@ class Builder:
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         for option, name in FLAGS.items():
             if self.options[option]:
-                config.set_flag(self._member(trt.BuilderFlag, name, option))
-        if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # RTX: nothing is allocated late, so graphs capture it
+                config.set_flag(getattr(trt.BuilderFlag, name))
+        late = self.options["weight_streaming"]  # RTX allocates then as it runs, and refuses both together
+        if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION") and not late:  # nothing late, so graphs capture it
             config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         if self.options["precision"] == "fp16" and not self.strongly_typed:
             config.set_flag(trt.BuilderFlag.FP16)
             config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
         if self.options["hardware_compatible"]:
-            levels = trt.HardwareCompatibilityLevel
-            config.hardware_compatibility_level = self._member(levels, "AMPERE_PLUS", "hardware_compatible")
+            config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
         for name in ("PROFILE_SHARING_0806", "DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805"):
             if hasattr(trt.PreviewFeature, name) and not self.strongly_typed:  # 8.6: later versions always do so
                 config.set_preview_feature(getattr(trt.PreviewFeature, name), True)
@@ -193,7 +193,7 @@ class Builder:
             config.set_tactic_sources(1 << int(sources.EDGE_MASK_CONVOLUTIONS) | 1 << int(sources.JIT_CONVOLUTIONS))
         self._set_timing(config)
         if self.progress is not None and hasattr(config, "progress_monitor"):
-            config.progress_monitor = make_monitor(trt, self.progress)
+            config.progress_monitor = make_monitor(trt, self.progress, held)
         for profile in profiles:
             optimization = builder.create_optimization_profile()
             try:
@@ -208,38 +208,48 @@ class Builder:
                 raise self._refused(profile, self.lib.log.errors())
         return config
 
-    def _member(self, enum: Any, name: str, option: str) -> Any:
-        if not hasattr(enum, name):
-            words = option.replace("_", "-")
-            raise UsageError(f"--{words}: {self.lib.backend} {self.lib.version} does not have it ({name})")
-        return getattr(enum, name)
-
-    def _written(self, builder: Any, network: Any, config: Any, plan: Path) -> bool:
+    def _written(self, builder: Any, network: Any, config: Any, plan: Path, held: list[BaseException]) -> bool:
         """Build, straight to disk where the library can."""
         if hasattr(builder, "build_serialized_network_to_stream"):
             with plan.open("wb") as stream:
-                return bool(
-                    builder.build_serialized_network_to_stream(network, config, make_writer(self.lib.trt, stream))
-                )
+                writer = make_writer(self.lib.trt, stream, held)
+                return bool(builder.build_serialized_network_to_stream(network, config, writer))
         memory = builder.build_serialized_network(network, config)
         if memory is not None:
             plan.write_bytes(memory)
         return memory is not None
 
     def _set_timing(self, config: Any) -> None:
-        known = self.timing.read_bytes() if self.timing is not None and self.timing.is_file() else b""
-        if self.timing is not None:
-            config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+        if self.timing is None:
+            return
+        known = b""
+        with suppress(OSError):
+            known = self.timing.read_bytes()
+        cache = config.create_timing_cache(known) or config.create_timing_cache(b"")  # None for a damaged one
+        config.set_timing_cache(cache, ignore_mismatch=False)
 
     def _keep_timing(self, config: Any) -> None:
         cache = config.get_timing_cache()
         if self.timing is None or cache is None:
             return
-        self.timing.parent.mkdir(parents=True, exist_ok=True)
         with suppress(OSError):  # a build is not lost for a cache that cannot be written
-            temporary = self.timing.with_suffix(".tmp")
-            temporary.write_bytes(cache.serialize())
-            temporary.replace(self.timing)
+            write_whole(self.timing, bytes(cache.serialize()))
+
+
+def check_options(lib: TensorRT, options: Mapping[str, Any]) -> None:
+    """Raises: UsageError for what this library does not have, before anything is built."""
+    trt = lib.trt
+    if options["precision"] == "bf16" and not has_bf16(lib):
+        raise UsageError(f"precision 'bf16': {lib.backend} {lib.version} does not have it; --precision fp16 or fp32")
+    for option, reason in NOT_IN_RTX.items() if hasattr(trt, "ComputeCapability") else ():
+        if options[option]:
+            raise UsageError(f"--{option.replace('_', '-')}: {lib.backend} does not have it: {reason}")
+    members = {option: (trt.BuilderFlag, name) for option, name in FLAGS.items()}
+    members["hardware_compatible"] = (getattr(trt, "HardwareCompatibilityLevel", None), "AMPERE_PLUS")
+    for option, (enum, name) in members.items():
+        if options[option] and not hasattr(enum, name):
+            words = option.replace("_", "-")
+            raise UsageError(f"--{words}: {lib.backend} {lib.version} does not have it ({name}); leave it out")
 
 
 def has_bf16(lib: TensorRT) -> bool:
@@ -253,8 +263,11 @@ def meaning(errors: str) -> str:
     return f"{told}. TensorRT says: {errors}" if told else errors
 
 
-def make_monitor(trt: Any, progress: Progress) -> Any:
-    """TensorRT's progress as calls of `progress`; Ctrl-C stops the build at the next step."""
+def make_monitor(trt: Any, progress: Progress, held: list[BaseException]) -> Any:
+    """TensorRT's progress as calls of `progress`; what one raises, as Ctrl-C does, stops the build at the next step.
+
+    `held` has it then: no exception may pass through the library.
+    """
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
@@ -274,21 +287,28 @@ def make_monitor(trt: Any, progress: Progress) -> Any:
         def _tell(self, phase: str, done: int) -> bool:
             try:
                 progress(phase, done, self._steps.get(phase, done))
-            except KeyboardInterrupt:  # no exception may pass through the library
-                return False
-            return True
+            except BaseException as error:
+                held.append(error)
+            return not held
 
     return Monitor()
 
 
-def make_writer(trt: Any, stream: Any) -> Any:
-    """TensorRT's stream of a finished plan into a file."""
+def make_writer(trt: Any, stream: Any, held: list[BaseException]) -> Any:
+    """TensorRT's stream of a finished plan into a file.
+
+    `held` has what a write raises, as on a full disk: the library takes a plan that was not written for a good one.
+    """
 
     class Writer(trt.IStreamWriter):
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
 
         def write(self, data: bytes) -> int:
-            return stream.write(data)
+            try:
+                return 0 if held else int(stream.write(data))
+            except BaseException as error:
+                held.append(error)
+                return 0
 
     return Writer()

@@ -16,6 +16,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
 Scalar = Any  # a Python float: NumPy keeps float32 * float in float32, its type stubs do not
 
+SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # precision in NumPy's words -> in `sdopt build`'s
 DTYPES = ("float32", "float16", "int32", "int64", "bool")
 
 
@@ -64,7 +65,15 @@ class TensorSpec:
 
     @staticmethod
     def from_json(entry: Mapping[str, Any]) -> TensorSpec:
-        return TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"]))
+        name, dtype, shape = entry["name"], entry["dtype"], tuple(entry["shape"])
+        if not isinstance(name, str) or not isinstance(dtype, str) or not all(isinstance(d, str | int) for d in shape):
+            raise TypeError(f"{entry} is no tensor")
+        return TensorSpec(name, dtype, shape)
+
+
+def short(precision: str) -> str:
+    """The precision as `sdopt build` calls it, "fp16" for "float16"; another word as it is."""
+    return SHORT.get(precision, precision)
 
 
 def check_inputs(owner: str, specs: Sequence[TensorSpec], arrays: Mapping[str, Array]) -> dict[str, int]:
@@ -93,6 +102,9 @@ def check_begin(
     unknown = (set(arrays) | set(tables)) - set(known)
     if unknown:
         raise UsageError(f"{owner}: unknown input {', '.join(sorted(unknown))}; it takes {', '.join(known)}")
+    empty = [name for name, table in tables.items() if not len(table)]
+    if empty:
+        raise UsageError(f"{owner}: the table of {', '.join(empty)} has no row; a run has one for each call")
     dims: dict[str, int] = {}
     for name, array in (*arrays.items(), *((name, table[0]) for name, table in tables.items())):
         known[name].check(array, dims, owner)

@@ -55,9 +55,10 @@ def known_sha256(path: Path, paranoid: bool = False) -> str:
             kept = json.loads(stamp.read_bytes())
             if kept["file"] == identity:
                 return str(kept["sha256"])
+    began = time.time_ns()
     digest = sha256(path)
     changed = max(identity["mtime_ns"], identity["ctime_ns"])
-    if stamp is not None and identity == _identity(path) and time.time_ns() - changed > FRESH_NS:
+    if stamp is not None and identity == _identity(path) and began - changed > FRESH_NS:
         _write(stamp, {"file": identity, "sha256": digest})
     return digest
 
@@ -86,7 +87,19 @@ def _stamp(path: Path) -> Path | None:
 def _write(stamp: Path, entry: dict[str, Any]) -> None:
     """A stamp that cannot be written costs time at the next start, and nothing else."""
     with suppress(OSError):
-        stamp.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        temporary = stamp.with_name(f"{stamp.name}.{uuid.uuid4().hex[:8]}")
-        temporary.write_text(json.dumps(entry), encoding="utf-8")
-        temporary.replace(stamp)
+        write_whole(stamp, json.dumps(entry).encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file of a cache by one rename, whoever else writes it meanwhile; its folder is made.
+
+    Raises: OSError, and nothing half-written stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

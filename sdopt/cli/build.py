@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sdopt.errors import BackendError
+from sdopt.bundle.specs import short
+from sdopt.errors import BackendError, UsageError
 
 EXTRA = 'the builder needs onnx-ir and onnx: pip install "sdopt[tensorrt]" (or "sdopt[tensorrt-rtx]", "sdopt[build]")'
 FLAGS = {
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--component", action="append", metavar="NAME", help="build only this one; may be given again")
     add(
-        "--precision", default="auto",
+        "--precision", default="auto", type=short,
         help="fp16, bf16 or fp32 (default: fp16, on a CPU fp32; what overflows in fp16 is built in bf16 or fp32)",
     )  # fmt: skip
     add(
@@ -57,6 +58,9 @@ def run(args: argparse.Namespace) -> int:
         raise BackendError(f"{error}; {EXTRA}") from error
     from sdopt.bundle.files import Bundle
 
+    _refuse_for_ort(args)
+    if args.workspace is not None and args.workspace < 1 / 1024:
+        raise UsageError(f"--workspace {args.workspace:g}; allowed are GiB from 0.001 on, e.g. --workspace 4")
     options = Options(
         precision=args.precision,
         opt_level=args.opt_level,
@@ -80,10 +84,28 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse_for_ort(args: argparse.Namespace) -> None:
+    """Raises: UsageError for options that mean nothing in a graph for ONNX Runtime."""
+    if args.backend.partition(":")[0] != "ort":
+        return
+    plain: dict[str, Any] = {
+        "profile": [],
+        "static": False,
+        "opt_level": 3,
+        "workspace": None,
+        **dict.fromkeys(FLAGS, False),
+    }
+    given = [f"--{name.replace('_', '-')}" for name, default in plain.items() if getattr(args, name) != default]
+    if given:
+        raise UsageError(
+            f"{', '.join(given)}: a graph for ONNX Runtime takes every size, and its library optimises it when it "
+            "loads; leave it out, or build for --backend tensorrt"
+        )
+
+
 def command(args: argparse.Namespace) -> str:
-    """What builds with the same options but other profiles: a record keeps it for messages."""
-    words = ["sdopt", "build", str(args.bundle), "--backend", args.backend]
-    words += [word for name in args.component or () for word in ("--component", name)]
+    """What builds with the same options other components and profiles, of a bundle that may move: a record keeps it."""
+    words = ["sdopt", "build", "BUNDLE", "--backend", args.backend]
     for name, default in (("precision", "auto"), ("opt_level", 3), ("workspace", None), ("recipe", None)):
         if getattr(args, name) != default:
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]

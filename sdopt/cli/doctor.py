@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sdopt.bundle.specs import short
+
 PROBE = """
 import sys, onnxruntime
 options = onnxruntime.SessionOptions()
@@ -140,6 +142,8 @@ def _auto() -> dict[str, str]:
 
 
 def _why(auto: Mapping[str, str], backends: Mapping[str, Mapping[str, Any]]) -> str:
+    from sdopt.engine import BACKENDS
+
     installed = [name for name, entry in backends.items() if "install" not in entry]
     if not installed:
         return "no engine library is installed"
@@ -154,7 +158,7 @@ def _why(auto: Mapping[str, str], backends: Mapping[str, Mapping[str, Any]]) -> 
         others = [n for n in installed if "precisions" in backends[n] and "float32" in backends[n]["precisions"]]
         ways = f"say --backend {others[0]}, or " if others else ""
         return f"{why}; but {auto['backend']} does not load here: {ways}install it again"
-    able = [name for name, entry in backends.items() if "bf16" in entry.get("precisions", ())]
+    able = [n for n, entry in backends.items() if BACKENDS[n].precisions and "bf16" in entry.get("precisions", ())]
     if able:
         return f"{why}; faster, and nearly the same: --precision bf16 (on {', '.join(able)})"
     return f"{why}; no backend here computes in bf16 itself"
@@ -181,7 +185,7 @@ def _told(entry: Mapping[str, Any]) -> str:
         return f"not installed: {entry['install']}"
     if "broken" in entry:
         return f"installed, but it cannot be used: {entry['broken']}"
-    known = {key: value if isinstance(value, str) else " ".join(value) for key, value in entry.items()}
+    known = {key: value if isinstance(value, str) else " ".join(map(short, value)) for key, value in entry.items()}
     lacks = known.pop("lacks", "")
     told = ", ".join(f"{key} {value}" for key, value in known.items() if value)
     return f"{told}; lacks: {lacks}" if lacks else told

@@ -67,7 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="ort (or ort:cpu, ort:cuda), openvino, tensorrt, tensorrt-rtx (default: `sdopt doctor` says)",
     )
-    add("--precision", default="auto", help="float32, or bf16 where the processor has it (default: float32)")
+    add(
+        "--precision",
+        default="auto",
+        help="float32, bf16 where the processor has it, or one that was built (default: float32, or what was built)",
+    )
     add("--no-cache", action="store_true", help="keep nothing for the next start (see `sdopt doctor`)")
     add("--threads", type=int, help="threads of the engine (default: what this process may use)")
     add("--replay", type=Path, metavar="PNG", help="make the picture in PNG again, from the parameters it carries")
@@ -95,10 +99,11 @@ def run(args: argparse.Namespace) -> int:
     _check_output(paths[0])
     if args.preview_every is not None and args.preview_every < 1:
         raise UsageError(f"--preview-every {args.preview_every}; allowed is 1 or more")
+    backend, precision = _as_made(args, replayed or {})
     with pipeline.load(
         args.model,
-        args.backend,
-        precision=args.precision,
+        backend,
+        precision=precision,
         memory="low",  # each component is used once, so that letting go of it costs nothing
         threads=args.threads,
         paranoid=args.paranoid,
@@ -115,7 +120,8 @@ def run(args: argparse.Namespace) -> int:
         model = {"model": pipe.bundle.manifest.get("name", pipe.bundle.path.name), "bundle": pipe.bundle.digest}
         records: list[dict[str, Any]] = []
         for i, (image, path) in enumerate(zip(decoded, paths, strict=True)):
-            parameters = {**pipe.parameters(plan, i), **model, "version": __version__}
+            how = {"version": __version__, "backend": pipe.backend, "precision": pipe.precision}
+            parameters = {**pipe.parameters(plan, i), **model, **how}
             images.save_png(image, path, None if args.no_metadata else parameters)
             records.append({"path": str(path), **parameters})
     seconds = time.perf_counter() - started
@@ -181,6 +187,21 @@ def _request(args: argparse.Namespace) -> tuple[str, Options, dict[str, Any] | N
         )
     options: Any = {key: found[key] for key in found if key in Options.__annotations__}
     return found.get("prompt", ""), options, found
+
+
+def _as_made(args: argparse.Namespace, found: dict[str, Any]) -> tuple[str, str]:
+    """The backend and precision of --replay, unless others are named; that they differ is told."""
+    from sdopt.engine import installed_backends
+
+    made, precision = str(found.get("backend", "auto")), str(found.get("precision", "auto")).partition(" ")[0]
+    backend = made if args.backend == "auto" and made.partition(":")[0] in installed_backends() else args.backend
+    if args.precision != "auto" or backend != made:
+        precision = args.precision
+    if "backend" in found and (backend, precision) != (made, str(found["precision"]).partition(" ")[0]):
+        print(
+            f"sdopt: {args.replay} was made by {made} in {found['precision']}; this picture may differ", file=sys.stderr
+        )
+    return backend, precision
 
 
 def _check_output(path: Path) -> None:

@@ -9,6 +9,7 @@ Both yield the same steps. On a device, a step's data is fetched when it is aske
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
@@ -20,7 +21,7 @@ from sdopt.denoise.model import Denoiser, scale_embedding
 from sdopt.denoise.start import Canvas, Draw
 from sdopt.engine import Carrying, Engine, Run
 from sdopt.engine.finite import refuse_nan
-from sdopt.errors import UsageError
+from sdopt.errors import SdoptError, UsageError
 from sdopt.request.plan import Plan
 from sdopt.samplers.packed import packed
 
@@ -104,14 +105,20 @@ def fused_steps(
     current = _Current(run, len(table))
     try:
         for k, timestep in enumerate(table.timestep):
-            run.launch(k, **({"noise": draw()} if table.draws[k] else {}))
+            noise = {"noise": draw()} if table.draws[k] else {}
+            current.leave()
+            run.launch(k, **noise)
             step = current.step(k, float(timestep), float(table.sigma[k]))
             if canvas.mask is not None:
                 current.steer(canvas.hold(table, k, step.sample))
             yield step
             current.steer()
-    finally:
         current.end()
+    except BaseException:  # it is the error to tell, whatever else fails after it
+        with suppress(SdoptError):
+            current.end()
+        raise
+    finally:
         run.close()
 
 
@@ -128,6 +135,10 @@ class _Current:
         self._k, self._kept = k, {}
         self.latest = Step(k, self._of, timestep, sigma, lambda name: self._fetch(k, name))
         return self.latest
+
+    def leave(self) -> None:
+        """The device goes on: from here on nobody can tell what it holds of the step, should the launch fail."""
+        self._k = -1
 
     def _fetch(self, k: int, name: str) -> Float32:
         if k != self._k:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
 from sdopt.bundle.files import Bundle
-from sdopt.bundle.specs import Array, TensorSpec
+from sdopt.bundle.specs import Array, TensorSpec, short
 from sdopt.engine import plans
 from sdopt.errors import BackendError, UsageError, choices
 
@@ -86,7 +87,8 @@ class Backend:
 class How:
     """How a component is opened: the backend's name, device and precision, threads, and whose engines to trust.
 
-    `cache`: keep what the library makes of the graph for the next process (see `sdopt.engine.cache`).
+    `cache`: keep what the library makes of the graph for the next process (see `sdopt.engine.cache`). `built`: the
+    precision of the engines of `sdopt build` that are taken; "": the newest, whatever it is.
     """
 
     backend: str
@@ -95,6 +97,7 @@ class How:
     threads: int | None = None
     trust: bool = False
     cache: bool = True
+    built: str = ""
 
 
 TRT = "sdopt.engine.trt"
@@ -113,7 +116,8 @@ BACKENDS = {  # best first
         TRT, "tensorrt_rtx", 'pip install "sdopt[tensorrt-rtx]", then `sdopt build BUNDLE --backend tensorrt-rtx`', ()
     ),
 }
-PRECISIONS = ("auto", "float32", "bf16")
+PRECISIONS = ("auto", "float32", "bf16", "fp16")  # or in other words: see `sdopt.bundle.specs.SHORT`
+UNETS = ("unet_step", "unet_step_alone", "unet")  # what is taken as the UNet, if it is built
 IN_FLOAT32 = ("text_encoder", "text_encoder_2")  # they run once a prompt: nothing to gain, and every step sees the loss
 
 
@@ -122,30 +126,57 @@ def installed_backends() -> tuple[str, ...]:
     return tuple(name for name, entry in BACKENDS.items() if importlib.util.find_spec(entry.library))
 
 
-def choose_backend(backend: str = "auto", precision: str = "auto") -> tuple[str, str]:
+def choose_backend(backend: str = "auto", precision: str = "auto", bundle: Bundle | None = None) -> tuple[str, str]:
     """The backend and the precision that these words mean on this machine; "ort:cuda" also names the device.
 
     Where both are "auto", pictures are exact: float32, on the first backend that is installed. bf16 has to be asked
-    for, and finds a backend that computes in it.
+    for, and finds a backend that computes in it; so has what was built for `bundle` in another precision.
     Raises: UsageError for an unknown name; BackendError if the library is not installed.
     """
-    if precision not in PRECISIONS:
+    exact = {"auto": "float32", "fp32": "float32"}.get(short(precision), short(precision))
+    if exact not in PRECISIONS:
         raise UsageError(f"precision {precision!r} is not known; there are {choices(precision, PRECISIONS)}")
-    exact = "float32" if precision == "auto" else precision
     if backend == "auto":
         return _first_backend(exact), exact
     name = backend.partition(":")[0]
     if name not in BACKENDS:
         raise UsageError(f"backend {backend!r} is not known; there are auto, {choices(name, BACKENDS)}")
     entry = BACKENDS[name]
-    if not entry.precisions and precision != "auto":
-        raise UsageError(f"precision {precision!r}: {backend} runs what was built: sdopt build --precision")
-    if entry.precisions and exact not in entry.precisions:
-        able = ", ".join(other for other, e in BACKENDS.items() if exact in e.precisions)
-        raise UsageError(f"backend {backend!r} computes in {', '.join(entry.precisions)}; for {exact} there is {able}")
-    if name not in installed_backends():
+    if name not in installed_backends() and (precision == "auto" or exact in entry.precisions):
         raise BackendError(f"backend {backend!r} needs {entry.library}: {entry.install}")
-    return backend, exact if entry.precisions else "auto"
+    if precision == "auto" and not entry.precisions:
+        return backend, "auto"
+    if exact not in entry.precisions and not _is_built(bundle, backend, exact):
+        raise UsageError(_not_in(backend, exact, bundle))
+    return backend, exact
+
+
+def _is_built(bundle: Bundle | None, backend: str, precision: str) -> bool:
+    """Whether a bundle has engines of a backend in a precision."""
+    name = backend.partition(":")[0]
+    if bundle is None or name not in installed_backends():
+        return False
+    return bool(plans.built_components(bundle, name, _provider(backend), precision))
+
+
+def _not_in(backend: str, precision: str, bundle: Bundle | None) -> str:
+    """What to do about a precision that a backend neither computes in nor has engines of, as a sentence."""
+    name = backend.partition(":")[0]
+    entry, word = BACKENDS[name], short(precision)
+    path = "BUNDLE" if bundle is None else shlex.quote(str(bundle.path))
+    build = f"sdopt build {path} --backend {backend} --precision {word}"
+    if not entry.precisions:
+        there = () if bundle is None else sorted({*plans.built_components(bundle, name).values()})
+        told = f"there is {', '.join(there)}" if there else "there is none"
+        return (
+            f"precision {word!r}: {backend} runs what was built, and in {word} nothing is; {told}. Leave --precision "
+            f"out, or build it: {build}"
+        )
+    able = [other for other, e in BACKENDS.items() if precision in e.precisions]
+    ways = [*able, *([f"what is built: {build}"] if name == "ort" else [])] or [
+        f"what is built: sdopt build {path} --backend tensorrt --precision {word}"
+    ]
+    return f"backend {backend!r} computes in {', '.join(entry.precisions)}; for {word} there is {', or '.join(ways)}"
 
 
 def _first_backend(precision: str) -> str:
@@ -153,6 +184,7 @@ def _first_backend(precision: str) -> str:
     found = [name for name in installed_backends() if name in able]
     if not found:
         ways = "; ".join(f"{name}: {entry.install}" for name, entry in able.items())
+        ways = ways or f"Build it: sdopt build BUNDLE --backend tensorrt --precision {precision}, then name --backend"
         raise BackendError(f"no engine library that computes in {precision} is installed. {ways}")
     return found[0]
 
@@ -192,19 +224,51 @@ def open_engine(
     """
     if threads is not None and threads < 1:
         raise UsageError(f"threads = {threads}; allowed is 1 or more, or None for all that this process may use")
-    chosen, exact = choose_backend(backend, precision)
+    chosen, exact = choose_backend(backend, precision, bundle)
     name, _, device = chosen.partition(":")
     module = _module(name)
-    precision = "float32" if component in IN_FLOAT32 else exact
-    how = How(name, device or None, precision, threads, trust, cache)
+    own = "float32" if component in IN_FLOAT32 else exact
+    how = How(name, device or None, own, threads, trust, cache, _wanted(chosen, precision))
     engine: Engine = module.open_component(bundle, component, how)
     return engine
 
 
-def built_components(bundle: Bundle, backend: str) -> tuple[str, ...]:
-    """The components that `sdopt build` made engines of, for this backend."""
+def built_components(bundle: Bundle, backend: str, precision: str = "auto") -> dict[str, str]:
+    """The components that are run as `sdopt build` made them, for this backend, each with its precision.
+
+    A backend that computes by itself takes those in the precision that is asked for, on a CPU in float32 unless
+    another is; one that runs nothing else takes what there is for a component that has none in it.
+    """
+    name = backend.partition(":")[0]
+    provider, wanted = _provider(backend), _wanted(backend, precision)
+    found = plans.built_components(bundle, name, provider, wanted)
+    return found if BACKENDS[name].precisions else {**plans.built_components(bundle, name, provider), **found}
+
+
+def told_precision(bundle: Bundle, built: Mapping[str, str], own: str) -> str:
+    """The precision of a picture in a word, that of its UNet; behind it components that have another.
+
+    `built`: component -> precision of the engine that is taken; `own`: of what is not built, "auto" if that does not
+    run.
+    """
+    if not built:
+        return own
+    unet = next((name for name in UNETS if name in built), "unet")
+    found = {name: built.get(name, own) for name in (unet, *(n for n in bundle.components if n not in UNETS))}
+    words = {name: "float32" if word == "fp32" else word for name, word in found.items()}
+    main = words.pop(unet)
+    others = [f"{name} {word}" for name, word in words.items() if word not in ("auto", main)]
+    return f"{main} ({', '.join(others)})" if others else main
+
+
+def _wanted(backend: str, precision: str) -> str:
+    """The precision that an engine of `sdopt build` must have to be taken; "" where any will do."""
+    if precision != "auto":
+        return short(precision)
+    return "fp32" if _provider(backend) == "CPU" else ""
+
+
+def _provider(backend: str) -> str:
+    """The part of ONNX Runtime that runs its engines here, "CPU" or "CUDA"; "" for other backends."""
     name, _, device = backend.partition(":")
-    if name != "ort":
-        return plans.built_components(bundle, name)
-    module = _module(name)
-    return plans.built_components(bundle, name, module.find_device(device or None).provider)
+    return _module(name).find_device(device or None).provider if name == "ort" else ""

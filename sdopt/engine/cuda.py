@@ -305,7 +305,9 @@ class CudaBindings:
         try:
             work()
         except BaseException:
-            self._rt.cudaStreamEndCapture(handle)  # the stream must leave capture, whatever it captured
+            status, *graph = self._rt.cudaStreamEndCapture(handle)  # the stream must leave capture
+            if not int(status):  # what was captured is whole: an interrupt, or an error of Python
+                self._rt.cudaGraphDestroy(*graph)
             self._rt.cudaGetLastError()
             raise
         try:

@@ -11,10 +11,11 @@ next thread that begins to.
 from __future__ import annotations
 
 import gc
+import os
 from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from threading import RLock
+from threading import Lock, RLock
 from typing import Protocol, TypeVar
 from weakref import WeakSet
 
@@ -72,11 +73,18 @@ class Device:
 
     def wait(self, event: int) -> None:
         """Let this thread sleep until the GPU has come to `event`; others may queue meanwhile."""
+        if self._lost is not None:
+            raise LostContextError(str(self._lost))
         try:
             self.cuda.wait(event)
         except LostContextError as error:
             self._lost = error
             raise
+
+    def abandon(self, reason: str) -> None:
+        """Nothing of this GPU may be used again by this process, nor be freed."""
+        self._lock, self._depth = RLock(), 0  # another thread of the process that was forked may have held it
+        self._lost = LostContextError(reason)
 
     def capture(self, work: Callable[[], None]) -> int:
         """A graph of what `work` queues. Python's collector rests meanwhile: what it frees may not be freed there."""
@@ -188,6 +196,7 @@ class Device:
 
 
 _devices: dict[int, Device] = {}
+_opening = Lock()
 
 
 def shared_device(index: int = 0) -> Device:
@@ -195,9 +204,25 @@ def shared_device(index: int = 0) -> Device:
 
     Raises: BackendError as `open_cuda` does.
     """
-    if index not in _devices:
-        _devices[index] = Device(open_cuda(index))
-    return _devices[index]
+    with _opening:
+        if index not in _devices:
+            _devices[index] = Device(open_cuda(index))
+        return _devices[index]
+
+
+def _forked() -> None:
+    """CUDA does not survive a fork: in the child its every call fails, and its memory is the parent's."""
+    global _opening
+    _opening = Lock()
+    for device in _devices.values():
+        device.abandon(
+            "this process was forked from one that used the GPU already, and CUDA does not work in such a one. Start "
+            'processes with multiprocessing.get_context("spawn"), or load the pipeline after the fork'
+        )
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def rounded(nbytes: int) -> int:

@@ -13,7 +13,7 @@ from sdopt.bundle.specs import Array, TensorSpec
 from sdopt.engine.cuda import LostContextError
 from sdopt.engine.device import Device, rounded
 from sdopt.engine.trt_api import Context
-from sdopt.errors import BackendError
+from sdopt.errors import BackendError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +104,12 @@ class Lane:
         self._capturable = True  # until it is known that its work cannot become a graph
         self._rows: dict[str, tuple[int, int]] = {}  # input -> (offset of its table, bytes of a row)
         self._slots = 0
-        self.uploaded, self.done = device.cuda.event(), device.cuda.event()
+        self._filled: set[tuple[str, int]] = set()  # slots that the GPU may not have read yet
+        self.uploaded = self.done = 0
+        self.closed = False
         try:
+            self.uploaded = device.cuda.event()
+            self.done = device.cuda.event()
             self.tensors.reserve(total)
             for name, place in self.places.items():
                 context.bind(name, self.tensors.address + place.offset)
@@ -124,9 +128,20 @@ class Lane:
 
     def put(self, name: str, array: Array) -> None:
         """Queue the upload of an input. Its staging place may be written again after `settle`."""
-        place = self.places[name]
-        self.tensors.upload(place.offset, np.ascontiguousarray(array, place.dtype))
+        self.tensors.upload(self.places[name].offset, self._as_placed(name, array))
         self.device.cuda.record(self.uploaded, self.device.stream)
+
+    def _as_placed(self, name: str, array: Array) -> Array:
+        """`array` in the type of its place.
+
+        Raises: UsageError for what is no input, or does not fit: it would lie in the places of others.
+        """
+        if name not in self.inputs:
+            raise UsageError(f"{self.owner}: unknown input {name}; it takes {', '.join(self.inputs)}")
+        place = self.places[name]
+        if array.shape != place.shape:
+            raise UsageError(f"{self.owner} input {name!r}: got {list(array.shape)}; this run has {list(place.shape)}")
+        return np.ascontiguousarray(array, place.dtype)
 
     def settle(self) -> None:
         """Wait until the GPU has read what `put` left in staging memory."""
@@ -142,20 +157,25 @@ class Lane:
             self._rows[name] = (offset, table.nbytes // len(table))
             offset += rounded(table.nbytes)
         self._slots = calls
+        self._filled.clear()
 
     def stream_in(self, k: int, name: str, array: Array) -> None:
         """Queue an input of call `k` from a staging place of its own: nothing waits for the one before."""
-        place = self.places[name]
-        slot = rounded(place.nbytes)
+        placed = self._as_placed(name, array)
+        slot = rounded(self.places[name].nbytes)
         memory = self.streamed.setdefault(name, Memory(self.device, self.owner))
         memory.reserve(slot * self._slots)
-        memory.upload(slot * k, np.ascontiguousarray(array, place.dtype), self.address(name))
+        if (name, k) in self._filled:  # the same call again
+            self.device.cuda.synchronize(self.device.stream)
+        self._filled.add((name, k))
+        memory.upload(slot * k, placed, self.address(name))
 
-    def launch(self, k: int = 0) -> None:
-        """Queue one call: its rows to their inputs, then the graph."""
+    def launch(self, k: int | None = None) -> None:
+        """Queue one call: row `k` of every table to its input, then the graph. Without `k` there are no tables."""
         cuda, stream = self.device.cuda, self.device.stream
-        for name, (offset, nbytes) in self._rows.items():
-            cuda.copy(self.address(name), self.tables.address + offset + k * nbytes, nbytes, stream)
+        if k is not None:
+            for name, (offset, nbytes) in self._rows.items():
+                cuda.copy(self.address(name), self.tables.address + offset + k * nbytes, nbytes, stream)
         if self._epoch != self.device.epoch:
             self._arm()
         elif not self._graph and self._capturable:
@@ -221,10 +241,14 @@ class Lane:
 
     def close(self) -> None:
         """Free everything, also TensorRT's context: whoever still knows the lane must not keep its memory."""
+        if self.closed:
+            return
+        self.closed = True
         self.device.cuda.synchronize(self.device.stream)
         self._drop_graph()
         del self.context
         for memory in (self.tensors, self.tables, *self.streamed.values()):
             memory.free()
-        self.device.cuda.drop_event(self.uploaded)
-        self.device.cuda.drop_event(self.done)
+        for event in (self.uploaded, self.done):
+            if event:  # 0 where there was none to be had
+                self.device.cuda.drop_event(event)

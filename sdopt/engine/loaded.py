@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sdopt.bundle.stamps import user_folder
+from sdopt.bundle.stamps import user_folder, write_whole
 from sdopt.engine.cuda import OutOfMemoryError
 from sdopt.engine.device import Device
 from sdopt.engine.lane import Lane
@@ -41,10 +41,10 @@ class Loaded:
         device.register(self)
         try:
             self._check(self._plan)
+            self._compiled = Compiled(self._plan, _compiled_path(record, device) if cache else None)
         except BaseException:
             self.close()
             raise
-        self._compiled = Compiled(self._plan, _compiled_path(record, device) if cache else None)
 
     def _load(self, plan: Any) -> LoadedPlan:
         """The engine of a plan. One that streams its weights takes no memory yet, whatever their size."""
@@ -129,8 +129,8 @@ class Loaded:
         for lane in self._busy:  # of runs that nobody closed
             lane.close()
         self._busy.clear()
+        self._compiled = Compiled(None, None)  # before the engine that made it
         self._plan = self._runtime = None
-        self._compiled = Compiled(None, None)
         self.device.account(self.name, -self._bytes)
         self.device.forget(self)
 
@@ -161,17 +161,19 @@ class Compiled:
         """Write what was compiled since; a cache that cannot be written is no reason to lose a picture."""
         if self._cache is None or self._path is None:
             return
-        blob = bytes(self._cache.serialize())
-        if blob == self._kept:
+        memory = self._cache.serialize()
+        blob = b"" if memory is None else bytes(memory)
+        if not blob or blob == self._kept:
             return
         self._kept = blob
         with suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_bytes(blob)
-            temporary.replace(self._path)
+            write_whole(self._path, blob)
 
 
-def _compiled_path(record: Record, device: Device) -> Path:
+def _compiled_path(record: Record, device: Device) -> Path | None:
+    """The file; None where this user has no folder for it."""
     name = "".join(c if c.isalnum() or c in ".-" else "_" for c in f"{record.key}-{device.cuda.gpu.name}")
-    return user_folder("XDG_CACHE_HOME", ".cache") / "compiled" / f"{name}.cache"
+    try:
+        return user_folder("XDG_CACHE_HOME", ".cache") / "compiled" / f"{name}.cache"
+    except BackendError:
+        return None

@@ -83,13 +83,14 @@ def find_device(device: str | None) -> Device:
 def open_component(bundle: Bundle, name: str, how: How) -> OrtEngine:
     """The engine of component `name`; its graph must take and give what the manifest says.
 
-    A graph that `sdopt build --backend ort` derived for this kind of device goes before the bundle's own.
+    A graph that `sdopt build --backend ort` derived for this kind of device, in the precision that is asked for, goes
+    before the bundle's own.
     """
     device = find_device(how.device)
-    if name not in built_components(bundle, how.backend, device.provider):
+    if name not in built_components(bundle, how.backend, device.provider, how.built):
         return _own_graph(bundle, name, how, device)
     here = {"provider": device.provider}
-    newest = usable(bundle, name, how.backend, lambda record: here, how.trust, device.provider)[0]
+    newest = usable(bundle, name, how.backend, lambda record: here, how.trust, device.provider, how.built)[0]
     for file in newest.record.files:
         newest.checked(file)
     component = Component(name, newest.folder / GRAPH, newest.record.inputs, newest.record.outputs)

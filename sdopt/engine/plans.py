@@ -17,6 +17,7 @@ import hmac
 import json
 import os
 import secrets
+import shlex
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from sdopt.bundle.files import Bundle
-from sdopt.bundle.specs import Profile, TensorSpec
+from sdopt.bundle.specs import Profile, TensorSpec, short
 from sdopt.bundle.stamps import known_sha256, sha256, user_folder
 from sdopt.errors import BackendError, BundleError
 
@@ -33,9 +34,14 @@ RECORD = "record.json"
 PLAN = "engine.plan"  # TensorRT's
 GRAPH = "graph.onnx"  # ONNX Runtime's: what `sdopt build` makes, and what an earlier process kept
 FOLDER = "engines"
+COMMAND = "sdopt build BUNDLE"  # how a record's command begins: where the bundle is now is known when it is read
 MAX_RECORD_BYTES = 1 << 20
 
 Environment = Callable[["Record"], Mapping[str, str]]  # what a record's environment would read here and now
+
+
+class NoEnginesError(BackendError):
+    """Nothing is built for a backend yet; the message ends with the command that builds all that a bundle needs."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Record:
     environment: Mapping[str, str]  # library, GPU, driver: what must be the same where it runs
     sources: Mapping[str, str]  # file of the bundle -> its SHA-256
     options: Mapping[str, Any]  # every option of the build, by name
-    command: str  # what builds it again, but for its profiles
+    command: str  # what builds it again, but for its component and profiles; see `COMMAND`
     asked: tuple[str, ...] = ()  # its profiles as they are typed, in pictures and pixels
     notes: Mapping[str, Any] = field(default_factory=lambda: dict[str, Any]())  # what was found in the finished engine
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: dict[str, Mapping[str, Any]]())
@@ -67,7 +73,18 @@ class Record:
     @property
     def again(self) -> str:
         """The command that builds it again."""
-        return " ".join([self.command, *(f'--profile "{text}"' for text in self.asked)])
+        return self.building(self.asked)
+
+    def building(self, profiles: Sequence[object]) -> str:
+        """The command that builds this component for these profiles, in the user's units."""
+        words = [self.command, f"--component {self.component}", *(f'--profile "{text}"' for text in profiles)]
+        return " ".join(words)
+
+    def at(self, bundle: Path) -> Record:
+        """The record, its command with the folder where the bundle is now."""
+        if not f"{self.command} ".startswith(f"{COMMAND} "):
+            return self
+        return replace(self, command=f"sdopt build {shlex.quote(str(bundle))}{self.command[len(COMMAND) :]}")
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -79,12 +96,30 @@ class Record:
 
     @staticmethod
     def from_json(entry: Mapping[str, Any]) -> Record:
+        """Raises: ValueError, TypeError or KeyError for what is no record; whoever wrote it, it is read strictly."""
         values: dict[str, Any] = dict(entry)
+        _check_kinds(values)
         for kind in ("inputs", "outputs"):
             values[kind] = tuple(map(TensorSpec.from_json, entry[kind]))
         values["profiles"] = tuple(map(Profile.parse, entry["profiles"]))
         values["asked"] = tuple(entry["asked"])
         return Record(**values)
+
+
+def _check_kinds(values: Mapping[str, Any]) -> None:
+    """Raises: TypeError unless texts are texts, and tables of them are that."""
+    texts = [values[name] for name in ("component", "backend", "command")]
+    tables = [values[name] for name in ("carry", "environment", "sources", "options", "notes", "files")]
+    if not all(isinstance(table, dict) for table in tables):
+        raise TypeError("a table of a record is none")
+    for table in tables[:3]:
+        texts += table.values()
+    for file in tables[-1].values():
+        texts.append(file["sha256"])
+        if type(file["bytes"]) is not int:
+            raise TypeError("a size in a record is no number")
+    if not all(isinstance(text, str) for text in (*texts, *values["profiles"], *values["asked"])):
+        raise TypeError("a text of a record is none")
 
 
 @dataclass(frozen=True)
@@ -96,9 +131,16 @@ class Stored:
     ours: bool
     paranoid: bool = False  # hash its files anew, whatever a stamp says
 
+    @property
+    def precision(self) -> str:
+        """What it was built in: "fp32", "fp16" or "bf16"."""
+        return str(self.record.options.get("precision", ""))
+
     def checked(self, name: str) -> Path:
         """The path of one file of the engine, after its size and hash were found to be those of the record."""
-        path, entry = self.folder / name, self.record.files[name]
+        path, entry = self.folder / name, self.record.files.get(name)
+        if entry is None:
+            raise BackendError(f"{path} is not listed in its record; build it again: {self.record.again}")
         if path.is_symlink() or not path.is_file() or path.stat().st_size != entry["bytes"]:
             raise BackendError(f"{path} is missing, truncated or a link; build it again: {self.record.again}")
         if known_sha256(path, self.paranoid) != entry["sha256"]:
@@ -129,12 +171,14 @@ def engines_folder(bundle: Bundle) -> Path:
 
 def stored(bundle: Bundle, backend: str) -> list[Stored]:
     """The engines of `backend` in a bundle, newest first; what is no readable record is passed over."""
-    found: list[Stored] = []
+    found: list[tuple[int, Stored]] = []
     for path in engines_folder(bundle).glob(f"*/{RECORD}"):
-        entry = _read(path)
-        if entry is not None and entry[0].backend == backend:
-            found.append(Stored(path.parent, *entry, bundle.paranoid))
-    return sorted(found, key=lambda s: (s.folder / RECORD).stat().st_mtime_ns, reverse=True)
+        with suppress(FileNotFoundError):  # a build in another process removes what is stale
+            entry = _read(path)
+            if entry is not None and entry[0].backend == backend:
+                record = entry[0].at(bundle.path)
+                found.append((path.stat().st_mtime_ns, Stored(path.parent, record, entry[1], bundle.paranoid)))
+    return [one for _, one in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
 
 def usable(
@@ -144,15 +188,23 @@ def usable(
     environment: Environment,
     trust: bool = False,
     provider: str = "",
+    precision: str = "",
 ) -> list[Stored]:
     """The engines of `component` that were made from what is here and now, the newest first; at least one.
 
-    `provider`: only those that were made for this part of a backend (see `built_components`).
+    `provider`: only those that were made for this part of a backend (see `built_components`). `precision`: only those
+    in it, where there are any: what overflows in it was built in another one.
 
-    Raises: BackendError saying that there is none, or whose it is, or what changed, and the command that builds it.
+    Raises: BackendError saying that there is none, or whose it is, or what changed, and the command that builds it;
+    NoEnginesError where nothing at all is built for this backend.
     """
-    build = f"sdopt build {bundle.path} --backend {backend} --component {component}"
-    candidates = [s for s in _for_provider(stored(bundle, backend), provider) if s.record.component == component]
+    build = f"sdopt build {shlex.quote(str(bundle.path))} --backend {backend}"
+    every = _for_provider(stored(bundle, backend), provider)
+    if not every:
+        raise NoEnginesError(f"{bundle.path} has no {backend} engines. Build them: {build}")
+    build = f"{build} --component {component}"
+    candidates = [s for s in every if s.record.component == component]
+    candidates = [s for s in candidates if s.precision == short(precision)] or candidates
     if not candidates:
         raise BackendError(f"{bundle.path} has no {backend} engine of {component}. Build it: {build}")
     allowed = [s for s in candidates if trust or s.ours]
@@ -180,12 +232,14 @@ def changed(record: Record, bundle: Bundle, environment: Mapping[str, str]) -> s
     return "; ".join(told)
 
 
-def built_components(bundle: Bundle, backend: str, provider: str = "") -> tuple[str, ...]:
-    """The components that there are engines for, usable or not.
+def built_components(bundle: Bundle, backend: str, provider: str = "", precision: str = "") -> dict[str, str]:
+    """The components that there are engines for, usable or not, each with the precision of its newest one.
 
     `provider`: "CUDA" or "CPU" for a backend whose engines are made for one of them; another's are not there for it.
+    `precision`: only engines in this one count.
     """
-    return tuple(dict.fromkeys(s.record.component for s in _for_provider(stored(bundle, backend), provider)))
+    found = [(s.record.component, s.precision) for s in _for_provider(stored(bundle, backend), provider)]
+    return {name: own for name, own in reversed(found) if short(precision) in ("", own)}
 
 
 def _for_provider(found: list[Stored], provider: str) -> list[Stored]:

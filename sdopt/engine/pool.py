@@ -19,7 +19,7 @@ from threading import Lock, RLock
 from types import TracebackType
 
 from sdopt.bundle.files import Bundle
-from sdopt.engine import BACKENDS, Engine, built_components, choose_backend, open_engine
+from sdopt.engine import BACKENDS, Engine, built_components, choose_backend, open_engine, told_precision
 from sdopt.errors import UsageError, choices
 
 MEMORY = ("fast", "low")
@@ -60,10 +60,11 @@ class EnginePool:
         if memory not in MEMORY:
             raise UsageError(f"memory = {memory!r}; allowed are {choices(memory, MEMORY)}")
         self.bundle, self.memory = bundle, memory
-        self.backend, self.precision = choose_backend(backend, precision)
+        self.backend, self._own = choose_backend(backend, precision, bundle)
+        self._asked = precision
         self.threads, self.trust, self.cache = threads, trust, cache
         self._given = dict(given or {})
-        self.built = (*built_components(bundle, self.backend), *self._given)
+        self._built = built_components(bundle, self.backend, precision)
         self._entries: dict[str, _Entry] = {}
         self._lock = RLock()  # of the entries; held for moments only
         self._opening: defaultdict[str, Lock] = defaultdict(Lock)  # of each component: one thread opens it
@@ -72,6 +73,18 @@ class EnginePool:
     def runs_only_built(self) -> bool:
         """Whether the backend runs nothing but what `sdopt build` made."""
         return not BACKENDS[self.backend.partition(":")[0]].precisions
+
+    @property
+    def built(self) -> tuple[str, ...]:
+        """The components that are run as `sdopt build` made them, or as they were given."""
+        return (*self._built, *self._given)
+
+    @property
+    def precision(self) -> str:
+        """What pictures are computed in, e.g. "float32" or "fp16 (vae_decoder bf16)": what the engines really have."""
+        able = BACKENDS[self.backend.partition(":")[0]].precisions
+        own = self._own if self._own in able or not able else "float32"  # where half is built, the other components
+        return told_precision(self.bundle, self._built, own)
 
     @property
     def opened(self) -> tuple[str, ...]:
@@ -133,10 +146,13 @@ class EnginePool:
                 component,
                 self.backend,
                 threads=self.threads,
-                precision=self.precision,
+                precision=self._own if self._asked != "auto" else "auto",
                 trust=self.trust,
                 cache=self.cache,
             )
+            used = getattr(engine, "precision", "")
+            if used and component in self._built:
+                self._built[component] = used
             entry = _Entry(engine, users=1)
             with self._lock:
                 self._entries[component] = entry

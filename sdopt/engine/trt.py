@@ -28,8 +28,9 @@ from sdopt.engine.cuda import LostContextError, OutOfMemoryError
 from sdopt.engine.device import Device, shared_device
 from sdopt.engine.lane import Lane
 from sdopt.engine.loaded import Loaded
-from sdopt.engine.plans import PLAN, Stored, Unsigned, usable
-from sdopt.engine.trt_api import TensorRT, environment
+from sdopt.engine.plans import PLAN, Record, Stored, Unsigned, usable
+from sdopt.engine.trt_api import TensorRT, environment, imported
+from sdopt.engine.widen import widened
 from sdopt.errors import BackendError, UsageError
 
 Plan = Stored | Unsigned
@@ -42,7 +43,10 @@ def open_component(bundle: Bundle, name: str, how: How) -> TrtEngine:
     """
     gpu = shared_device(device_index(how.backend, how.device))  # before TensorRT: its runtime ends a driverless process
     lib = TensorRT(how.backend)
-    plans = usable(bundle, name, how.backend, lambda record: environment(lib, gpu.cuda.gpu, record.options), how.trust)
+    plans = usable(
+        bundle, name, how.backend, lambda record: environment(lib, gpu.cuda.gpu, record.options), how.trust,
+        precision=how.built,
+    )  # fmt: skip
     factor: int = bundle.manifest["latents"]["factor"]
     return TrtEngine(lib, gpu, plans, {"latent_height": factor, "latent_width": factor}, how.cache)
 
@@ -61,12 +65,15 @@ def device_index(backend: str, device: str | None) -> int:
 
 def describe(backend: str) -> dict[str, Any]:
     """Version, precisions and the GPU, or what is missing for one, for `sdopt doctor`."""
-    told: dict[str, Any] = {"precisions": ["float32", "float16", "bfloat16"]}
+    told: dict[str, Any] = {"precisions": ["fp16", "bf16", "fp32"]}
+    version = "installed"
     try:
+        version = str(getattr(imported(backend), "__version__", version))
         told["devices"] = [shared_device().cuda.gpu.name]
-        return {"version": TensorRT(backend).version, **told}
+        return {"version": version, **told}
     except BackendError as error:
-        return {"version": "installed", **told, "devices": [], "lacks": str(error)}
+        builds = "; `sdopt build` works without: only running needs it" if backend == "tensorrt-rtx" else ""
+        return {"version": version, **told, "devices": [], "lacks": f"{error}{builds}"}
 
 
 class TrtEngine:
@@ -92,6 +99,7 @@ class TrtEngine:
         self._plans = [p for p in plans if (p.record.inputs, p.record.outputs, p.record.carry) == signature]
         self.device, self._lib, self._units, self._cache = device, lib, dict(units or {}), cache
         self._loaded: dict[str, Loaded] = {}  # by the record's key, the one that was used last at the end
+        self.precision: str = newest.options.get("precision", "")  # of the plan that was used last
         self._closed = False
         self._finalizer = weakref.finalize(self, _discard, device, self._loaded)
         with device.queueing():
@@ -129,7 +137,7 @@ class TrtEngine:
                 for name, array in arrays.items():
                     lane.put(name, array)
                 lane.put_tables(tables, max(map(len, tables.values()), default=1))
-            return TrtRun(self, loaded, dims, lane)
+            return TrtRun(self, loaded, dims, lane, tuple(map(len, tables.values())))
         except BaseException:
             self.give_back(loaded, dims, lane)
             raise
@@ -152,10 +160,11 @@ class TrtEngine:
 
     def _take(self, dims: Mapping[str, int]) -> tuple[Loaded, Lane]:
         """The plan that fits these lengths, and a lane of it."""
-        if self._closed:
-            raise UsageError(f"{self.name}: this engine is closed; open it again with open_engine")
         plan, profile = self._fitting(dims)
+        self.precision = plan.record.options.get("precision", "")
         with self.device.queueing():
+            if self._closed:
+                raise UsageError(f"{self.name}: this engine is closed; open it again with open_engine")
             loaded = self._load(plan)
             return loaded, loaded.take(profile, dims)
 
@@ -177,20 +186,22 @@ class TrtEngine:
         outside = profile.outside(dims)
         if outside:
             given = ", ".join(f"{name} = {length}" for name, length in outside.items())
-            wanted = {n: d for n, d in dims.items() if n in profile.ranges}
             raise UsageError(
-                f"{self.name}: got {given}; the nearest profile of this engine is {profile}. Build one that takes it: "
-                f"{self._rebuild(plan, profile.widened(wanted).ranges)}, or use --backend ort"
+                f"{self.name}: got {given}; the nearest profile of this engine is {profile}. "
+                f"{self._rebuild(plan.record, index, [dims])} use --backend ort"
             )
         return plan, index
 
-    def _rebuild(self, plan: Plan, ranges: Mapping[str, tuple[int, int, int]]) -> str:
-        """The command that built a plan, with a profile of these ranges in the user's units: pixels."""
-        words: list[str] = []
-        for name, lengths in ranges.items():
-            unit = self._units.get(name, 1)
-            words.append(f"{name.removeprefix('latent_')}={':'.join(str(n * unit) for n in lengths)}")
-        return f'{plan.record.command} --profile "{" ".join(words)}"'
+    def _rebuild(self, record: Record, index: int, calls: Sequence[Mapping[str, int]]) -> str:
+        """The sentence, up to its "or", that says how to build an engine that takes these calls too."""
+        own = record.profiles[index]
+        asked = Profile.parse(record.asked[index]) if index < len(record.asked) else Profile({})
+        for dims in calls:
+            wide = widened(asked, own, dims, self._units)
+            if wide is None:
+                return "No profile takes it:"
+            asked = wide
+        return f"Build one that takes it: {record.building([asked])}, or"
 
     def _load(self, plan: Plan) -> Loaded:
         """A plan that is loaded; where the GPU is full, other plans of this engine that are idle go first."""
@@ -228,11 +239,18 @@ def _discard(device: Device, loaded: dict[str, Loaded]) -> None:
 class TrtRun:
     """Calls of a TensorRT engine in turn; see `sdopt.engine.Run`."""
 
-    def __init__(self, engine: TrtEngine, loaded: Loaded, dims: Mapping[str, int], lane: Lane) -> None:
+    def __init__(
+        self, engine: TrtEngine, loaded: Loaded, dims: Mapping[str, int], lane: Lane, rows: tuple[int, ...]
+    ) -> None:
+        self._rows = rows  # of each table
         self._name, self._device, self._lane = engine.name, engine.device, lane
         self._give_back: Callable[[], None] | None = partial(engine.give_back, loaded, dims, lane)
 
     def launch(self, k: int, **arrays: Array) -> None:
+        if not 0 <= k < min(self._rows, default=1) and (self._rows or arrays):
+            raise UsageError(
+                f"{self._name}: there is no call {k}; the tables of this run have {min(self._rows, default=1)} rows"
+            )
         with self._queueing():
             for name, array in arrays.items():
                 self._lane.stream_in(k, name, array)
@@ -250,7 +268,7 @@ class TrtRun:
             self._lane.put(name, array)
 
     def _queueing(self) -> AbstractContextManager[None]:
-        if self._give_back is None:
+        if self._give_back is None or self._lane.closed:
             raise UsageError(f"{self._name}: this run is over; begin another")
         return self._device.queueing()
 

@@ -25,11 +25,7 @@ class TensorRT:
     """One imported library with its logger, which must outlive all that it made."""
 
     def __init__(self, backend: str) -> None:
-        self.backend = backend
-        try:
-            self.trt: Any = importlib.import_module(LIBRARIES[backend])
-        except (ImportError, OSError) as error:  # a stub package or a library that does not load
-            raise BackendError(f"backend {backend!r}: {LIBRARIES[backend]} cannot be imported: {error}") from error
+        self.backend, self.trt = backend, imported(backend)
         self.log = make_log(self.trt)
         self.version = str(self.trt.__version__)
 
@@ -61,6 +57,17 @@ class TensorRT:
             engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
         else:
             engine.weight_streaming_budget = -1
+
+
+def imported(backend: str) -> Any:
+    """The module of a backend's library; importing it needs no driver.
+
+    Raises: BackendError for a stub package, or a library that does not load.
+    """
+    try:
+        return importlib.import_module(LIBRARIES[backend])
+    except (ImportError, OSError) as error:
+        raise BackendError(f"backend {backend!r}: {LIBRARIES[backend]} cannot be imported: {error}") from error
 
 
 def make_log(trt: Any) -> Any:
@@ -224,7 +231,7 @@ def environment(lib: TensorRT, gpu: Gpu | None, options: Mapping[str, Any]) -> d
     An engine runs where its build's TensorRT, GPU and driver are. With `version_compatible` any build of the same major
     version will do, with `hardware_compatible` any GPU from Ampere on. TensorRT-RTX compiles for the GPU when it loads.
     """
-    version = lib.version.split(".")[0] + ".x" if options["version_compatible"] else lib.version
+    version = lib.version.split(".")[0] + ".x" if options.get("version_compatible") else lib.version
     told = {lib.trt.__name__: version}
     capabilities = getattr(lib.trt, "ComputeCapability", None)
     if capabilities is not None:
@@ -234,6 +241,6 @@ def environment(lib: TensorRT, gpu: Gpu | None, options: Mapping[str, Any]) -> d
     if gpu is None:
         raise BackendError(f"{lib.trt.__name__} builds engines on the GPU that will run them, and there is none here")
     told["driver"] = f"CUDA {gpu.driver // 1000}"
-    if options["hardware_compatible"] and float(gpu.compute_capability) >= 8:
+    if options.get("hardware_compatible") and float(gpu.compute_capability) >= 8:
         return {**told, "GPU": "Ampere or newer"}
     return {**told, "GPU": gpu.name, "compute capability": gpu.compute_capability}

@@ -62,6 +62,10 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
     used = {Path(t.path).resolve() for v in weights(model) if isinstance(t := v.const_value, ir.ExternalTensor)}
     if data.resolve() in used:
         raise UsageError(f"{data}: the graph still reads its weights from this file; choose another name")
+    for node in model.graph:
+        for value in node.outputs:
+            if value.type is None:  # onnx-ir would say of each that its shape alone is not written
+                value.shape = None
     ir.save(model, path, external_data=data.name, size_threshold_bytes=SMALL)
 
 

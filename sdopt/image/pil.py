@@ -111,6 +111,8 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
             if image.width * image.height > MAX_PIXELS:
                 raise UsageError(f"{path}: {image.width}x{image.height} pixels; allowed are {MAX_PIXELS:,}")
             return ImageOps.exif_transpose(image)
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: there is no such file; give a PNG, JPEG or WebP picture") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UsageError(f"{path}: not a PNG, JPEG or WebP picture that can be read ({error})") from error
 
@@ -138,6 +140,8 @@ def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises: UsageError if it is not such a PNG.
     """
+    if not Path(path).exists():
+        raise UsageError(f"{path}: there is no such file; give a PNG that sdopt wrote")
     try:
         with cast(Any, Image).open(path, formats=("PNG",)) as image:
             text = image.info.get("sdopt")

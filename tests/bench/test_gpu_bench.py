@@ -25,6 +25,8 @@ if part == "good":
     json.dump({"device": "Fake", "weights": "trained", "seconds": {"step": [0.002, 0.001, 0.003]}}, open(result, "w"))
 elif part == "bad":
     sys.exit("it has no library")
+elif part == "wordy":
+    sys.exit("sdopt: error: there is no NVIDIA driver\\nsdopt build ended with 4")
 elif part == "lacking":
     print("python has no torch, which this part needs"); sys.exit(4)
 elif part == "crash":
@@ -133,6 +135,28 @@ def test_the_table_has_medians_and_reasons(gpu: ModuleType, climb: Any, tmp_path
     text = gpu.table(tmp_path / "out/parts.jsonl")
     assert "| good | Fake | trained | step | 2.000 ms |" in text
     assert "| bad | - | - | failed | it has no library |" in text
+
+
+def test_a_table_of_two_runs_into_one_folder_has_the_newest_lines(gpu: ModuleType, climb: Any, tmp_path: Path) -> None:
+    climb(part(gpu, "good"))
+    climb(part(gpu, "good"))
+    assert gpu.table(tmp_path / "out/parts.jsonl").count("| good |") == 1
+
+
+def test_a_part_that_fails_tells_its_error(gpu: ModuleType, climb: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    _, lines = climb(part(gpu, "wordy"))
+    assert lines["wordy"]["reason"] == "there is no NVIDIA driver"
+    assert "wordy: failed there is no NVIDIA driver" in capsys.readouterr().err
+
+
+def test_a_table_of_no_run_says_what_to_type() -> None:
+    command = [sys.executable, ROOT / "benchmarks/gpu.py", "--table", "none.jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert (
+        done.stderr
+        == "gpu.py: --table none.jsonl: there is no such file; `gpu.py -o FOLDER` writes FOLDER/parts.jsonl\n"
+    )
 
 
 def test_every_part_can_be_done_and_stands_behind_what_it_needs(gpu: ModuleType) -> None:

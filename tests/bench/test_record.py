@@ -74,5 +74,5 @@ def test_a_record_that_would_be_refused_is_not_written(tmp_path: Path) -> None:
 
 def test_the_records_that_are_kept_can_be_read() -> None:
     for path in (ROOT / "benchmarks/results").glob("*.json"):
-        if path.name != "loop.json":
+        if path.name not in ("loop.json", "rtx-builds.json"):  # of other scripts, with no side to compare
             assert read(path)["results"]

@@ -76,3 +76,20 @@ def test_a_bundle_is_no_skeleton(tool: ModuleType, tmp_path: Path, capsys: pytes
     assert not (tmp_path / "bundle").exists()
     assert tool.main(["empty", str(tmp_path / "none"), "-o", str(tmp_path / "skeleton")]) == 3
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_messages_name_what_can_be_typed(
+    tool: ModuleType, filled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    skeleton, there = tmp_path / "skeleton", tmp_path / "there"
+    there.mkdir()
+    for words, told in {
+        ("empty", EMOJI_BUNDLE, there): "there exists already; choose another name, or remove it first",
+        ("fill", skeleton, there): "there exists already; choose another name, or remove it first",
+        ("empty", skeleton, tmp_path / "new"): "skeleton is a skeleton already; `skeleton.py fill ",
+    }.items():
+        assert tool.main([words[0], str(words[1]), "-o", str(words[2])]) == 3
+        assert told in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tool.main([])
+    assert "required: empty | fill" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from sdopt.build.target import Target
 from sdopt.bundle.files import Bundle
 from sdopt.engine.plans import PLAN, stored
 from sdopt.engine.trt_api import TensorRT
-from sdopt.errors import BackendError
+from sdopt.errors import BackendError, UsageError
 from tests.conftest import PlugIn
 
 SIZES = ["batch=1:1:3 height=64 width=64"]
@@ -120,6 +120,51 @@ def test_an_inspector_that_tells_nothing_is_told_with_the_log(
     with pytest.raises(BackendError, match=r"vae_encoder: TensorRT's inspector tells nothing .*no reason given"):
         build(bundle, "tensorrt", components=["vae_encoder"], profiles=SIZES, options=EXACT, report=quiet)
     assert stored(bundle, "tensorrt") == []
+
+
+@pytest.mark.parametrize("flavour", ["10", "rtx"])
+def test_an_engine_whose_weights_are_streamed_is_built_and_run(flavour: str, bundle: Bundle, plug_in: PlugIn) -> None:
+    plug_in(flavour)
+    backend = "tensorrt-rtx" if flavour == "rtx" else "tensorrt"
+    options = Options(precision="fp32", weight_streaming=True)
+    build(bundle, backend, components=["vae_encoder"], profiles=SIZES, options=options, report=quiet)
+    (found,) = stored(bundle, backend)
+    assert found.record.options["weight_streaming"]
+    assert found.record.notes["agreement"]["rows"] > 80
+
+
+@pytest.mark.parametrize(
+    ("flavour", "option", "told"),
+    [
+        ("8.6", "weight_streaming", "--weight-streaming: tensorrt fake does not have it"),
+        ("rtx", "hardware_compatible", "--hardware-compatible: tensorrt-rtx does not have it"),
+    ],
+)
+def test_an_option_that_a_library_lacks_is_refused_before_a_word_is_said(
+    flavour: str, option: str, told: str, bundle: Bundle, plug_in: PlugIn
+) -> None:
+    plug_in(flavour)
+    lines: list[str] = []
+    options: dict[str, Any] = {option: True}
+    backend = "tensorrt-rtx" if flavour == "rtx" else "tensorrt"
+    with pytest.raises(UsageError, match=told):
+        build(bundle, backend, options=Options(**options), report=lines.append)
+    assert lines == []
+
+
+def test_a_driver_that_is_too_old_to_run_an_engine_is_told(
+    bundle: Bundle, plug_in: PlugIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plug_in("rtx")
+
+    def too_old(runtime: Any, plan: Any) -> None:
+        runtime._library.complain(runtime._log, "CUDA driver version is insufficient for CUDA runtime version")
+
+    monkeypatch.setattr("tests.fakes.trt.FakeRuntime.deserialize_cuda_engine", too_old)
+    lines: list[str] = []
+    build(bundle, "tensorrt-rtx", components=["vae_encoder"], profiles=SIZES, options=EXACT, report=lines.append)
+    (told,) = [line for line in lines if "not checked" in line]
+    assert "NVIDIA driver (CUDA 13.0) is older than the library needs; install a newer one" in told
 
 
 def test_of_a_long_log_the_errors_are_kept(gpu: Any) -> None:

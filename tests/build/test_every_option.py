@@ -15,7 +15,7 @@ from sdopt.build.options import Options
 from sdopt.build.plan import build
 from sdopt.bundle.files import Bundle
 from sdopt.denoise.loop import fused_component
-from sdopt.engine.plans import find
+from sdopt.engine.plans import usable
 from sdopt.errors import BackendError
 from tests import tiny
 from tests.conftest import EMOJI_BUNDLE, edit_manifest
@@ -96,8 +96,10 @@ def test_a_turbo_bundle_has_the_half_step_and_is_told_how_to_get_the_other(tmp_p
     plain, engines = built(EMOJI_BUNDLE, tmp_path, defaults=defaults)
     np.testing.assert_allclose(pictures(engines, "unet_step_alone", **SIZE), pictures(plain, **SIZE), atol=5e-4)
     assert fused_component(True, ["unet_step_alone"], needs_built=True) == "unet_step"
-    with pytest.raises(BackendError, match=r"Build it: sdopt build .*built --backend tensorrt --component unet_step"):
-        find(Bundle.open(engines, verify=False), "unet_step", "tensorrt", lambda record: {})
+    with pytest.raises(
+        BackendError, match=r"has no tensorrt engines. Build them: sdopt build .*built --backend tensorrt$"
+    ):
+        usable(Bundle.open(engines, verify=False), "unet_step", "tensorrt", lambda record: {})
 
 
 @pytest.mark.parametrize(

@@ -26,11 +26,13 @@ from sdopt.build.target import Target
 from sdopt.build.trt_build import Builder, meaning
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.specs import Profile, TensorSpec
+from sdopt.cli import main
+from sdopt.engine import describe
 from sdopt.engine.cuda import Gpu
 from sdopt.engine.plans import stored
 from sdopt.engine.trt_api import TensorRT
 from sdopt.errors import BackendError, UsageError
-from tests.conftest import EMOJI_BUNDLE, ROOT, edit_manifest
+from tests.conftest import EMOJI_BUNDLE, ROOT, PlugIn, edit_manifest
 from tests.conftest import sdopt as command
 
 RTX = pytest.mark.skipif(
@@ -94,6 +96,7 @@ def test_a_profile_is_typed_in_pixels_and_completed_with_the_bundles_own_sizes(e
         ("batch=4:1:1", "batch=4:1:1; allowed is 1 <= smallest <= best <= largest"),
         ("heigth=64", "heigth is unknown; there are batch, height, width, tokens"),
         ("height=60:64:64", "height must be in multiples of 8 pixels"),
+        ("batch=1:1:65", "batch is up to 64 pictures"),
         ("batch", r"'batch' is not NAME=SMALLEST:BEST:LARGEST or NAME=LENGTH"),
         ("batch=1 batch=2", "each name once"),
     ],
@@ -123,6 +126,63 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "recipe.toml").write_text(text)
     with pytest.raises(UsageError, match="recipe"):
         read_recipe(tmp_path / "recipe.toml")
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('when = "guidet"', "when = 'guidet'; allowed are guided, unguided, asked, or leave it out"),
+        ('fuse = "all"', "fuse = 'all'; allowed are .*guided"),
+        ('tokens = "chunks"', "tokens = 'chunks'; allowed are chunk, or"),
+        ('precision = "fp8"', "precision = 'fp8'; allowed are fp32, fp16, bf16"),
+        ('fues = "guided"', "fues is unknown; there are fuse"),
+    ],
+)
+def test_a_word_that_a_recipe_does_not_have_is_named(tmp_path: Path, line: str, told: str) -> None:
+    (tmp_path / "recipe.toml").write_text(f"profile = 'batch=1'\n[engine.unet]\ngraph = 'unet'\n{line}\n")
+    with pytest.raises(UsageError, match=f"engine unet: {told}"):
+        read_recipe(tmp_path / "recipe.toml")
+
+
+def test_a_profile_that_is_given_twice_is_one(emoji: Bundle) -> None:
+    twice = ["batch=1 height=64", "batch=1 height=64 width=128"]
+    assert len(user_profiles(emoji, read_recipe(), twice, static=False)) == 1
+    assert len(user_profiles(emoji, read_recipe(), ["batch=1:1:2", "batch=1:1:4"], static=True)) == 1
+
+
+def test_the_lock_of_a_build_is_gone_afterwards(bundle: Bundle) -> None:
+    (folder,) = build(bundle, "ort", components=["vae_encoder"], report=lambda line: None)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_graph_for_onnx_runtime_says_what_it_is(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    lines: list[str] = []
+    for backend, precision in (("ort", "fp32"), ("ort", "fp16"), ("ort:cuda", "fp16")):
+        build(
+            bundle, backend, components=["unet"], options=Options(precision=precision), report=lines.append,
+        )  # fmt: skip
+    told = [line for line in lines if "graph for ONNX Runtime" in line]
+    assert told[0] == "unet: a graph for ONNX Runtime on the CPU, fp32; taken by --backend ort:cpu"
+    assert told[1].endswith("on the CPU, fp16; taken by --backend ort:cpu --precision fp16")
+    assert "on CUDA, fp16; taken by --backend ort:cuda" in told[2]
+    assert "value type for shape" not in capsys.readouterr().err  # of onnx-ir, for every shape without a type
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ["ort", "--static", "--refit", "--profile", "batch=1"],
+            "--profile, --static, --refit: a graph for ONNX Runtime",
+        ),
+        (["tensorrt", "--workspace", "0"], "--workspace 0; allowed are GiB from 0.001 on"),
+    ],
+)
+def test_an_option_without_a_meaning_is_refused_by_name(
+    bundle: Bundle, words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["build", str(bundle.path), "--backend", *words]) == 2
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("bf16", "instead"), [(True, "bf16"), (False, "fp32")])
@@ -158,6 +218,11 @@ def test_tensorrts_errors_are_told_in_plain_words() -> None:
     assert told.startswith("no kernel fits into the memory that it may use")
     assert "ForeignNode" in told
     assert meaning("something new") == "something new"
+    noise = (
+        "cudaError 35: CUDA driver version is insufficient for CUDA runtime version"  # in every log without a driver
+    )
+    assert meaning(f"{noise} | no tactics").startswith("no kernel fits into the workspace")
+    assert meaning(noise).startswith("this option needs an NVIDIA driver")
 
 
 def test_a_plan_of_float32_weights_is_told_but_kept() -> None:
@@ -248,6 +313,22 @@ def test_the_gpu_that_is_named_is_the_one_that_is_asked_for(monkeypatch: pytest.
         with pytest.raises(BackendError, match="there is no such GPU"):
             Target.here(backend)
         assert asked[-1] == index
+
+
+def test_without_a_driver_the_library_that_builds_without_one_is_named(
+    plug_in: PlugIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_gpu(index: int = 0) -> Any:
+        raise BackendError("there is no NVIDIA driver")
+
+    plug_in("rtx")
+    monkeypatch.setattr("sdopt.build.target.shared_device", no_gpu)
+    monkeypatch.setattr("sdopt.engine.trt.shared_device", no_gpu)
+    with pytest.raises(BackendError, match="Without a GPU, --backend tensorrt-rtx builds: only running needs one"):
+        Target.here("tensorrt")
+    found = describe("tensorrt-rtx")
+    assert found["version"] == "fake"
+    assert found["lacks"].endswith("`sdopt build` works without: only running needs it")
 
 
 @pytest.mark.parametrize(("capability", "has"), [("7.5", False), ("8.0", True), ("9.0", True)])

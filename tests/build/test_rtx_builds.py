@@ -46,6 +46,20 @@ def test_builds_are_recorded_once_and_a_stopped_run_goes_on(tmp_path: Path) -> N
     assert not list((tmp_path / "emoji/bundle/engines").glob("*/engine.plan"))
 
 
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ("nosuch", "nosuch/bundle, and the models are sd15, sd21, sdxl"),
+        ("sd15", "sd15/bundle is missing; make it: python benchmarks/models.py sd15 --cache"),
+    ],
+)
+def test_a_model_that_is_not_there_is_refused_at_once(tmp_path: Path, model: str, told: str) -> None:
+    command = [sys.executable, ROOT / "benchmarks/rtx_builds.py", "--cache", tmp_path, "--models", model]
+    done = subprocess.run([*command, "-o", tmp_path / "record.json"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, told in done.stderr) == (2, True)
+    assert not (tmp_path / "record.json").exists()
+
+
 def test_a_build_that_fails_or_takes_too_long_is_an_entry(tmp_path: Path) -> None:
     shutil.copytree(EMOJI_BUNDLE, tmp_path / "emoji/bundle")
     done, builds = run(tmp_path, "--precisions", "fp16", "--shapes", "static", "--limit", "0.1")

@@ -127,3 +127,16 @@ raise SystemExit(main(["generate", "a red apple", "--steps", "1", "--size", "64x
     environment = {**free, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, (tmp_path / "a.png").exists()) == (0, True), done.stderr
+
+
+def test_a_file_that_was_new_when_reading_began_gets_no_stamp_however_long_that_took(
+    tmp_path: Path, hashed: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have changed while it was read, at a time that its file system does not tell from the one before."""
+    path = tmp_path / "a"
+    path.write_bytes(b"new")
+    moments, now = iter([0.0, 60.0]), time.time_ns()
+    monkeypatch.setattr(stamps.time, "time_ns", lambda: now + int(1e9 * next(moments, 60.0)))
+    known_sha256(path)
+    monkeypatch.undo()
+    assert not list((tmp_path / "cache").rglob("stamps/*"))

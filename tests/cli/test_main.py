@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdopt.image.pil import read_parameters
 from tests.conftest import EMOJI_CHECKPOINT, ROOT, edit_manifest, sdopt
 
 
@@ -59,6 +60,18 @@ def test_no_metadata_leaves_the_png_bare(tmp_path: Path) -> None:
     assert "does not tell how it was made" in done.stderr
 
 
+def test_a_replay_asks_for_the_backend_and_precision_of_its_picture_and_says_if_it_has_others(tmp_path: Path) -> None:
+    first = tmp_path / "a.png"
+    common = ("--size", "64x64", "--steps", "1", "--json")
+    done = sdopt("generate", "a pear", "-o", first, "--backend", "ort:cpu", *common)
+    assert (read_parameters(first)["backend"], read_parameters(first)["precision"]) == ("ort:cpu", "float32")
+    done = sdopt("generate", "--replay", first, "-o", tmp_path / "b.png", "--json")
+    assert json.loads(done.stdout)["backend"] == "ort:cpu"
+    assert "differ" not in done.stderr
+    done = sdopt("generate", "--replay", first, "-o", tmp_path / "c.png", "--backend", "ort")
+    assert "was made by ort:cpu in float32; this picture may differ" in done.stderr
+
+
 def test_replay_with_another_bundle_names_the_one_it_needs(tmp_path: Path, tiny_bundle: Path) -> None:
     sdopt("generate", "a", "--steps", 1, "-m", tiny_bundle, "-o", tmp_path / "a.png")
     done = sdopt("generate", "--replay", tmp_path / "a.png", "-o", tmp_path / "b.png")
@@ -82,6 +95,8 @@ def test_replay_with_another_bundle_names_the_one_it_needs(tmp_path: Path, tiny_
         (["generate", "a", "-o", "a.png", "-m", EMOJI_CHECKPOINT], 3, "sdopt export"),
         (["generate", "a", "-o", "a.png", "--replay", "a.png"], 2, "leave out prompt"),
         (["generate", "-o", "a.png", "--replay", "a.png", "--clip-skip", "1", "--rng", "numpy"], 2, "rng, clip_skip"),
+        (["generate", "a", "-o", "a.png", "--image", "no.png"], 2, "no.png: there is no such file"),
+        (["generate", "-o", "a.png", "--replay", "no.png"], 2, "no.png: there is no such file"),
         (["generate", "a", "-o", "a.png", "--vae-tile", "2"], 2, "vae_tile = 2"),
         (["inspect", "no/bundle"], 3, "no such folder"),
         (["paint"], 2, "invalid choice"),

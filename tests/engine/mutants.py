@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TESTS = ("tests/engine/test_trt.py", "tests/engine/test_trt_memory.py", "tests/engine/test_cuda.py")
+TESTS = tuple(f"tests/engine/test_{name}.py" for name in ("trt", "trt_memory", "cuda", "trt_faults"))
 COPIED = ("sdopt", "tests", "engines", "pyproject.toml")
 
 
@@ -52,7 +52,8 @@ MUTANTS = (
     Mutant("the arena's move goes unnoticed", "lane.py", "if self._epoch != self.device.epoch:", "if self._epoch < 0:"),
     Mutant("the old graph is kept", "lane.py", "        self._drop_graph()\n        self.context.scratch", "        self.context.scratch"),
     Mutant("no collection rests during a capture", "device.py", "gc.disable()", "pass"),
-    Mutant("a refused capture leaves the stream in it", "cuda.py", "self._rt.cudaStreamEndCapture(handle)  # the stream", "pass  # the stream"),
+    Mutant("a refused capture leaves the stream in it", "cuda.py", "status, *graph = self._rt.cudaStreamEndCapture(handle)  # the stream", "status = 1  # the stream"),
+    Mutant("what an interrupt left of a capture is leaked", "cuda.py", "                self._rt.cudaGraphDestroy(*graph)", "                pass"),
     Mutant("a graph that fails late is leaked", "cuda.py", "            self.drop(kept)\n            raise", "            raise"),
     Mutant("a graph is leaked", "lane.py", "            self.device.cuda.drop(self._graph)", "            pass"),
     Mutant("that there is no graph is not told", "lane.py", "        log.warning(", "        log.debug("),
@@ -64,13 +65,16 @@ MUTANTS = (
     Mutant("a call does not wait", "trt.py", "            self.device.wait(lane.done)\n", ""),
     Mutant("a fetch does not wait", "trt.py", "        self._device.wait(self._lane.done)\n", ""),
     Mutant("streamed inputs share a place", "lane.py", "memory.upload(slot * k,", "memory.upload(0 * k,"),
-    Mutant("the lane closes while work is queued", "lane.py", "must not keep its memory.\"\"\"\n        self.device.cuda.synchronize(self.device.stream)", "must not keep its memory.\"\"\""),
+    Mutant("the lane closes while work is queued", "lane.py", "self.closed = True\n        self.device.cuda.synchronize(self.device.stream)", "self.closed = True"),
     Mutant("memory moves while work is queued", "lane.py", "            self.device.cuda.synchronize(self.device.stream)\n            self.free()", "            self.free()"),
     Mutant("the arena moves while work is queued", "device.py", "            self.cuda.synchronize(self.stream)\n            self._drop_arena()\n            self._arena =", "            self._drop_arena()\n            self._arena ="),
     Mutant("the arena goes while work is queued", "device.py", "        self.cuda.synchronize(self.stream)\n        self._drop_arena()\n\n    def free", "        self._drop_arena()\n\n    def free"),
     Mutant("the wrong stream", "lane.py", "self.context.enqueue(self.device.stream)", "self.context.enqueue(0)"),
     # the step
     Mutant("rows stay where they are", "lane.py", "self.tables.address + offset + k * nbytes", "self.tables.address + offset"),
+    Mutant("a call takes the rows of the run before it", "trt.py", "                lane.launch()\n", "                lane.launch(0)\n"),
+    Mutant("a slot is filled again while the GPU is behind", "lane.py", "if (name, k) in self._filled:", "if False:"),
+    Mutant("an input of another size passes", "lane.py", "if array.shape != place.shape:", "if False:"),
     Mutant("nothing is carried", "lane.py", "for output, name in self._carry.items():", "for output, name in ():"),
     Mutant("a run begins with what the last one left", "trt.py", "                lane.clear()\n", ""),
     Mutant("a profile is chosen after the shapes", "trt_api.py", "        done = self.context.set_optimization_profile_async(profile, stream)\n        for name, shape in shapes.items():\n            done = done and self.context.set_input_shape(name, shape)\n", "        done = True\n        for name, shape in shapes.items():\n            done = done and self.context.set_input_shape(name, shape)\n        done = done and self.context.set_optimization_profile_async(profile, stream)\n"),
@@ -78,7 +82,7 @@ MUTANTS = (
     Mutant("the library's words are lost", "trt_api.py", "It says: {self.log.errors()}", "It says nothing"),
     # memory
     Mutant("pinned memory is leaked", "lane.py", "            self.device.cuda.unpin(self.staging)\n", ""),
-    Mutant("an event is leaked", "lane.py", "        self.device.cuda.drop_event(self.done)", "        pass"),
+    Mutant("an event is leaked", "lane.py", "in (self.uploaded, self.done):", "in (self.uploaded,):"),
     Mutant("a closed lane keeps its context", "lane.py", "        del self.context\n", "        self._kept = [self.context, self]\n        self.device.kept = self._kept\n"),
     Mutant("a dropped engine is not freed", "trt.py", "weakref.finalize(self, _discard, device, self._loaded)", "None"),
     Mutant("an engine that is dropped while another queues is freed there", "device.py", "if not self._depth and self._lost is None:", "if self._lost is None:\n                self._free_discarded()"),

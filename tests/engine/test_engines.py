@@ -183,7 +183,7 @@ def test_an_engine_that_was_built_for_cuda_is_not_there_for_the_cpu(bundle: Bund
     with new_folder(engines_folder(bundle) / record.key) as folder:
         (folder / "graph.onnx").write_bytes(b"not for a CPU")
         write_record(folder, record, ["graph.onnx"])
-    assert engines.built_components(bundle, "ort:cpu") == ()
+    assert engines.built_components(bundle, "ort:cpu") == {}
     with open_engine(bundle, "vae_encoder", "ort:cpu") as engine:
         assert engine.inputs
 

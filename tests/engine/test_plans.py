@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from sdopt.bundle.files import Bundle, new_folder
 from sdopt.bundle.specs import Profile
+from sdopt.engine import plans
 from sdopt.engine.plans import RECORD, Record, built_components, engines_folder, stored, usable, write_record
 from sdopt.errors import BackendError, BundleError
 
@@ -45,8 +47,8 @@ def test_an_engine_of_this_user_for_this_machine_is_found_and_its_record_survive
     assert folder.name.startswith("unet-")
     (found,) = stored(bundle, "tensorrt")
     assert (found.record.key, found.ours) == (folder.name, True)
-    assert built_components(bundle, "tensorrt") == ("unet",)
-    assert built_components(bundle, "tensorrt-rtx") == ()
+    assert built_components(bundle, "tensorrt") == {"unet": "fp16"}
+    assert built_components(bundle, "tensorrt-rtx") == {}
 
 
 def test_engines_lie_beside_the_bundle_and_do_not_change_it(bundle: Bundle) -> None:
@@ -63,9 +65,35 @@ def test_the_newest_engine_is_taken(bundle: Bundle) -> None:
 
 def test_without_an_engine_the_command_that_builds_one_is_named(bundle: Bundle) -> None:
     with pytest.raises(
-        BackendError, match=r"has no tensorrt engine of unet. Build it: sdopt build .* --backend tensorrt"
+        BackendError, match=r"has no tensorrt engines. Build them: sdopt build .*/bundle --backend tensorrt$"
     ):
         looked_up(bundle)
+    put(bundle, component="vae_decoder")
+    with pytest.raises(BackendError, match=r"has no tensorrt engine of unet. Build it: .* --component unet$"):
+        looked_up(bundle)
+
+
+def test_a_bundle_that_was_moved_is_named_as_it_is_now(bundle: Bundle, tmp_path: Path) -> None:
+    put(bundle)
+    moved = Bundle(bundle.path.rename(tmp_path / "a moved one"), bundle.manifest)
+    with pytest.raises(
+        BackendError, match=r"Build it: sdopt build '.*/a moved one' --backend tensorrt --component unet"
+    ):
+        looked_up(moved, GPU="NVIDIA H200")
+
+
+def test_engines_of_the_precision_that_is_asked_for_go_first(bundle: Bundle) -> None:
+    def found(precision: str) -> list[Path]:
+        own = usable(bundle, "unet", "tensorrt", lambda record: HERE, precision=precision)
+        return [stored.folder for stored in own]
+
+    old, new = put(bundle, options={"precision": "bf16"}), put(bundle)
+    assert found("") == [new, old]
+    assert found("bf16") == found("bfloat16") == [old]
+    assert found("fp32") == [new, old]  # what overflows in it was built in another
+    assert built_components(bundle, "tensorrt") == {"unet": "fp16"}
+    assert built_components(bundle, "tensorrt", precision="bf16") == {"unet": "bf16"}
+    assert built_components(bundle, "tensorrt", precision="fp32") == {}
 
 
 @pytest.mark.parametrize(
@@ -162,3 +190,45 @@ def test_all_that_changes_an_engine_changes_its_key(bundle: Bundle) -> None:
 def test_the_key_of_a_user_is_readable_by_nobody_else(bundle: Bundle, own_folders: Path) -> None:
     put(bundle)
     assert (own_folders / "state/sdopt/engine-key").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"component": []}, {"backend": {}}, {"carry": "sample"}, {"environment": {"GPU": 1}}, {"options": None},
+        {"files": {"engine.plan": {"bytes": 6}}}, {"files": {"engine.plan": 6}}, {"profiles": [1]}, {"asked": [None]},
+        {"inputs": [{"name": [], "dtype": "float32", "shape": [1]}]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_record_with_another_kind_of_value_is_none(bundle: Bundle, change: dict[str, object]) -> None:
+    """It may be anybody's: a bundle from somewhere else would stop every command with a traceback."""
+    folder = put(bundle)
+    entry = json.loads((folder / RECORD).read_text())
+    (folder / RECORD).write_text(json.dumps({**entry, **change}))
+    assert built_components(bundle, "tensorrt") == {}
+    with pytest.raises(BackendError, match="has no tensorrt engines. Build them"):
+        looked_up(bundle, trust=True)
+
+
+def test_a_trusted_record_that_lists_no_engine_says_so(bundle: Bundle) -> None:
+    folder = put(bundle)
+    entry = json.loads((folder / RECORD).read_text())
+    (folder / RECORD).write_text(json.dumps({**entry, "files": {}}))
+    with pytest.raises(BackendError, match=r"engine.plan is not listed in its record; build it again"):
+        looked_up(bundle, trust=True)
+
+
+def test_an_engine_that_another_process_removes_meanwhile_is_passed_over(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone, kept = put(bundle), put(bundle, options={"precision": "fp32"})
+    read = plans._read  # pyright: ignore[reportPrivateUsage]
+
+    def slow(path: Path) -> object:
+        found = read(path)
+        shutil.rmtree(gone, ignore_errors=True)
+        return found
+
+    monkeypatch.setattr(plans, "_read", slow)
+    assert [s.folder for s in stored(bundle, "tensorrt")] == [kept]

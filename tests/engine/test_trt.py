@@ -216,7 +216,8 @@ def test_a_shape_outside_every_profile_names_the_nearest_and_the_command(pipe: s
     with pytest.raises(
         UsageError,
         match=r"unet_step: got latent_width = 40; the nearest profile of this engine is batch=1:1:4 tokens=1:32:64"
-        r'.*sdopt build BUNDLE --profile "batch=1:1:4 tokens=1:32:64 height=8:128:256 width=8:128:320"',
+        r".*sdopt build .* --component unet_step "
+        r'--profile "batch=1:1:4 tokens=1:32:64 height=8:128:256 width=8:128:320", or use --backend ort',
     ):
         pipe("a red apple", height=64, width=320, seed=1)
 

@@ -304,6 +304,7 @@ def test_what_python_collects_during_a_capture_does_not_get_into_the_graph(
 
     def wasteful(context: Any, stream: int) -> None:
         if gpu.capturing(stream):
+            gc.set_threshold(1, 1, 1)  # from here on, each allocation collects
             _ = [[[]] for _ in range(100)]
         enqueue(context, stream)
 
@@ -313,17 +314,61 @@ def test_what_python_collects_during_a_capture_does_not_get_into_the_graph(
         pipe.release("unet_step")
         monkeypatch.setattr("sdopt.engine.trt_api.Context.enqueue", wasteful)
         gc.collect()
-        gc.disable()
+        gc.set_threshold(1_000_000, 1_000_000, 1_000_000)
         try:
             dropped()
-            gc.set_threshold(10, 1, 1)
-            steps = pipe.denoise("a cat", **{k: v for k, v in OPTIONS.items() if k != "output_type"})
-            next(steps)
-            gc.enable()
-            for step in steps:
-                last = step
+            last = list(pipe.denoise("a cat", **{k: v for k, v in OPTIONS.items() if k != "output_type"}))[-1]
         finally:
             gc.set_threshold(*thresholds)
-            gc.enable()
         np.testing.assert_array_equal(last.sample, expected)
     assert not messages
+
+
+# ---- memory that moves or goes while work is queued
+
+
+def started(stocked: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """An engine of whole steps, a run of it whose first launch nobody has waited for, and its inputs."""
+    engine, arrays = counting(stocked)
+    run = engine.begin({n: a for n, a in arrays.items() if n != "row"}, {"row": np.stack([arrays["row"]] * 2)})
+    run.launch(0)
+    return engine, run, arrays
+
+
+def test_scratch_memory_moves_when_nothing_uses_it(stocked: Path, gpu: Simulator) -> None:
+    found: list[Any] = []
+    with opened(stocked) as decoder:
+        for disturbed in (False, True):
+            engine, run, _ = started(stocked)
+            if disturbed:
+                decoder(latent_sample=np.zeros((4, 4, 8, 8), np.float32))  # needs more scratch memory
+            run.launch(1)
+            found.append(run.fetch("next_sample"))
+            run.close()
+            engine.close()
+    np.testing.assert_array_equal(*found)
+
+
+def test_what_lies_idle_goes_when_nothing_uses_it(stocked: Path, gpu: Simulator) -> None:
+    found: list[Any] = []
+    for disturbed in (False, True):
+        engine, run, _ = started(stocked)
+        if disturbed:
+            with device.shared_device().queueing():
+                device.shared_device().trim()
+        run.launch(1)
+        found.append(run.fetch("next_sample"))
+        run.close()
+        engine.close()
+    np.testing.assert_array_equal(*found)
+
+
+def test_tables_grow_when_nothing_reads_the_old_ones(stocked: Path, gpu: Simulator) -> None:
+    engine, run, arrays = started(stocked)
+    run.close()
+    inputs = {n: a for n, a in arrays.items() if n != "row"}
+    with engine:
+        longer = engine.begin(inputs, {"row": np.stack([arrays["row"]] * 500)})
+        longer.launch(499)
+        assert np.isfinite(longer.fetch("next_sample")).all()
+        longer.close()

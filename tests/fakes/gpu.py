@@ -94,6 +94,8 @@ class Simulator:
         self.driver, self.calls = 13000, list[str]()
         self.fail = 0  # a status that every call answers with from now on
         self.fail_next: dict[str, int] = {}  # call -> the status of its next time
+        self.full_at: dict[str, range] = {}  # call or what is held -> those of its times that find no memory, from 1 on
+        self.counts: dict[str, int] = {}
         self.spins = 0  # waits that keep a core busy, because their event does not block
         self.restores = 0
         self.blocks: dict[int, Array] = {}
@@ -101,6 +103,7 @@ class Simulator:
         self.streams: dict[int, Stream] = {0: Stream(0)}
         self.events: dict[int, Event] = {}
         self.graphs: dict[int, list[Work] | None] = {}
+        self.captures: dict[int, list[Work]] = {}  # what was captured, until it is destroyed
         self.held: dict[str, int] = {}  # bytes of weights, contexts and the like, by what holds them
         self._owner: dict[int, int] = {}  # address -> GPU
         self._ticket, self._next, self._handle = 0, 1 << 20, STREAM
@@ -111,7 +114,7 @@ class Simulator:
 
     def hold(self, what: str, nbytes: int, device: int = 0) -> bool:
         """Take memory for weights or contexts; False if there is none."""
-        if nbytes > self._free(device):
+        if nbytes > self._free(device) or self._is_full_at(what):
             return False
         self.held[what] = self.held.get(what, 0) + nbytes
         return True
@@ -140,7 +143,7 @@ class Simulator:
         """What is still held, by kind; streams live as long as the process."""
         counts = {
             "device blocks": len(self.blocks), "pinned blocks": len(self.pinned), "graphs": len(self.graphs),
-            "events": len(self.events), **self.held,
+            "events": len(self.events), "captures": len(self.captures), **self.held,
         }  # fmt: skip
         return {kind: count for kind, count in counts.items() if count}
 
@@ -170,7 +173,8 @@ class Simulator:
             with self._lock:
                 if name not in UNTOLD:
                     self.calls.append(KINDS[args[3]] if name == "cudaMemcpyAsync" else NAMES.get(name, name))
-                status = self.fail_next.pop(name, self.fail)
+                full = OUT_OF_MEMORY if self._is_full_at(name) else 0
+                status = self.fail_next.pop(name, self.fail or full)
                 if status and name == "cudaStreamEndCapture":  # a capture that fails is over too
                     self.streams[int(args[0])].captured = None
                 if status and name not in ("cudaGetErrorString", "cudaDriverGetVersion", "cudaRuntimeGetVersion"):
@@ -321,17 +325,19 @@ class Simulator:
         work, found.captured = found.captured, None
         if not found.capture_ok:
             raise Refused(CAPTURE_INVALID)
-        return (("graph", work),)
+        handle = self._new()
+        self.captures[handle] = work
+        return (handle,)
 
     def cudaGraphInstantiate(self, graph: Any, flags: int) -> Any:  # noqa: N802
         if not self.hold("graphs' memory", GRAPH_BYTES, self._device):
             raise Refused(OUT_OF_MEMORY)
         handle = self._new()
-        self.graphs[handle] = graph[1]
+        self.graphs[handle] = self.captures[graph]
         return (handle,)
 
     def cudaGraphDestroy(self, graph: Any) -> Any:  # noqa: N802
-        return None
+        del self.captures[graph]
 
     def cudaGraphUpload(self, graph: int, stream: int) -> Any:  # noqa: N802
         self._graph(graph)
@@ -354,6 +360,10 @@ class Simulator:
     def _free(self, device: int) -> int:
         taken = sum(len(b) for a, b in self.blocks.items() if self._owner[a] == device)
         return self.total - taken - (sum(self.held.values()) if device == 0 else 0)
+
+    def _is_full_at(self, what: str) -> bool:
+        self.counts[what] = self.counts.get(what, 0) + 1
+        return self.counts[what] in self.full_at.get(what, ())
 
     def _new(self) -> int:
         self._handle += 1

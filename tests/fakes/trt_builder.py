@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -85,14 +86,24 @@ class FakeBuilder:
         if not network.layers or not config.profiles:
             self.library.complain(self.log, "Network must have at least one output and one optimization profile")
             return None
+        if {"REQUIRE_USER_ALLOCATION", "WEIGHT_STREAMING"} <= config.flags:
+            self.library.complain(
+                self.log, "Error Code: 35: no driver (cudaError 35)"
+            )  # it is always there without one
+            words = "is not compatible with BuilderFlag::kWEIGHT_STREAMING"
+            self.library.complain(self.log, f"BuilderFlag::kREQUIRE_USER_ALLOCATION {words}")
+            return None
         half = "FP16" in config.flags
         layers = {layer.outputs[0].name: layer.chosen(half).name for layer in network.layers if layer.outputs}
         streams, sharing = "WEIGHT_STREAMING" in config.flags, "PROFILE_SHARING_0806" in config.features
         monitor = getattr(config, "progress_monitor", None)
         if monitor is not None:
             monitor.phase_start("Building engine", None, 1)
-            monitor.step_complete("Building engine", 0)
+            goes_on = monitor.step_complete("Building engine", 0)
             monitor.phase_finish("Building engine")
+            if not goes_on:
+                self.library.complain(self.log, "Error Code 7: BuildCanceled (Build canceled by user)")
+                return None
         return fake_plan(
             network.inside, config.profiles, weights=len(network.inside), layers=layers, streams=streams,
             sharing=sharing,
@@ -100,7 +111,11 @@ class FakeBuilder:
 
     def _to_stream(self, network: FakeNetwork, config: FakeConfig, writer: Any) -> bool:
         plan = self.build_serialized_network(network, config)
-        return plan is not None and writer.write(plan) == len(plan)
+        if plan is None:
+            return False
+        with suppress(Exception):  # TensorRT-RTX 1.7.1 prints what a writer raises, looks at no count, and says True
+            writer.write(plan)
+        return True
 
 
 class FakeNetwork:
@@ -252,10 +267,12 @@ class FakeConfig:
     def set_tactic_sources(self, mask: int) -> bool:
         return True
 
-    def create_timing_cache(self, known: bytes) -> bytes:
-        return known
+    def create_timing_cache(self, known: bytes) -> Any:
+        return SimpleNamespace(known=known) if known in (b"", b"timings") else None  # it is damaged
 
-    def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
+    def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
+        if cache is None:
+            raise TypeError("set_timing_cache(): incompatible function arguments")
         return True
 
     def get_timing_cache(self) -> Any:
