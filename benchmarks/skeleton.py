@@ -18,14 +18,14 @@ import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 
 from sdopt.bundle.files import MANIFEST, new_folder, read_manifest, write_manifest
+from sdopt.bundle.format import Manifest
 from sdopt.errors import BundleError, SdoptError
 
 KEPT = "kept.npz"
@@ -57,7 +57,7 @@ def empty(bundle: Path, skeleton: Path) -> Path:
         if not weight.fan_in:
             kept[key(weight)] = np.fromfile(bundle / weight.file, np.uint8, weight.nbytes, offset=weight.offset)
     with new_folder(skeleton) as folder:
-        for name in manifest["files"]:
+        for name in manifest.files:
             if not name.endswith(".data"):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(bundle / name, folder / name)
@@ -71,8 +71,8 @@ def fill(skeleton: Path, bundle: Path, seed: int = 0) -> Path:
 
     Raises: BundleError for what is no skeleton, or a folder that exists.
     """
-    manifest = dict(read_manifest(skeleton))
-    sizes = {name: entry["bytes"] for name, entry in manifest.pop("files").items()}
+    manifest = read_manifest(skeleton)
+    sizes = {name: entry.bytes for name, entry in manifest.files.items()}
     if not (skeleton / KEPT).is_file():
         raise BundleError(f"{skeleton} is not a skeleton: it has no {KEPT}. `skeleton.py empty BUNDLE -o {skeleton}`")
     with new_folder(bundle, needed_bytes=sum(sizes.values())) as folder:
@@ -83,15 +83,15 @@ def fill(skeleton: Path, bundle: Path, seed: int = 0) -> Path:
                     stream.truncate(nbytes)
             else:
                 shutil.copyfile(skeleton / name, folder / name)
-        _write_weights(folder, list(weights(folder, {**manifest, "files": sizes})), np.load(skeleton / KEPT), seed)
-        write_manifest(folder, {**manifest, "random_weights": seed})
+        _write_weights(folder, list(weights(folder, manifest)), np.load(skeleton / KEPT), seed)
+        write_manifest(folder, replace(manifest, random_weights=seed))
     return bundle
 
 
-def weights(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Weight]:
+def weights(folder: Path, manifest: Manifest) -> Iterator[Weight]:
     """Every tensor of a weights file once; a graph for one library shares the file of the component's own."""
     seen: set[tuple[str, int]] = set()
-    for graph in sorted((n for n in manifest["files"] if n.endswith(".onnx")), key=lambda n: (n.count("."), n)):
+    for graph in sorted((n for n in manifest.files if n.endswith(".onnx")), key=lambda n: (n.count("."), n)):
         model = onnx.load(folder / graph, load_external_data=False)
         fans = fan_ins(model.graph)
         for tensor in model.graph.initializer:

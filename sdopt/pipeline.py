@@ -192,10 +192,10 @@ class Pipeline:
         self, sample: Float32, output_type: str = "pil", *, vae_tile: int | None = None, vae_slice: bool = False
     ) -> Any:
         """The pictures of latents [images, channels, latent_height, latent_width]; see `vae_tile` in Options."""
-        entry = self.bundle.manifest["latents"]
-        scaled = sample / _by_channel(entry["scaling_factor"]) + _by_channel(entry["shift_factor"])
+        entry = self.bundle.manifest.latents
+        scaled = sample / _by_channel(entry.scaling_factor) + _by_channel(entry.shift_factor)
         run = sliced(self._decoded) if vae_slice else self._decoded
-        decoded = run(scaled) if vae_tile is None else decode_tiled(run, scaled, vae_tile, entry["factor"])
+        decoded = run(scaled) if vae_tile is None else decode_tiled(run, scaled, vae_tile, entry.factor)
         return pictures.to_pil(decoded) if output_type == "pil" else pictures.to_unit(decoded)
 
     def _decoded(self, latents: Float32) -> Float32:
@@ -239,25 +239,25 @@ class Pipeline:
 
     def _drawing(self, plan: Plan) -> Callable[[], Float32]:
         """Draws standard normal noise, each image's from its own seed, so that a batch equals its images made alone."""
-        entry = self.bundle.manifest["latents"]
-        shape = (len(plan.seeds), entry["channels"], plan.height // entry["factor"], plan.width // entry["factor"])
+        entry = self.bundle.manifest.latents
+        shape = (len(plan.seeds), entry.channels, plan.height // entry.factor, plan.width // entry.factor)
         generators = [generator(seed, plan.rng) for seed in plan.seeds]
         return lambda: batch(generators, shape)
 
     @property
     def _joins(self) -> bool:
         """Whether the UNet takes more channels than the latents have: a mask and a masked picture beside them."""
-        return self.bundle.component("unet").inputs[0].shape[1] != self.bundle.manifest["latents"]["channels"]
+        return self.bundle.component("unet").inputs[0].shape[1] != self.bundle.manifest.latents.channels
 
     def _posterior(self, plan: Plan, images: Float32) -> Posterior:
         """Mean and, where the encoder gives one, standard deviation of the scaled latents of pictures in -1..1."""
-        entry = self.bundle.manifest["latents"]
+        entry = self.bundle.manifest.latents
         run = sliced(self._encoded) if plan.vae_slice else self._encoded
         tile = plan.vae_tile
-        moments = run(images) if tile is None else encode_tiled(run, images, tile, entry["factor"])
-        scale = _by_channel(entry["scaling_factor"])
-        mean, logvar = np.split(moments, [entry["channels"]], 1)
-        mean = (mean - _by_channel(entry["shift_factor"])) * scale
+        moments = run(images) if tile is None else encode_tiled(run, images, tile, entry.factor)
+        scale = _by_channel(entry.scaling_factor)
+        mean, logvar = np.split(moments, [entry.channels], 1)
+        mean = (mean - _by_channel(entry.shift_factor)) * scale
         return mean, np.exp(logvar / 2) * scale if logvar.size else None
 
     def _encoded(self, images: Float32) -> Float32:

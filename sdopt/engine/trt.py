@@ -43,7 +43,7 @@ def open_component(bundle: Bundle, name: str, how: How) -> TrtEngine:
     gpu = shared_device(device_index(how.backend, how.device))  # before TensorRT: its runtime ends a driverless process
     lib = TensorRT(how.backend)
     plans = usable(bundle, name, how.backend, lambda record: environment(lib, gpu.cuda.gpu, record.options), how.trust)
-    factor: int = bundle.manifest["latents"]["factor"]
+    factor = bundle.manifest.latents.factor
     return TrtEngine(lib, gpu, plans, {"latent_height": factor, "latent_width": factor}, how.cache)
 
 
