@@ -75,7 +75,7 @@ def decode(kind: type[T] | Any, value: Any, where: str = "") -> T:
 
     Raises: DecodeError that names the path, the value and what is allowed.
     """
-    return cast(T, _decode(kind, value, where))
+    return cast(T, _decode(kind, value, (where,)))
 
 
 def encode(value: Any) -> Any:
@@ -101,49 +101,62 @@ def within(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
 
 
-def _decode(kind: Any, value: Any, where: str) -> Any:
+Path = tuple[str | int, ...]  # the place of the value that is decoded, then keys and indices: text only in an error
+
+
+def _text(path: Path) -> str:
+    text = str(path[0])
+    for key in path[1:]:
+        text = f"{text}[{key}]" if isinstance(key, int) else within(text, key)
+    return text
+
+
+def _decode(kind: Any, value: Any, path: Path) -> Any:
     if not _fits(kind, value):
-        raise refusal(where, value, _allowed(kind))
+        raise refusal(_text(path), value, _allowed(kind))
+    if isinstance(kind, type) and kind in NAMES:
+        if kind in _PLAIN and not _PLAIN[kind](value):
+            raise refusal(_text(path), value, NAMES[kind])
+        return float(value) if kind is float else value
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return _ruled(args[0], cast("tuple[Rule, ...]", args[1:]), value, where)
+        return _ruled(args[0], cast("tuple[Rule, ...]", args[1:]), value, path)
     if origin in (Union, types.UnionType):
-        return _decode(next(member for member in args if _fits(member, value)), value, where)
+        return _decode(next(member for member in args if _fits(member, value)), value, path)
     if origin is tuple:
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        return tuple(
-            _decode(own, item, f"{where}[{i}]") for i, (own, item) in enumerate(zip(kinds, value, strict=True))
-        )
+        return tuple(_decode(own, item, (*path, i)) for i, (own, item) in enumerate(zip(kinds, value, strict=True)))
     if origin is Mapping:
-        return {_decode(args[0], k, within(where, k)): _decode(args[1], v, within(where, k)) for k, v in value.items()}
-    if dataclasses.is_dataclass(kind):
-        return _dataclass(cast(type[Any], kind), value, where)
-    if kind in (float, str, Json) and not _PLAIN[kind](value):
-        raise refusal(where, value, NAMES[kind])
-    return float(value) if kind is float else value
+        return {_decode(args[0], k, (*path, k)): _decode(args[1], v, (*path, k)) for k, v in value.items()}
+    return _dataclass(cast(type[Any], kind), value, path)
 
 
-def _ruled(kind: Any, rules: tuple[Rule, ...], value: Any, where: str) -> Any:
-    decoded = _decode(kind, value, where)
+def _ruled(kind: Any, rules: tuple[Rule, ...], value: Any, path: Path) -> Any:
+    decoded = _decode(kind, value, path)
     for rule in rules:
         if not rule.test(decoded):
-            raise refusal(where, value, rule.allowed)
+            raise refusal(_text(path), value, rule.allowed)
     return decoded
 
 
-def _dataclass(kind: type[Any], value: Mapping[str, Any], where: str) -> Any:
-    hints, fields = _hints(kind), dataclasses.fields(kind)
+def _dataclass(kind: type[Any], value: Mapping[str, Any], path: Path) -> Any:
+    hints = _hints(kind)
     for key in value:
         if key not in hints:
+            where = _text(path)
             raise DecodeError(f"{within(where, key)} is unknown; {where or 'the file'} has {', '.join(hints)}")
-    for f in fields:
+    for f in dataclasses.fields(kind):
         if f.name not in value and f.default is dataclasses.MISSING:
-            raise DecodeError(f"{within(where, f.name)} is missing; allowed is {_allowed(hints[f.name])}")
-    return kind(**{key: _decode(hints[key], own, within(where, key)) for key, own in value.items()})
+            raise DecodeError(f"{_text((*path, f.name))} is missing; allowed is {_allowed(hints[f.name])}")
+    return kind(**{key: _decode(hints[key], own, (*path, key)) for key, own in value.items()})
 
 
 def _fits(kind: Any, value: Any) -> bool:
     """Whether a value has the JSON type of a kind."""
+    if isinstance(kind, type) and kind in NAMES:
+        if kind is float:
+            return type(value) in (int, float)  # not bool
+        return kind is Json or type(value) is kind
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return _fits(args[0], value)
@@ -151,11 +164,7 @@ def _fits(kind: Any, value: Any) -> bool:
         return any(_fits(member, value) for member in args)
     if origin is tuple:
         return isinstance(value, list) and (args[-1] is Ellipsis or len(cast("list[Any]", value)) == len(args))
-    if origin is Mapping or dataclasses.is_dataclass(kind):
-        return isinstance(value, dict)
-    if kind is float:
-        return type(value) in (int, float)  # not bool
-    return kind is Json or type(value) is kind
+    return isinstance(value, dict)  # a dataclass or a Mapping
 
 
 def _allowed(kind: Any) -> str:

@@ -38,7 +38,7 @@ def _lines(bundle: Any, able: dict[str, Any]) -> list[str]:
         f"versions   {_pairs(manifest.versions)}",
         f"scheduler  {manifest.scheduler['_class_name']}, {manifest.prediction_type}",
         f"defaults   {defaults.width}x{defaults.height}, {defaults.num_inference_steps} steps, "
-        f"guidance {defaults.guidance_scale:g}",
+        f"guidance {defaults.guidance_scale}",
         f"latents    {latents.channels} channels, 1/{latents.factor} of the size, scaling {latents.scaling_factor}",
         f"tokens     {', '.join(str(entry.max_length) for entry in manifest.tokenizers.values())}",
         "",

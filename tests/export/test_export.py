@@ -19,6 +19,7 @@ import pytest
 
 import sdopt.export
 from sdopt.bundle.files import Bundle
+from sdopt.bundle.format import Defaults, Latents
 from sdopt.engine import ort
 from sdopt.errors import BundleError, CheckpointError, ParityError, UsageError
 from sdopt.export import components, export, parity, trace
@@ -29,20 +30,20 @@ from tests.conftest import sdopt as command
 
 def test_the_manifest_tells_where_a_bundle_came_from_and_how_well_it_matches(tiny_bundle: Path) -> None:
     manifest = Bundle.open(tiny_bundle).manifest
-    assert manifest["family"] == "sd"
-    assert manifest["verified"] is True
-    assert manifest["source"] == {"folder": "checkpoint"}
-    assert set(manifest["versions"]) == {"sdopt", "torch", "diffusers", "transformers"}
-    assert manifest["scheduler"]["_class_name"] == "PNDMScheduler"
-    assert manifest["latents"] == {"channels": 4, "factor": 2, "scaling_factor": 0.7, "shift_factor": 0.0}
-    assert manifest["defaults"] == {
-        "height": 24, "width": 24, "num_inference_steps": 50, "guidance_scale": 7.5,
-        "strength": 0.8, "inpaint_strength": 1.0, "strength_cuts": "steps",
-    }  # fmt: skip
-    for entry in manifest["components"].values():
-        sizes = [tuple(p["sizes"].items()) for p in entry["parity"]]
+    assert manifest.family == "sd"
+    assert manifest.verified is True
+    assert manifest.source == {"folder": "checkpoint"}
+    assert set(manifest.versions) == {"sdopt", "torch", "diffusers", "transformers"}
+    assert manifest.scheduler["_class_name"] == "PNDMScheduler"
+    assert manifest.latents == Latents(channels=4, factor=2, scaling_factor=0.7, shift_factor=0.0)
+    assert manifest.defaults == Defaults(
+        height=24, width=24, num_inference_steps=50, guidance_scale=7.5,
+        strength=0.8, inpaint_strength=1.0, strength_cuts="steps",
+    )  # fmt: skip
+    for entry in manifest.components.values():
+        sizes = [tuple(p.sizes.items()) for p in entry.parity]
         assert len(set(sizes)) == 2
-        assert all(p["psnr_db"] >= 80 and p["max_error"] < 1e-3 for p in entry["parity"])
+        assert all(p.psnr_db >= 80 and p.max_error < 1e-3 for p in entry.parity)
 
 
 def test_inputs_outputs_and_their_dimensions_have_the_fields_names(tiny_bundle: Path) -> None:
