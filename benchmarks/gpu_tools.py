@@ -222,7 +222,7 @@ def random_inputs(bundle: Bundle, case: Case) -> Inputs:
     """Latents and the UNet's inputs from a generator, so that the UNet alone is needed."""
     rng, latents = np.random.default_rng(1), latents_of(case, bundle)
     rows = case.batch * (2 if case.guided else 1)
-    tokens = max(entry["max_length"] for entry in bundle.manifest["tokenizers"].values())
+    tokens = max(entry.max_length for entry in bundle.manifest.tokenizers.values())
     size = [case.height, case.width]
     arrays: dict[str, Float32] = {
         "sample": np.concatenate([latents] * (rows // case.batch)),

@@ -146,7 +146,7 @@ def fused_engine(folder: Path) -> TrtEngine:
 
 def measure(pipe: Pipeline, sampler: str, loop: str) -> dict[str, Any]:
     """Milliseconds of one step over ROUNDS runs: median, and the 10th and 90th percentile."""
-    edge = 64 * pipe.bundle.manifest["latents"]["factor"]
+    edge = 64 * pipe.bundle.manifest.latents.factor
     embeds = np.zeros((1, 77, 768), np.float32)
     options = {"num_inference_steps": STEPS, "guidance_scale": 7.5, "height": edge, "width": edge, "seed": 0}
     options |= {"prompt_embeds": embeds, "negative_prompt_embeds": embeds, "sampler": sampler}

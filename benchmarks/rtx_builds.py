@@ -57,7 +57,7 @@ class Case:
 
     def profiles(self, bundle: Bundle) -> list[str]:
         """One picture of the bundle's own size; and, as a second profile, up to four of half to whole that size."""
-        own = {name: bundle.manifest["defaults"][name] for name in ("height", "width")}
+        own = {"height": bundle.manifest.defaults.height, "width": bundle.manifest.defaults.width}
         sizes = " ".join(f"{name}={length // 2}:{length}:{length}" for name, length in own.items())
         return ["batch=1", f"batch=1:1:4 {sizes}"][: 1 if self.shapes == "static" else 2]
 

@@ -18,14 +18,14 @@ import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 
 from sdopt.bundle.files import MANIFEST, new_folder, read_manifest, write_manifest
+from sdopt.bundle.format import Manifest
 from sdopt.errors import BundleError, SdoptError
 
 KEPT = "kept.npz"
@@ -51,16 +51,16 @@ def empty(bundle: Path, skeleton: Path) -> Path:
 
     Raises: BundleError for what is no bundle, or a folder that exists.
     """
-    manifest = read_manifest(bundle) if not (bundle / KEPT).is_file() else None
-    if manifest is None:
+    if (bundle / KEPT).is_file():
         raise BundleError(f"{bundle} is a skeleton already; `skeleton.py fill {bundle} -o BUNDLE` makes a bundle of it")
+    manifest = read_manifest(bundle)
     _refuse_existing(skeleton)
     kept: dict[str, np.ndarray] = {}
     for weight in weights(bundle, manifest):
         if not weight.fan_in:
             kept[key(weight)] = np.fromfile(bundle / weight.file, np.uint8, weight.nbytes, offset=weight.offset)
     with new_folder(skeleton) as folder:
-        for name in manifest["files"]:
+        for name in manifest.files:
             if not name.endswith(".data"):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(bundle / name, folder / name)
@@ -74,8 +74,8 @@ def fill(skeleton: Path, bundle: Path, seed: int = 0) -> Path:
 
     Raises: BundleError for what is no skeleton, or a folder that exists.
     """
-    manifest = dict(read_manifest(skeleton))
-    sizes = {name: entry["bytes"] for name, entry in manifest.pop("files").items()}
+    manifest = read_manifest(skeleton)
+    sizes = {name: entry.bytes for name, entry in manifest.files.items()}
     if not (skeleton / KEPT).is_file():
         raise BundleError(f"{skeleton} is not a skeleton: it has no {KEPT}. `skeleton.py empty BUNDLE -o {skeleton}`")
     _refuse_existing(bundle)
@@ -87,8 +87,8 @@ def fill(skeleton: Path, bundle: Path, seed: int = 0) -> Path:
                     stream.truncate(nbytes)
             else:
                 shutil.copyfile(skeleton / name, folder / name)
-        _write_weights(folder, list(weights(folder, {**manifest, "files": sizes})), np.load(skeleton / KEPT), seed)
-        write_manifest(folder, {**manifest, "random_weights": seed})
+        _write_weights(folder, list(weights(folder, manifest)), np.load(skeleton / KEPT), seed)
+        write_manifest(folder, replace(manifest, random_weights=seed))
     return bundle
 
 
@@ -97,10 +97,10 @@ def _refuse_existing(folder: Path) -> None:
         raise BundleError(f"{folder} exists already; choose another name, or remove it first")
 
 
-def weights(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Weight]:
+def weights(folder: Path, manifest: Manifest) -> Iterator[Weight]:
     """Every tensor of a weights file once; a graph for one library shares the file of the component's own."""
     seen: set[tuple[str, int]] = set()
-    for graph in sorted((n for n in manifest["files"] if n.endswith(".onnx")), key=lambda n: (n.count("."), n)):
+    for graph in sorted((n for n in manifest.files if n.endswith(".onnx")), key=lambda n: (n.count("."), n)):
         model = onnx.load(folder / graph, load_external_data=False)
         fans = fan_ins(model.graph)
         for tensor in model.graph.initializer:

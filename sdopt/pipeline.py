@@ -133,9 +133,9 @@ class Pipeline:
 
     def steps(self, plan: Plan) -> Iterator[Step]:
         """The loop: predict the noise, take the sampler's row, move the sample."""
-        entry = self.bundle.manifest["latents"]
-        size = (plan.height // entry["factor"], plan.width // entry["factor"])
-        draw = drawing(plan.seeds, plan.rng, (len(plan.seeds), entry["channels"], *size))
+        entry = self.bundle.manifest.latents
+        size = (plan.height // entry.factor, plan.width // entry.factor)
+        draw = drawing(plan.seeds, plan.rng, (len(plan.seeds), entry.channels, *size))
         try:
             cond, negative = self._text.conditions(plan)
         except NoEnginesError as error:
@@ -218,12 +218,12 @@ class Pipeline:
 
     def _sizes_to_build(self, plan: Plan) -> str:
         """The profile that `sdopt build` must be told for a plan; empty where it needs none."""
-        own, images = self.bundle.manifest["defaults"], len(plan.seeds)
-        if (plan.height, plan.width) == (own["height"], own["width"]) and images <= 4:
+        own, images = self.bundle.manifest.defaults, len(plan.seeds)
+        if (plan.height, plan.width) == (own.height, own.width) and images <= 4:
             return ""
         return f' --profile "batch=1:1:{max(4, images)} height={plan.height} width={plan.width}"'
 
     @property
     def _joins(self) -> bool:
         """Whether the UNet takes more channels than the latents have: a mask and a masked picture beside them."""
-        return self.bundle.component("unet").inputs[0].shape[1] != self.bundle.manifest["latents"]["channels"]
+        return self.bundle.component("unet").inputs[0].shape[1] != self.bundle.manifest.latents.channels

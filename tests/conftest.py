@@ -125,9 +125,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def edit_manifest(bundle: Path, **changes: object) -> None:
-    """Change top-level entries of a manifest."""
+    """Change top-level entries of a manifest: JSON, or the dataclasses of `sdopt.bundle.format`."""
+    from sdopt.bundle.decode import encode
+
     path = bundle / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **encode(changes)}))
 
 
 def sdopt(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -93,10 +93,10 @@ def test_the_refiner_changes_a_picture_as_in_diffusers(refiner: tuple[Path, Path
         expected = pipe("a cat", generator=generators(5), **options, **more).images
         assert picture_psnr(expected, ours(refiner[1])("a cat", seed=5, **options, **more).images) >= FLOOR_DB
     manifest = ours(refiner[1]).bundle.manifest
-    assert [encoder["component"] for encoder in manifest["conditioning"]["encoders"]] == ["text_encoder_2"]
-    assert set(manifest["tokenizers"]) == {"tokenizer_2"}
-    assert "text_encoder" not in manifest["components"]
-    assert manifest["conditioning"]["time_ids"][-1] == "aesthetic_score"
+    assert [encoder.component for encoder in manifest.conditioning.encoders] == ["text_encoder_2"]
+    assert set(manifest.tokenizers) == {"tokenizer_2"}
+    assert "text_encoder" not in manifest.components
+    assert manifest.conditioning.time_ids[-1] == "aesthetic_score"
 
 
 @pytest.mark.parametrize(
@@ -172,9 +172,9 @@ def test_latents_are_inpainted_as_in_diffusers(sdxl_checkpoint: Path, sdxl_bundl
 
 
 def test_a_familys_strengths_and_guidance_are_those_of_its_pipelines(sdxl_bundle: Path, nine: Any) -> None:
-    plain, inpainting = (ours(b).bundle.manifest["defaults"] for b in (sdxl_bundle, nine[1]))
-    assert (plain["strength"], plain["inpaint_strength"], plain["guidance_scale"]) == (0.3, 0.9999, 5.0)
-    assert inpainting["guidance_scale"] == 7.5
+    plain, inpainting = (ours(b).bundle.manifest.defaults for b in (sdxl_bundle, nine[1]))
+    assert (plain.strength, plain.inpaint_strength, plain.guidance_scale) == (0.3, 0.9999, 5.0)
+    assert inpainting.guidance_scale == 7.5
 
 
 def test_a_long_weighted_prompt_reaches_sdxl_as_its_embeddings_reach_diffusers(
@@ -224,8 +224,8 @@ def test_sd2_predicts_velocity_as_in_diffusers(sd2: tuple[Path, Path]) -> None:
     expected = theirs(sd2[0], "StableDiffusionPipeline")("a cat", generator=generators(5, 6), **options).images
     assert picture_psnr(expected, ours(sd2[1])("a cat", seed=5, **options).images) >= FLOOR_DB
     manifest = ours(sd2[1]).bundle.manifest
-    assert manifest["prediction_type"] == "v_prediction"
-    assert manifest["tokenizers"]["tokenizer"]["pad_token_id"] == tiny.tokenizer("!").pad_token_id
+    assert manifest.prediction_type == "v_prediction"
+    assert manifest.tokenizers["tokenizer"].pad_token_id == tiny.tokenizer("!").pad_token_id
     prompt = "a (b:1.4) c d e f g [h] apple"
     given = {"prompt_embeds": ours(sd2[1]).encode([prompt], "a1111")}
     given["negative_prompt_embeds"] = np.tile(ours(sd2[1]).encode([""]), (1, 2, 1))
@@ -246,7 +246,7 @@ def test_an_autoencoder_without_posterior_encodes_as_in_diffusers(sd2: tuple[Pat
     assert picture_psnr(expected, ours(sd2[1])("a", seed=5, **options).images) >= FLOOR_DB
     bundle = ours(sd2[1]).bundle
     assert [spec.name for spec in bundle.component("vae_encoder").outputs] == ["mean"]
-    assert bundle.manifest["latents"]["scaling_factor"] == 0.9
+    assert bundle.manifest.latents.scaling_factor == 0.9
 
 
 # ------------------------------------------------------------------------------------------------ Turbo
@@ -353,8 +353,8 @@ def test_a_plain_lcm_is_guided_as_any_other_model(
     bundle, checkpoint = folder / f"plain-lcm-{scale}-bundle", folder / f"plain-lcm-{scale}"
     tiny.variant(tiny_checkpoint, checkpoint, LCMScheduler(**tiny.BETAS))
     pipe = ours(tiny.export_like(checkpoint, bundle, tiny_bundle))
-    defaults = pipe.bundle.manifest["defaults"]
-    assert (defaults["num_inference_steps"], defaults["guidance_scale"], defaults["strength_cuts"]) == (4, 1.0, "steps")
+    defaults = pipe.bundle.manifest.defaults
+    assert (defaults.num_inference_steps, defaults.guidance_scale, defaults.strength_cuts) == (4, 1.0, "steps")
     options = {"guidance_scale": scale, "num_inference_steps": 4, "output_type": "np", "negative_prompt": "b"}
     expected = theirs(checkpoint, "StableDiffusionPipeline")("a cat", generator=generators(5), **WIDE, **options).images
     assert picture_psnr(expected, pipe("a cat", seed=5, **WIDE, **options).images) >= FLOOR_DB

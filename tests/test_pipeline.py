@@ -73,8 +73,8 @@ def test_the_picture_is_the_one_that_diffusers_makes(pair: Any, wide: bool, batc
     import torch
 
     theirs, ours = pair
-    defaults, factor = ours.bundle.manifest["defaults"], ours.bundle.manifest["latents"]["factor"]
-    size = {"height": defaults["height"], "width": defaults["width"] + (4 * factor if wide else 0)}
+    defaults, factor = ours.bundle.manifest.defaults, ours.bundle.manifest.latents.factor
+    size = {"height": defaults.height, "width": defaults.width + (4 * factor if wide else 0)}
     options = {"num_inference_steps": 8, "guidance_scale": 3.0, "negative_prompt": negative, **size}
     options["num_images_per_prompt"] = batch
     generators = [torch.Generator("cpu").manual_seed(41 + i) for i in range(batch)]

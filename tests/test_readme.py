@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -41,7 +42,8 @@ def test_every_command_and_option_it_names_exists() -> None:
 
 def test_the_format_it_specifies_is_the_format_of_the_shipped_bundle() -> None:
     manifest = json.loads((EMOJI_BUNDLE / "manifest.json").read_text())
-    specification = README.split("## A bundle")[1].split("## The command line")[0]
+    assert "(sdopt/bundle/README.md)" in README
+    specification = (ROOT / "sdopt/bundle/README.md").read_text()
     component = manifest["components"]["unet"]
     for keys in (
         manifest,
@@ -52,7 +54,18 @@ def test_the_format_it_specifies_is_the_format_of_the_shipped_bundle() -> None:
         manifest["tokenizers"]["tokenizer"],
         manifest["conditioning"],
     ):
-        assert {key for key in keys if f"`{key}`" not in specification} <= {"file"}
+        assert not {key for key in keys if f"`{key}`" not in specification}
+
+
+def test_the_format_it_specifies_names_every_field() -> None:
+    from sdopt.bundle import format
+
+    specification = (ROOT / "sdopt/bundle/README.md").read_text()
+    assert f"format, version {format.FORMAT_VERSION}" in specification
+    classes = [kind for kind in vars(format).values() if dataclasses.is_dataclass(kind) and isinstance(kind, type)]
+    names = {f.name for kind in classes if kind is not format.Rule for f in dataclasses.fields(kind)}
+    assert len(names) > 40
+    assert not {name for name in names if f"`{name}`" not in specification}
 
 
 def test_the_exit_codes_it_lists_are_those_of_the_errors() -> None:

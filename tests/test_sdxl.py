@@ -92,12 +92,12 @@ def test_long_prompts_are_read_by_both_encoders(pair: Any) -> None:
 
 def test_the_manifest_says_what_the_family_needs(pair: Any) -> None:
     manifest = pair[1].bundle.manifest
-    assert manifest["family"] == "sdxl"
-    assert manifest["float16_unsafe"] == ["vae_decoder", "vae_encoder"]
-    assert manifest["defaults"]["guidance_scale"] == 5.0
-    assert manifest["conditioning"]["pooled"] == "text_encoder_2"
-    assert manifest["conditioning"]["zeros_for_empty"] is True
-    assert set(manifest["tokenizers"]) == {"tokenizer", "tokenizer_2"}
+    assert manifest.family == "sdxl"
+    assert manifest.float16_unsafe == ("vae_decoder", "vae_encoder")
+    assert manifest.defaults.guidance_scale == 5.0
+    assert manifest.conditioning.pooled == "text_encoder_2"
+    assert manifest.conditioning.zeros_for_empty is True
+    assert set(manifest.tokenizers) == {"tokenizer", "tokenizer_2"}
 
 
 @pytest.mark.parametrize("name", ["original_size", "target_size", "crops_coords_top_left", "negative_target_size"])

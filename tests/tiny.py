@@ -175,7 +175,7 @@ def export_like(checkpoint: Path, target: Path, base: Path, **options: Any) -> P
 
     known, trace = Bundle.open(base), sdopt.export._component
 
-    def reuse(build: Any, opened: Any, folder: Path, *rest: Any) -> dict[str, Any]:
+    def reuse(build: Any, opened: Any, folder: Path, *rest: Any) -> Any:
         part = build(opened)
         if part.name in known.components:
             there = known.component(part.name)
@@ -186,7 +186,7 @@ def export_like(checkpoint: Path, target: Path, base: Path, **options: Any) -> P
                     return trace(build, opened, folder, *rest)
                 for file in base.glob(f"{part.name}.*"):
                     shutil.copy(file, folder)
-                return known.manifest["components"][part.name]
+                return known.manifest.components[part.name]
         return trace(build, opened, folder, *rest)
 
     with mock.patch.object(sdopt.export, "_component", reuse):

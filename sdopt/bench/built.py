@@ -107,7 +107,7 @@ class BuiltSide(SdoptSide):
 
     def calls(self, inputs: Inputs) -> Mapping[str, Call]:
         case, pipe, clock = self._case, self._pipe, Clock.of(self._noted)
-        zeros = self.bundle.manifest["conditioning"]["zeros_for_empty"]
+        zeros = self.bundle.manifest.conditioning.zeros_for_empty
         texts = [case.prompt, ""] if case.guided and not zeros else [case.prompt]
         latents = inputs.latents
         calls: dict[str, Call] = {

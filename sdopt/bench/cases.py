@@ -99,9 +99,9 @@ class Case:
     @staticmethod
     def of_bundle(bundle: Bundle) -> Case:
         """The picture that a bundle makes when nothing else is asked for."""
-        d: Mapping[str, Any] = bundle.manifest["defaults"]
-        model = str(bundle.manifest.get("name", "/".join(bundle.path.absolute().parts[-2:])))
-        return Case("default", model, d["width"], d["height"], d["num_inference_steps"], float(d["guidance_scale"]))
+        d = bundle.manifest.defaults
+        model = bundle.manifest.name or "/".join(bundle.path.absolute().parts[-2:])
+        return Case("default", model, d.width, d.height, d.num_inference_steps, d.guidance_scale)
 
 
 def floors(backend: str, precision: str) -> tuple[float, float]:

@@ -82,7 +82,7 @@ def run_case(case: Case, setup: Setup, report: Report = print) -> dict[str, Any]
         _cold([entry for entry in entries if _starts_cold(entry)], setup, request, report)
     return {
         "case": case.to_json(),
-        "bundle": {"digest": bundle.digest, "family": str(bundle.manifest["family"])},
+        "bundle": {"digest": bundle.digest, "family": bundle.manifest.family},
         "threads": setup.threads,
         "device": setup.device,
         "sides": entries,

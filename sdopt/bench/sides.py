@@ -57,8 +57,8 @@ class Side(Protocol):
 
 def latents_of(case: Case, bundle: Bundle, seed: int = 0) -> Float32:
     """The case's standard normal latents [batch, channels, height / factor, width / factor]."""
-    entry = bundle.manifest["latents"]
-    shape = (case.batch, entry["channels"], case.height // entry["factor"], case.width // entry["factor"])
+    entry = bundle.manifest.latents
+    shape = (case.batch, entry.channels, case.height // entry.factor, case.width // entry.factor)
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
@@ -85,7 +85,7 @@ class SdoptSide:
 
     def calls(self, inputs: Inputs) -> Mapping[str, Call]:
         case, pipe = self._case, self._pipe
-        zeros = self.bundle.manifest["conditioning"]["zeros_for_empty"]
+        zeros = self.bundle.manifest.conditioning.zeros_for_empty
         texts = [case.prompt, ""] if case.guided and not zeros else [case.prompt]
         loop = Pipeline(EnginePool(self.bundle, given={"unet": _Instant(np.zeros_like(inputs.unet["sample"]))}))
         embeds, steps = embeds_of(case, inputs), len(loop_steps(loop, case, inputs))

@@ -28,7 +28,7 @@ def derive(
     notes: dict[str, Any] = {}
     if part.fuse:
         guided = part.fuse == "guided"
-        fuse_step(model, guided=guided, rescale=guided, latent_channels=bundle.manifest["latents"]["channels"])
+        fuse_step(model, guided=guided, rescale=guided, latent_channels=bundle.manifest.latents.channels)
         join_halves(model, 2 if guided else 1)
     dtype = PRECISIONS[options["precision"]]
     if dtype:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
+from sdopt.bundle.format import Manifest
 from sdopt.bundle.specs import Array, TensorSpec
 from sdopt.samplers.packed import SCALARS
 
@@ -36,9 +36,9 @@ def _whole_step(width: int) -> Array:
     return row
 
 
-def sizes_of(manifest: Mapping[str, Any], latent: int, batch: int = 1) -> dict[str, int]:
+def sizes_of(manifest: Manifest, latent: int, batch: int = 1) -> dict[str, int]:
     """Lengths of a bundle's named dimensions for a square picture of `latent` x `latent` latents."""
-    factor: int = manifest["latents"]["factor"]
-    tokens = max(entry["max_length"] for entry in manifest["tokenizers"].values())
+    factor = manifest.latents.factor
+    tokens = max(entry.max_length for entry in manifest.tokenizers.values())
     edges = {"latent_height": latent, "latent_width": latent, "height": latent * factor, "width": latent * factor}
     return {"batch": batch, "images": batch, "tokens": tokens, "extra_tokens": 1, **edges}

@@ -50,7 +50,7 @@ class Options:
 def part_options(options: Options, part: Part, bundle: Bundle, bf16: bool = False) -> dict[str, Any]:
     """The options of one engine. `bf16`: the GPU that will run it is known, and computes in it."""
     precision = part.precision or options.resolved("fp16").precision
-    if precision == "fp16" and part.graph in bundle.manifest.get("float16_unsafe", ()):
+    if precision == "fp16" and part.graph in bundle.manifest.float16_unsafe:
         precision = "bf16" if bf16 else "fp32"
     attention = part.attention or (precision == "fp16" and _attention_overflows(part, bundle))
     own = {"fuse": part.fuse, "attention": attention, "islands": list(part.islands), "sdopt": __version__}
@@ -68,4 +68,4 @@ def exceptions(options: Mapping[str, Any], asked: str, part: Part, bundle: Bundl
 
 
 def _attention_overflows(part: Part, bundle: Bundle) -> bool:
-    return part.graph in bundle.manifest.get("float16_attention_unsafe", ())
+    return part.graph in bundle.manifest.float16_attention_unsafe

@@ -98,7 +98,7 @@ class Job:
     def record(self) -> Record:
         """Its record, as far as it is known before it is built."""
         component = self.bundle.component(self.part.graph)
-        files: Mapping[str, Any] = self.bundle.manifest["files"]
+        files = self.bundle.manifest.files
         names = (component.graph.name, f"{component.graph.name}.data")
         profiles = tuple(part_profile(self.bundle, self.part, component.inputs, profile) for profile in self.ranges)
         return Record(
@@ -109,7 +109,7 @@ class Job:
             carry=CARRIED if self.part.fuse else {},
             profiles=profiles,
             environment=self.target.environment(self.options),
-            sources={name: files[name]["sha256"] for name in names if name in files},
+            sources={name: files[name].sha256 for name in names if name in files},
             options=self.options,
             command=self.command,
             asked=tuple(map(str, self.ranges)),

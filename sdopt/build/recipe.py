@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from sdopt.bundle.files import Bundle
-from sdopt.bundle.specs import Profile, TensorSpec, short
+from sdopt.bundle.specs import Profile, Range, TensorSpec, short
 from sdopt.errors import BackendError, UsageError, choices
 
 HOMES = (Path(__file__).parent.parent / "recipe.toml", Path(__file__).parents[2] / "engines/recipe.toml")
@@ -60,8 +60,8 @@ class Recipe:
         unknown = [name for name in names or () if name not in possible]
         if unknown:
             raise UsageError(f"component {unknown[0]!r}: this bundle becomes {choices(unknown[0], possible)}")
-        distilled = bundle.manifest["conditioning"].get("guidance_embedding", 0)  # its UNet has no unconditional half
-        guided = bundle.manifest["defaults"]["guidance_scale"] > 1 and not distilled
+        distilled = bundle.manifest.conditioning.guidance_embedding  # its UNet has no unconditional half
+        guided = bundle.manifest.defaults.guidance_scale > 1 and not distilled
         return [
             p
             for n, p in possible.items()
@@ -114,10 +114,15 @@ def user_profiles(bundle: Bundle, recipe: Recipe, texts: Sequence[str], static: 
 
     Raises: UsageError for an unknown dimension, or a size that is no multiple of the model's.
     """
-    defaults: Mapping[str, Any] = bundle.manifest["defaults"]
-    tokens = max(entry["max_length"] for entry in bundle.manifest["tokenizers"].values())
-    own = {"batch": (1, 1, 1), "tokens": (tokens,) * 3, **{n: (defaults[n],) * 3 for n in ("height", "width")}}
-    factor = bundle.manifest["latents"]["factor"]
+    defaults = bundle.manifest.defaults
+    tokens = max(entry.max_length for entry in bundle.manifest.tokenizers.values())
+    own: dict[str, Range] = {
+        "batch": (1, 1, 1),
+        "tokens": (tokens, tokens, tokens),
+        "height": (defaults.height, defaults.height, defaults.height),
+        "width": (defaults.width, defaults.width, defaults.width),
+    }
+    factor = bundle.manifest.latents.factor
     profiles: list[Profile] = []
     for given in [Profile.parse(text) for text in dict.fromkeys(texts)] or [recipe.profile]:
         unknown = [name for name in given.ranges if name not in NAMES]
@@ -137,14 +142,14 @@ def user_profiles(bundle: Bundle, recipe: Recipe, texts: Sequence[str], static: 
 
 def part_profile(bundle: Bundle, part: Part, inputs: Sequence[TensorSpec], profile: Profile) -> Profile:
     """The ranges of the named dimensions of one engine's inputs."""
-    factor = bundle.manifest["latents"]["factor"]
+    factor = bundle.manifest.latents.factor
     batch, tokens = profile.ranges["batch"], profile.ranges["tokens"]
-    chunk = max(entry["max_length"] for entry in bundle.manifest["tokenizers"].values())
+    chunk = max(entry.max_length for entry in bundle.manifest.tokenizers.values())
     if part.tokens == "chunk":  # longer prompts are more rows, each of one chunk
         chunks = -(-tokens[2] // chunk)
-        batch, tokens = (batch[0], batch[1], batch[2] * chunks), (chunk,) * 3
+        batch, tokens = (batch[0], batch[1], batch[2] * chunks), (chunk, chunk, chunk)
     pixels = {name: profile.ranges[name] for name in ("height", "width")}
-    ranges = {
+    ranges: dict[str, Range] = {
         "batch": (batch[0], batch[1] * part.rows, batch[2] * part.rows),
         "images": batch,
         "tokens": tokens,

@@ -1,5 +1,7 @@
 """A bundle: what is in it, as data, and the folder that it is.
 
+format   the manifest, field by field (README.md says what they mean)
+decode   JSON into dataclasses, by their annotations
 files    opening, verifying and writing a bundle
 specs    tensors and ranges of shapes: what goes into and comes out of a component
 stamps   hashes of files, computed once

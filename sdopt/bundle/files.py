@@ -1,6 +1,6 @@
 """A Bundle: one Stable Diffusion pipeline as a folder that a product can run without PyTorch.
 
-    manifest.json           what is here, with the size and SHA-256 of every file; written last
+    manifest.json           what is here (see format.py), with the size and SHA-256 of every file; written last
     <component>.onnx        the graph, float32-typed standard ONNX
     <component>.onnx.data   its weights in the checkpoint's own precision
     <component>.ort.onnx    the same, on the same weights, in the operators that one engine library is fast at
@@ -15,35 +15,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import reprlib
 import shutil
 import time
 import uuid
 from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
+from sdopt.bundle.decode import DecodeError
+from sdopt.bundle.format import FORMAT_VERSION, File, Manifest, Parity, decode_manifest, to_json
 from sdopt.bundle.specs import TensorSpec
 from sdopt.bundle.stamps import known_sha256, sha256
 from sdopt.errors import BundleError, choices
 
-FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 20
-REQUIRED = (
-    "format_version",
-    "family",
-    "components",
-    "files",
-    "tokenizers",
-    "conditioning",
-    "scheduler",
-    "latents",
-    "defaults",
-)
 STALE_SECONDS = 24 * 3600
 PACKAGE = Path(__file__).parent.parent
 EMBEDDED = (PACKAGE / "emoji", PACKAGE.parent / "engines/emoji/bundle")
@@ -57,7 +48,7 @@ class Component:
     graph: Path
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    parity: tuple[Mapping[str, Any], ...] = ()
+    parity: tuple[Parity, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,7 +59,7 @@ class Bundle:
     """
 
     path: Path
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     paranoid: bool = False  # compute the hash of every file, also of its engines, whatever a stamp says
 
     @classmethod
@@ -80,52 +71,41 @@ class Bundle:
         """
         folder = Path(path)
         manifest = read_manifest(folder)
-        files: Mapping[str, Any] = manifest["files"]
-        for name, entry in files.items():
+        for name, entry in manifest.files.items():
             _check_file(folder, name, entry)
         if verify:
-            _check_hashes(folder, files, paranoid)
-        bundle = cls(folder, manifest, paranoid)
-        for name in bundle.components:
-            bundle.component(name)
-        for entry in manifest["tokenizers"].values():
-            bundle.file(entry["file"])
-        return bundle
+            _check_hashes(folder, manifest.files, paranoid)
+        return cls(folder, manifest, paranoid)
 
     @property
     def digest(self) -> str:
         """Ten hex digits that name the contents: the same files have the same digest."""
-        hashes = sorted((name, entry["sha256"]) for name, entry in self.manifest["files"].items())
+        hashes = sorted((name, entry.sha256) for name, entry in self.manifest.files.items())
         return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:10]
 
     @property
     def components(self) -> tuple[str, ...]:
-        return tuple(self.manifest["components"])
+        return tuple(self.manifest.components)
 
     def component(self, name: str, library: str = "") -> Component:
         """The entry of `name`, e.g. "unet", with the graph that is meant for `library` (e.g. "ort") if there is one."""
-        table: Mapping[str, Any] = self.manifest["components"]
+        table = self.manifest.components
         if name not in table:
             raise BundleError(f"{self.path} has no component {name!r}; it has {choices(name, table)}")
         entry = table[name]
-        try:
-            inputs, outputs = (tuple(map(TensorSpec.from_json, entry[k])) for k in ("inputs", "outputs"))
-            own: Mapping[str, Any] = entry.get("graphs", {}).get(library, entry)
-            return Component(name, self.file(own["graph"]), inputs, outputs, tuple(own.get("parity", ())))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise BundleError(f"{self.path / MANIFEST}: component {name!r} is malformed ({error!r})") from error
+        own = entry.graphs.get(library, entry)
+        return Component(name, self.file(own.graph), entry.inputs, entry.outputs, own.parity)
 
     def file(self, name: str) -> Path:
         """The path of one file that the manifest lists."""
-        if name not in self.manifest["files"]:
+        if name not in self.manifest.files:
             raise BundleError(f"{self.path / MANIFEST} uses {name!r} without listing it under 'files'")
         return self.path / name
 
     def nbytes(self, component: str) -> int:
         """Bytes on disk of a component: graph and weights."""
-        graph = self.manifest["components"][component]["graph"]
-        sizes = {name: entry["bytes"] for name, entry in self.manifest["files"].items()}
-        return sizes[graph] + sizes.get(f"{graph}.data", 0)
+        graph, files = self.manifest.components[component].graph, self.manifest.files
+        return sum(files[name].bytes for name in (graph, f"{graph}.data") if name in files)
 
 
 def embedded() -> Path:
@@ -133,8 +113,11 @@ def embedded() -> Path:
     return next((path for path in EMBEDDED if path.is_dir()), EMBEDDED[0])
 
 
-def read_manifest(folder: Path) -> Mapping[str, Any]:
-    """The manifest of the bundle in `folder`, read strictly: no duplicate keys, no NaN, known version, all keys."""
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the bundle in `folder`, read strictly: known version, no duplicate keys, every field checked.
+
+    Raises: BundleError that names the field and what is allowed.
+    """
     path = folder / MANIFEST
     if not folder.is_dir():
         raise BundleError(f"{folder} is not a bundle: there is no such folder. `sdopt export CHECKPOINT -o {folder}`")
@@ -145,20 +128,28 @@ def read_manifest(folder: Path) -> Mapping[str, Any]:
     if path.is_symlink() or path.stat().st_size > MAX_MANIFEST_BYTES:
         raise BundleError(f"{path} is a link or larger than {MAX_MANIFEST_BYTES} bytes; refusing to read it")
     try:
-        manifest: Any = json.loads(path.read_bytes(), object_pairs_hook=_unique, parse_constant=_no_constant)
+        entry: Any = json.loads(path.read_bytes(), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is not valid JSON: {error}") from error
-    manifest = cast(dict[str, Any], manifest if isinstance(manifest, dict) else {})
-    version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
-        raise BundleError(
-            f"{path} has format_version {version!r}; this sdopt reads {FORMAT_VERSION}. "
-            "Upgrade sdopt for a newer bundle, or export it again with this one."
-        )
-    missing = [key for key in REQUIRED if key not in manifest]
-    if missing:
-        raise BundleError(f"{path} lacks {', '.join(missing)}; export it again")
-    return manifest
+    if isinstance(entry, dict):
+        _check_version(folder, cast("dict[str, Any]", entry).get("format_version"))
+    try:
+        return decode_manifest(entry)
+    except DecodeError as error:
+        raise BundleError(f"{path}: {error}. Copy the bundle again, or {_export_again(folder)}") from error
+
+
+def _check_version(folder: Path, version: Any) -> None:
+    if type(version) is int and version == FORMAT_VERSION:
+        return
+    told = f"{folder / MANIFEST}: format_version is {reprlib.repr(version)}; this sdopt reads {FORMAT_VERSION}"
+    if type(version) is int and version > FORMAT_VERSION:
+        raise BundleError(f"{told}. Upgrade sdopt, which a newer one has written")
+    raise BundleError(f"{told}. An earlier sdopt has written it: {_export_again(folder)}")
+
+
+def _export_again(folder: Path) -> str:
+    return f"export it again: `sdopt export CHECKPOINT -o {folder} --force`"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -172,13 +163,10 @@ def _no_constant(text: str) -> float:
     raise ValueError(f"{text} is not a number")
 
 
-def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
-    """Refuse a file that is absent, truncated, outside the folder, or anything but a plain file."""
-    parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or ".." in parts or any(c in name for c in "\\:\0"):
-        raise BundleError(f"{folder}: the manifest names {name!r}, which leaves the bundle; refusing to open it")
+def _check_file(folder: Path, name: str, entry: File) -> None:
+    """Refuse a file that is absent, truncated, behind a link, or anything but a plain file."""
     path = folder
-    for part in parts:
+    for part in PurePosixPath(name).parts:
         path = path / part
         if path.is_symlink():
             raise BundleError(
@@ -187,19 +175,19 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
             )
     if not path.is_file():
         raise BundleError(f"{path} is missing, or is not a plain file; copy the bundle again")
-    if path.stat().st_size != entry.get("bytes"):
+    if path.stat().st_size != entry.bytes:
         raise BundleError(
-            f"{path} is truncated or changed: {path.stat().st_size} bytes, the manifest says {entry.get('bytes')}; "
+            f"{path} is truncated or changed: {path.stat().st_size} bytes, the manifest says {entry.bytes}; "
             "copy the bundle again"
         )
 
 
-def _check_hashes(folder: Path, files: Mapping[str, Any], paranoid: bool) -> None:
+def _check_hashes(folder: Path, files: Mapping[str, File], paranoid: bool) -> None:
     with ThreadPoolExecutor(max_workers=4) as pool:
         paths = [folder / name for name in files]
         digests = pool.map(partial(known_sha256, paranoid=paranoid), paths)
         for name, digest in zip(files, digests, strict=True):
-            if digest != files[name].get("sha256"):
+            if digest != files[name].sha256:
                 raise BundleError(
                     f"{folder / name} does not match its SHA-256 in the manifest: it was changed or damaged. "
                     "Copy or export the bundle again."
@@ -245,12 +233,22 @@ def new_folder(target: Path, *, force: bool = False, needed_bytes: int = 0) -> G
         raise
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest of a finished folder, adding the size and SHA-256 of every file in it."""
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Write the manifest of a finished folder, with the size and SHA-256 of every file in it; the manifest as written.
+
+    Raises: BundleError for a manifest that could not be read again.
+    """
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
-    files = {p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in paths}
-    text = json.dumps({"format_version": FORMAT_VERSION, **manifest, "files": files}, indent=1, allow_nan=False)
+    files = {p.relative_to(folder).as_posix(): File(p.stat().st_size, sha256(p)) for p in paths}
+    manifest = replace(manifest, files=files)
+    try:
+        text = json.dumps(to_json(manifest), indent=1, allow_nan=False)
+    except ValueError as error:  # a DecodeError too
+        raise BundleError(f"{folder / MANIFEST} cannot be written: {error}") from error
+    if len(text) >= MAX_MANIFEST_BYTES:
+        raise BundleError(f"{folder / MANIFEST} cannot be written: {len(text)} bytes, more than {MAX_MANIFEST_BYTES}")
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return manifest
 
 
 def _remove_stale(target: Path) -> None:

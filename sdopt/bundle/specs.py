@@ -6,10 +6,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
+from sdopt.bundle.decode import matching, one_of, whole
 from sdopt.errors import UsageError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -18,6 +19,8 @@ Scalar = Any  # a Python float: NumPy keeps float32 * float in float32, its type
 
 SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # precision in NumPy's words -> in `sdopt build`'s
 DTYPES = ("float32", "float16", "int32", "int64", "bool")
+Name = Annotated[str, matching(r"[A-Za-z_][A-Za-z0-9_.-]{0,99}", "a name of letters, digits, '_', '.' and '-'")]
+Length = Annotated[int, whole(1, 1 << 20)]
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,9 @@ class TensorSpec:
     A dimension is a fixed length or a name; one name has one length in all tensors of a call.
     """
 
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
+    name: Name
+    dtype: Annotated[str, one_of(*DTYPES)]
+    shape: tuple[Length | Name, ...]
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sdopt.bundle.decode import encode
 from sdopt.bundle.files import Bundle
 from sdopt.request.options import MAX_IMAGES, MAX_SIZE
 from sdopt.text.encode import extra_widths
@@ -16,30 +17,29 @@ def capabilities(bundle: Bundle) -> dict[str, Any]:
     textual inversion for each text encoder that takes them. `preview`: how well latents become colours.
     """
     manifest = bundle.manifest
-    encoders: list[dict[str, Any]] = manifest["conditioning"]["encoders"]
-    preview: dict[str, Any] = manifest.get("preview") or {}
+    encoders, preview = manifest.conditioning.encoders, manifest.preview
     tasks, inpaint = _tasks(bundle)
     return {
-        "family": manifest["family"],
+        "family": manifest.family,
         "tasks": tasks,
         "inpaint": inpaint,
-        "defaults": manifest["defaults"],
-        "size_multiple": manifest["latents"]["factor"],
+        "defaults": encode(manifest.defaults),
+        "size_multiple": manifest.latents.factor,
         "max_size": MAX_SIZE,
         "max_images": MAX_IMAGES,
-        "tokens_per_chunk": min(manifest["tokenizers"][e["tokenizer"]]["max_length"] - 2 for e in encoders),
-        "max_clip_skip": min(_layers(bundle, e["component"]) - e["skip"] for e in encoders),
+        "tokens_per_chunk": min(manifest.tokenizers[e.tokenizer].max_length - 2 for e in encoders),
+        "max_clip_skip": min(_layers(bundle, e.component) - e.skip for e in encoders),
         "samplers": _samplers(bundle),
         "embeddings": extra_widths(bundle),
-        "preview": {key: preview[key] for key in ("r2", "psnr_db")} if preview else None,
-        "float16_unsafe": manifest.get("float16_unsafe", []),
-        "verified": manifest.get("verified", False),
+        "preview": {"r2": preview.r2, "psnr_db": preview.psnr_db} if preview else None,
+        "float16_unsafe": list(manifest.float16_unsafe),
+        "verified": manifest.verified,
     }
 
 
 def _tasks(bundle: Bundle) -> tuple[list[str], str | None]:
     """The tasks, and how inpainting is done."""
-    latents, channels = bundle.manifest["latents"]["channels"], bundle.component("unet").inputs[0].shape[1]
+    latents, channels = bundle.manifest.latents.channels, bundle.component("unet").inputs[0].shape[1]
     if "vae_encoder" not in bundle.components:
         return ["txt2img"], None
     if channels == latents:
@@ -54,7 +54,7 @@ def _layers(bundle: Bundle, encoder: str) -> int:
 
 
 def _samplers(bundle: Bundle) -> str:
-    name = bundle.manifest["scheduler"].get("_class_name")
-    if bundle.manifest.get("sampler_tables") is None:
+    name = bundle.manifest.scheduler["_class_name"]
+    if bundle.manifest.sampler_tables is None:
         return f"{name}, or any that `sdopt samplers` lists"
     return f"{name} by its tables, without options; or any that `sdopt samplers` lists"

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         with np.load(args.inputs) as file:
             arrays = dict(file)
     check_inputs(component.name, component.inputs, arrays)
-    unsafe = args.precision == "fp16" and component.name in bundle.manifest.get("float16_attention_unsafe", ())
+    unsafe = args.precision == "fp16" and component.name in bundle.manifest.float16_attention_unsafe
     if unsafe:
         print(f"{component.name}: attention stays float32, as in `sdopt build`: it overflows in fp16", file=sys.stderr)
     found = diagnose(

@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
             _same_model(args.replay, replayed, pipe.bundle)
             _same_embeddings(args.replay, replayed, pipe.parameters(plan, 0))
         decoded = pipe.finish(plan, _denoise(pipe, plan, paths, args.preview_every))
-        model = {"model": pipe.bundle.manifest.get("name", pipe.bundle.path.name), "bundle": pipe.bundle.digest}
+        model = {"model": pipe.bundle.manifest.name or pipe.bundle.path.name, "bundle": pipe.bundle.digest}
         records: list[dict[str, Any]] = []
         for i, (image, path) in enumerate(zip(decoded, paths, strict=True)):
             how = {"version": __version__, "backend": pipe.backend, "precision": pipe.precision}
@@ -255,6 +255,6 @@ def _show(pipe: Pipeline, latents: Float32, number: int, paths: Sequence[Path]) 
     """Write the previews of one step beside the pictures that are to come."""
     from sdopt.image.pil import save_png
 
-    pictures = pipe.preview(latents, pipe.bundle.manifest["latents"]["factor"])
+    pictures = pipe.preview(latents, pipe.bundle.manifest.latents.factor)
     for picture, path in zip(pictures, paths, strict=True):
         save_png(picture, path.with_name(f"{path.stem}-step-{number:03}{path.suffix}"))

@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from sdopt.bundle.files import Bundle, embedded
+    from sdopt.bundle.format import to_json
     from sdopt.cli.capabilities import capabilities
 
     bundle = Bundle.open(args.bundle or embedded())
@@ -22,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         sizes = {name: bundle.nbytes(name) for name in bundle.components}
         derived = {"path": str(bundle.path), "digest": bundle.digest, "bytes": sizes, "capabilities": able}
-        print(json.dumps({**derived, **bundle.manifest}))
+        print(json.dumps({**derived, **to_json(bundle.manifest)}))
     else:
         print("\n".join(_lines(bundle, able)))
     return 0
@@ -30,17 +31,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _lines(bundle: Any, able: dict[str, Any]) -> list[str]:
     manifest = bundle.manifest
-    defaults, latents = manifest["defaults"], manifest["latents"]
+    defaults, latents = manifest.defaults, manifest.latents
     lines = [
-        f"{bundle.path}  ({manifest['family']}, format {manifest['format_version']}, digest {bundle.digest})",
-        f"source     {_pairs(manifest.get('source', {}))}",
-        f"versions   {_pairs(manifest.get('versions', {}))}",
-        f"scheduler  {manifest['scheduler'].get('_class_name')}, {manifest['scheduler'].get('prediction_type')}",
-        f"defaults   {defaults['width']}x{defaults['height']}, {defaults['num_inference_steps']} steps, "
-        f"guidance {defaults['guidance_scale']}",
-        f"latents    {latents['channels']} channels, 1/{latents['factor']} of the size, "
-        f"scaling {latents['scaling_factor']}",
-        f"tokens     {', '.join(str(entry['max_length']) for entry in manifest['tokenizers'].values())}",
+        f"{bundle.path}  ({manifest.family}, format {manifest.format_version}, digest {bundle.digest})",
+        f"source     {_pairs(manifest.source)}",
+        f"versions   {_pairs(manifest.versions)}",
+        f"scheduler  {manifest.scheduler['_class_name']}, {manifest.prediction_type}",
+        f"defaults   {defaults.width}x{defaults.height}, {defaults.num_inference_steps} steps, "
+        f"guidance {defaults.guidance_scale}",
+        f"latents    {latents.channels} channels, 1/{latents.factor} of the size, scaling {latents.scaling_factor}",
+        f"tokens     {', '.join(str(entry.max_length) for entry in manifest.tokenizers.values())}",
         "",
         f"tasks      {', '.join(able['tasks'])}" + (f" ({able['inpaint']})" if able["inpaint"] else ""),
         f"samplers   {able['samplers']}",
@@ -55,7 +55,7 @@ def _lines(bundle: Any, able: dict[str, Any]) -> list[str]:
     ]
     for name in bundle.components:
         component = bundle.component(name)
-        parity = min((entry["psnr_db"] for entry in component.parity), default=None)
+        parity = min((entry.psnr_db for entry in component.parity), default=None)
         shown = "unverified" if parity is None else f"{parity:.1f}"
         signature = f"{'; '.join(map(str, component.inputs))} -> {'; '.join(map(str, component.outputs))}"
         lines.append(f"{name:<14}{bundle.nbytes(name) / 1e6:>9.1f}{shown:>11}  {signature}")

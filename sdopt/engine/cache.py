@@ -51,8 +51,8 @@ def nbytes() -> int:
 def entry(bundle: Bundle, component: Component, backend: str, options: Mapping[str, Any]) -> Path:
     """The folder for what `backend` makes of this very graph and its weights, with `options`, on this processor."""
     graph, weights = component.graph.name, f"{bundle.component(component.name).graph.name}.data"
-    files = bundle.manifest["files"]
-    digests = [files[name]["sha256"] for name in (graph, weights) if name in files]
+    files = bundle.manifest.files
+    digests = [files[name].sha256 for name in (graph, weights) if name in files]
     text = json.dumps([digests, processor(), options], sort_keys=True)
     return root() / f"{component.name}-{backend}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 

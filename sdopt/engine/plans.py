@@ -223,7 +223,7 @@ def usable(
 
 def changed(record: Record, bundle: Bundle, environment: Mapping[str, str]) -> str:
     """What is no longer as it was when the engine was built, as text; empty if nothing."""
-    files = {name: entry["sha256"] for name, entry in bundle.manifest["files"].items()}
+    files = {name: entry.sha256 for name, entry in bundle.manifest.files.items()}
     told = [f"{name} is another file" for name, digest in record.sources.items() if files.get(name) != digest]
     for name in {**record.environment, **environment}:
         was, now = record.environment.get(name), environment.get(name)

@@ -47,7 +47,7 @@ def open_component(bundle: Bundle, name: str, how: How) -> TrtEngine:
         bundle, name, how.backend, lambda record: environment(lib, gpu.cuda.gpu, record.options), how.trust,
         precision=how.built,
     )  # fmt: skip
-    factor: int = bundle.manifest["latents"]["factor"]
+    factor = bundle.manifest.latents.factor
     return TrtEngine(lib, gpu, plans, {"latent_height": factor, "latent_width": factor}, how.cache)
 
 

@@ -17,12 +17,13 @@ import importlib.metadata
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from sdopt import __version__
 from sdopt.bundle.files import new_folder, refuse_existing, write_manifest
+from sdopt.bundle.format import ComponentEntry, Encoder, LibraryGraph, Manifest, TokenizerEntry
 from sdopt.engine import choose_backend
 from sdopt.errors import CheckpointError
 from sdopt.export import components, families, parity, presets, preview, schedule, trace
@@ -67,42 +68,43 @@ def export(
         new_folder(target, force=force, needed_bytes=checkpoint.nbytes) as folder,
     ):
         manifest = describe(checkpoint, steps, guidance)
-        if manifest["requires_safety_checker"]:
+        if manifest.requires_safety_checker:
             report("the safety checker is not exported: pictures are not filtered; that is left to the product")
-        manifest.update(schedule.manifest_entries(checkpoint, folder, manifest["defaults"], report))
+        entries = schedule.manifest_entries(checkpoint, folder, manifest.defaults, report)
         report(HEADER)
-        for name, build in components.builds(checkpoint).items():
-            entry = _component(build, checkpoint, folder, opset, floor_db if verify else None, report)
-            manifest["components"][name] = entry
-        for encoder in manifest["conditioning"]["encoders"]:
-            manifest["tokenizers"][encoder["tokenizer"]] = _tokenizer(checkpoint, folder, encoder)
-        fitted = preview.fit(folder, manifest)
-        manifest.update({} if fitted is None else {"preview": fitted})
-        manifest["verified"] = verify
-        write_manifest(folder, manifest)
+        parts = {
+            name: _component(build, checkpoint, folder, opset, floor_db if verify else None, report)
+            for name, build in components.builds(checkpoint).items()
+        }
+        encoders = manifest.conditioning.encoders
+        tokenizers = {encoder.tokenizer: _tokenizer(checkpoint, folder, encoder) for encoder in encoders}
+        manifest = replace(manifest, **entries, components=parts, tokenizers=tokenizers, verified=verify)
+        write_manifest(folder, replace(manifest, preview=preview.fit(folder, manifest)))
     return target
 
 
-def describe(checkpoint: Checkpoint, steps: int | None = None, guidance: float | None = None) -> dict[str, Any]:
-    """The manifest of a checkpoint, before its components are traced."""
+def describe(checkpoint: Checkpoint, steps: int | None = None, guidance: float | None = None) -> Manifest:
+    """The manifest of a checkpoint, before its scheduler is read and its components are traced."""
     latents = families.latents(checkpoint)
     asks = "StableDiffusionXL" not in checkpoint.pipeline and checkpoint.index().get("requires_safety_checker", True)
-    return {
-        "family": checkpoint.family,
-        "source": {key: value for key, value in checkpoint.provenance.items() if value is not None},
-        "versions": {
-            "sdopt": __version__,
-            **{p: importlib.metadata.version(p) for p in ("torch", "diffusers", "transformers")},
-        },
-        "latents": latents,
-        "defaults": presets.defaults(checkpoint, latents["factor"], steps, guidance),
-        "conditioning": families.conditioning(checkpoint),
-        "float16_unsafe": families.float16_unsafe(checkpoint),
-        "float16_attention_unsafe": families.float16_attention_unsafe(checkpoint),
-        "requires_safety_checker": asks,
-        "tokenizers": {},
-        "components": {},
-    }
+    libraries = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
+    return Manifest(
+        family=checkpoint.family,
+        source={key: str(value) for key, value in checkpoint.provenance.items() if value is not None},
+        versions={"sdopt": __version__, **libraries},
+        latents=latents,
+        defaults=presets.defaults(checkpoint, latents.factor, steps, guidance),
+        conditioning=families.conditioning(checkpoint),
+        float16_unsafe=families.float16_unsafe(checkpoint),
+        float16_attention_unsafe=families.float16_attention_unsafe(checkpoint),
+        requires_safety_checker=asks,
+        tokenizers={},
+        components={},
+        scheduler={},
+        prediction_type="",
+        verified=False,
+        files={},
+    )
 
 
 def _component(
@@ -112,7 +114,7 @@ def _component(
     opset: int,
     floor_db: float | None,
     report: Report,
-) -> dict[str, Any]:
+) -> ComponentEntry:
     """Write one component, and its entry in the manifest.
 
     The model is run first and let go before its graph is opened, so its weights are in memory once.
@@ -133,28 +135,21 @@ def _component(
     report(f"{part.name:<14}{time.perf_counter() - started:>9.1f}{size:>9.1f}  {stored:<8}{shown}")
     if floor_db is not None:
         parity.gate(part, [*results, *theirs], floor_db)
-    return {
-        "graph": graph.name,
-        "opset": opset,
-        "weights": stored,
-        "inputs": [s.to_json() for s in part.inputs],
-        "outputs": [s.to_json() for s in part.outputs],
-        "parity": [r.to_json() for r in results],
-        "graphs": {} if own is None else {"ort": {"graph": own.name, "parity": [r.to_json() for r in theirs]}},
-    }
+    graphs = {} if own is None else {"ort": LibraryGraph(own.name, tuple(theirs))}
+    return ComponentEntry(graph.name, opset, stored, part.inputs, part.outputs, tuple(results), graphs)
 
 
-def _tokenizer(checkpoint: Checkpoint, folder: Path, encoder: Mapping[str, Any]) -> dict[str, Any]:
+def _tokenizer(checkpoint: Checkpoint, folder: Path, encoder: Encoder) -> TokenizerEntry:
     """Write NAME/tokenizer.json, made from vocab.json and merges.txt where a checkpoint has only those."""
-    name = encoder["tokenizer"]
+    name = encoder.tokenizer
     tokenizer = checkpoint.tokenizer(name)
     path = folder / name / "tokenizer.json"
     path.parent.mkdir()
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     path.write_text(json.dumps({**backend, "truncation": None, "padding": None}, ensure_ascii=False), encoding="utf-8")
-    config = checkpoint.config(encoder["component"])
+    config = checkpoint.config(encoder.component)
     length = min(tokenizer.model_max_length, config["max_position_embeddings"])
     ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if None in ids.values():
         raise CheckpointError(f"{checkpoint.folder / name}: it names no {' or '.join(ids)}: {ids}")
-    return {"file": f"{name}/tokenizer.json", "max_length": length, "vocab_size": config["vocab_size"], **ids}
+    return TokenizerEntry(f"{name}/tokenizer.json", length, vocab_size=config["vocab_size"], **ids)

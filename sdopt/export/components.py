@@ -252,17 +252,17 @@ def _further_inputs(checkpoint: Checkpoint) -> tuple[TensorSpec, ...]:
     """What the UNet takes beside sample, timestep and text: pooled text and sizes (SDXL), the guidance scale (LCM)."""
     wanted = conditioning(checkpoint)
     widths: dict[str, int] = {}
-    if wanted["pooled"]:
-        numbers = sum(1 if name == "aesthetic_score" else 2 for name in wanted["time_ids"])
-        widths = {"text_embeds": checkpoint.config(wanted["pooled"])["projection_dim"], "time_ids": numbers}
-    if wanted["guidance_embedding"]:
-        widths["timestep_cond"] = wanted["guidance_embedding"]
+    if wanted.pooled:
+        numbers = sum(1 if name == "aesthetic_score" else 2 for name in wanted.time_ids)
+        widths = {"text_embeds": checkpoint.config(wanted.pooled)["projection_dim"], "time_ids": numbers}
+    if wanted.guidance_embedding:
+        widths["timestep_cond"] = wanted.guidance_embedding
     return tuple(TensorSpec(name, "float32", ("batch", width)) for name, width in widths.items())
 
 
 def _tokens(checkpoint: Checkpoint) -> int:
     """How many tokens the text encoders read."""
-    return checkpoint.config(conditioning(checkpoint)["encoders"][0]["component"])["max_position_embeddings"]
+    return checkpoint.config(conditioning(checkpoint).encoders[0].component)["max_position_embeddings"]
 
 
 def vae_decoder(checkpoint: Checkpoint) -> Part:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sdopt.bundle.files import Component
+from sdopt.bundle.format import Parity
 from sdopt.bundle.specs import Array
 from sdopt.errors import ParityError
 from sdopt.export.components import Part
@@ -17,19 +16,6 @@ from sdopt.metrics import psnr
 
 FLOOR_DB = 80.0
 Reference = dict[str, Array]  # the outputs of a component by name
-
-
-@dataclass(frozen=True)
-class Parity:
-    """One output of one run: how far it is from the reference."""
-
-    sizes: dict[str, int]
-    output: str
-    psnr_db: float
-    max_error: float
-
-    def to_json(self) -> dict[str, Any]:
-        return {"sizes": self.sizes, "output": self.output, "psnr_db": self.psnr_db, "max_error": self.max_error}
 
 
 def references(part: Part) -> list[Reference]:
@@ -55,7 +41,7 @@ def measure(part: Part, graph: Path, expected: Sequence[Reference] | None = None
     return results
 
 
-def gate(part: Part, results: list[Parity], floor_db: float = FLOOR_DB) -> None:
+def gate(part: Part, results: Sequence[Parity], floor_db: float = FLOOR_DB) -> None:
     """Raises ParityError if any result is below the floor."""
     low = [r for r in results if not r.psnr_db >= floor_db]
     if low:

@@ -8,32 +8,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, cast
 
+from sdopt.bundle.decode import DecodeError, decode
+from sdopt.bundle.format import Defaults
 from sdopt.errors import CheckpointError, UsageError
 from sdopt.export.source import Checkpoint, read_json
 
-Defaults = dict[str, Any]
+Known = dict[str, Any]  # some of the fields of Defaults
 
-KEYS = ("height", "width", "num_inference_steps", "guidance_scale", "strength", "inpaint_strength", "strength_cuts")
+KEYS = tuple(f.name for f in fields(Defaults))
 # the arguments' defaults in diffusers 0.42; `strength_cuts`: image to image leaves out steps, or (LCM) keeps their
 # number and shortens the schedule that they are spread over
-FAMILIES: dict[str, Defaults] = {
+FAMILIES: dict[str, Known] = {
     "sd": {"num_inference_steps": 50, "guidance_scale": 7.5, "strength": 0.8, "inpaint_strength": 1.0},
     "sdxl": {"num_inference_steps": 50, "guidance_scale": 5.0, "strength": 0.3, "inpaint_strength": 0.9999},
 }
-LCM: Defaults = {"strength_cuts": "schedule"}
-PIPELINES: dict[str, Defaults] = {
+LCM: Known = {"strength_cuts": "schedule"}
+PIPELINES: dict[str, Known] = {
     "StableDiffusionXLInpaintPipeline": {"guidance_scale": 7.5},
     "LatentConsistencyModelPipeline": LCM,
     "LatentConsistencyModelImg2ImgPipeline": LCM,
 }
 # distilled with LCM-LoRA, which is used without guidance. Ref: Luo et al. 2023, arXiv:2311.05556
-SCHEDULERS: dict[str, Defaults] = {"LCMScheduler": {"num_inference_steps": 4, "guidance_scale": 1.0}}
+SCHEDULERS: dict[str, Known] = {"LCMScheduler": {"num_inference_steps": 4, "guidance_scale": 1.0}}
 # a UNet that takes the guidance scale is distilled with it
-EMBEDDED: Defaults = {"num_inference_steps": 4, "guidance_scale": 8.5}
+EMBEDDED: Known = {"num_inference_steps": 4, "guidance_scale": 8.5}
 # as their model cards run them; ids on the hub, found in the source or in a `_name_or_path` of the checkpoint
-MODELS: dict[str, Defaults] = {
+MODELS: dict[str, Known] = {
     "stabilityai/sd-turbo": {"num_inference_steps": 1, "guidance_scale": 0.0},
     "stabilityai/sdxl-turbo": {"num_inference_steps": 1, "guidance_scale": 0.0},
     "SimianLuo/LCM_Dreamshaper_v7": {"num_inference_steps": 4, "guidance_scale": 8.0},
@@ -44,9 +47,7 @@ MODELS: dict[str, Defaults] = {
 }
 
 
-def defaults(
-    checkpoint: Checkpoint, factor: int, steps: int | None = None, guidance: float | None = None
-) -> dict[str, Any]:
+def defaults(checkpoint: Checkpoint, factor: int, steps: int | None = None, guidance: float | None = None) -> Defaults:
     """The `defaults` entry of the manifest; `factor` is the VAE's, pixels per latent.
 
     Raises: UsageError for steps or guidance that no picture can be made with; CheckpointError for such a
@@ -58,7 +59,7 @@ def defaults(
         raise UsageError(f"guidance = {guidance}; allowed are finite numbers")
     edge: Any = checkpoint.config("unet")["sample_size"]
     high, wide = cast("list[int]", edge if isinstance(edge, list) else [edge, edge])
-    found: Defaults = {"height": high * factor, "width": wide * factor, "strength_cuts": "steps"}
+    found: Known = {"height": high * factor, "width": wide * factor, "strength_cuts": "steps"}
     found |= FAMILIES[checkpoint.family]
     for layer in (
         SCHEDULERS.get(str(checkpoint.config("scheduler").get("_class_name")), {}),
@@ -69,7 +70,10 @@ def defaults(
         {"num_inference_steps": steps, "guidance_scale": guidance},
     ):
         found |= {key: value for key, value in layer.items() if value is not None}
-    return {key: found[key] for key in KEYS}
+    try:
+        return decode(Defaults, {key: found[key] for key in KEYS}, "defaults")
+    except DecodeError as error:
+        raise CheckpointError(f"{checkpoint.folder}: what it says of its pictures cannot be: {error}") from error
 
 
 def _known(checkpoint: Checkpoint) -> Mapping[str, Any]:
@@ -77,7 +81,7 @@ def _known(checkpoint: Checkpoint) -> Mapping[str, Any]:
     names: list[Any] = [checkpoint.provenance.get("hub_id"), checkpoint.index().get("_name_or_path")]
     names.append(checkpoint.config("unet").get("_name_or_path"))
     table = {name.lower(): entry for name, entry in MODELS.items()}
-    return next((table[name] for name in map(str.lower, map(str, names)) if name in table), Defaults())
+    return next((table[name] for name in map(str.lower, map(str, names)) if name in table), Known())
 
 
 def _own(checkpoint: Checkpoint) -> Mapping[str, Any]:

@@ -8,15 +8,15 @@ A quarter of the pictures is kept from the fit, and the figures in the manifest 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from sdopt.bundle.files import Component
-from sdopt.bundle.specs import Array, Float32, TensorSpec
+from sdopt.bundle.format import Manifest, Preview
+from sdopt.bundle.specs import Array, Float32
 from sdopt.metrics import psnr
 
 if TYPE_CHECKING:
@@ -26,15 +26,15 @@ PICTURES, EDGE = 16, 16  # how many, and latents a side
 GRIDS = (2, 3, 5, 8)  # cells a side of the colours that are spread
 
 
-def fit(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+def fit(folder: Path, manifest: Manifest) -> Preview | None:
     """`preview` of the manifest: the matrix [channels + 1, 3], its PSNR in dB and share of variance explained (R2).
 
     None for a VAE whose outputs are not finite, or that cannot encode.
     """
-    if not {"vae_encoder", "vae_decoder"} <= set(manifest["components"]):
+    if not {"vae_encoder", "vae_decoder"} <= set(manifest.components):
         return None
-    entry = manifest["latents"]
-    factor: int = entry["factor"]
+    entry = manifest.latents
+    factor = entry.factor
     means: list[Float32] = []
     with _engine(folder, manifest, "vae_encoder") as encoder:
         channels = encoder.inputs[0].shape[1]
@@ -48,7 +48,7 @@ def fit(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
             decoded = decoder(latent_sample=mean)["sample"]
             cells = decoded.reshape(1, 3, EDGE, factor, EDGE, factor)
             colours.append(np.clip(np.mean(cells, (3, 5)) / 2 + 0.5, 0, 1))
-    scale, shift = (np.asarray(entry[f"{k}_factor"], np.float32).reshape(-1, 1, 1) for k in ("scaling", "shift"))
+    scale, shift = (np.asarray(f, np.float32).reshape(-1, 1, 1) for f in (entry.scaling_factor, entry.shift_factor))
     scaled = (np.concatenate(means) - shift) * scale
     latents, wanted = _samples(scaled), _samples(np.concatenate(colours))
     if not (np.isfinite(latents).all() and np.isfinite(wanted).all()):
@@ -69,17 +69,18 @@ def pictures(edge: int) -> list[Float32]:
     return found
 
 
-def _fitted(latents: Array, wanted: Array) -> dict[str, Any]:
+def _fitted(latents: Array, wanted: Array) -> Preview:
     kept = EDGE * EDGE * (PICTURES * 3 // 4)
     matrix = np.linalg.lstsq(latents[:kept], wanted[:kept], rcond=None)[0]
     found, target = latents[kept:] @ matrix, wanted[kept:]
     spread = np.sum(np.square(target - np.mean(target, 0)))
     r2 = 1 - np.sum(np.square(found - target)) / spread if spread else 0.0
-    return {
-        "matrix": [[float(f"{value:.7g}") for value in row] for row in matrix.tolist()],
-        "psnr_db": round(psnr(target, np.clip(found, 0, 1)), 1),
-        "r2": round(float(r2), 3),
-    }
+    rows = [[float(f"{value:.7g}") for value in row] for row in matrix.tolist()]
+    return Preview(
+        matrix=tuple((red, green, blue) for red, green, blue in rows),
+        psnr_db=round(psnr(target, np.clip(found, 0, 1)), 1),
+        r2=round(float(r2), 3),
+    )
 
 
 def _samples(maps: Array) -> Array:
@@ -87,9 +88,8 @@ def _samples(maps: Array) -> Array:
     return np.transpose(maps, (0, 2, 3, 1)).reshape(-1, maps.shape[1]).astype(np.float64)
 
 
-def _engine(folder: Path, manifest: Mapping[str, Any], name: str) -> OrtEngine:
+def _engine(folder: Path, manifest: Manifest, name: str) -> OrtEngine:
     from sdopt.engine.ort import OrtEngine  # the export side imports without ONNX Runtime
 
-    entry = manifest["components"][name]
-    inputs, outputs = (tuple(map(TensorSpec.from_json, entry[k])) for k in ("inputs", "outputs"))
-    return OrtEngine(Component(name, folder / entry["graph"], inputs, outputs))
+    entry = manifest.components[name]
+    return OrtEngine(Component(name, folder / entry.graph, entry.inputs, entry.outputs))

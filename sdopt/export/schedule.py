@@ -9,6 +9,7 @@ from typing import Any
 
 import diffusers
 
+from sdopt.bundle.format import Defaults
 from sdopt.errors import CheckpointError, UsageError
 from sdopt.export.probe import probe
 from sdopt.export.source import Checkpoint, read_json
@@ -21,7 +22,7 @@ CORRECTED: dict[str, Any] = {"steps_offset": 1, "clip_sample": False}
 
 
 def manifest_entries(
-    checkpoint: Checkpoint, folder: Path, defaults: Mapping[str, Any], report: Callable[[str], None]
+    checkpoint: Checkpoint, folder: Path, defaults: Defaults, report: Callable[[str], None]
 ) -> dict[str, Any]:
     """`scheduler`, `prediction_type` and, for a scheduler that sdopt does not know by name, `sampler_tables`.
 
@@ -44,7 +45,7 @@ def manifest_entries(
     entries = {"scheduler": {**config, **corrected}, "prediction_type": known.get("prediction_type", "epsilon")}
     if any(name in (sampler.diffusers, *sampler.aliases) for sampler in SAMPLERS.values()):
         try:
-            sampler_table(entries["scheduler"], defaults["num_inference_steps"])
+            sampler_table(entries["scheduler"], defaults.num_inference_steps)
         except UsageError as error:
             raise CheckpointError(f"{where}: {error}") from error
         return entries

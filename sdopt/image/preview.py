@@ -7,8 +7,6 @@ It takes microseconds, so every step of the loop can be shown; `sdopt.export.pre
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from PIL import Image
 
@@ -20,17 +18,14 @@ from sdopt.errors import BundleError
 def matrix_of(bundle: Bundle) -> Float32:
     """The map of a bundle, [channels + 1, 3].
 
-    Raises: BundleError if it has none, as bundles of earlier releases.
+    Raises: BundleError if it has none: no VAE encoder to fit it with, or one whose numbers overflow.
     """
-    entry: dict[str, Any] = bundle.manifest.get("preview") or {}
-    if "matrix" not in entry:
+    entry = bundle.manifest.preview
+    if entry is None:
         raise BundleError(
             f"{bundle.path} has no previews; export it again, or decode the latents: pipe.decode(latents)"
         )
-    matrix = np.asarray(entry["matrix"], np.float32)
-    if matrix.shape != (bundle.manifest["latents"]["channels"] + 1, 3):
-        raise BundleError(f"{bundle.path}: the matrix of its previews is {list(matrix.shape)}; export it again")
-    return matrix
+    return np.asarray(entry.matrix, np.float32)
 
 
 def rgb(latents: Float32, matrix: Float32) -> Array:

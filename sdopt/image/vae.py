@@ -20,10 +20,9 @@ class Vae:
     """The decoder and the encoder of the bundle of `pool`."""
 
     def __init__(self, pool: EnginePool) -> None:
-        self._pool, entry = pool, pool.bundle.manifest["latents"]
-        self._channels: int = entry["channels"]
-        self._factor: int = entry["factor"]
-        self._scale, self._shift = by_channel(entry["scaling_factor"]), by_channel(entry["shift_factor"])
+        self._pool, entry = pool, pool.bundle.manifest.latents
+        self._channels, self._factor = entry.channels, entry.factor
+        self._scale, self._shift = by_channel(entry.scaling_factor), by_channel(entry.shift_factor)
 
     def decode(self, latents: Float32, tile: int | None = None, one_by_one: bool = False) -> Float32:
         """Pictures [images, 3, height, width] in -1..1 of scaled latents [images, channels, h, w]."""

@@ -14,6 +14,7 @@ from typing import Any, TypedDict, cast
 import numpy as np
 
 from sdopt.bundle.files import Bundle
+from sdopt.bundle.format import Defaults
 from sdopt.bundle.specs import Array
 from sdopt.errors import UsageError, choices
 from sdopt.image import masks
@@ -139,7 +140,7 @@ def sizes(
         for name in sizes
         if (value := cast(Any, options.get(f"negative_{name}"))) is not None
     }
-    scored = "aesthetic_score" in (bundle.manifest["conditioning"]["time_ids"] or ())
+    scored = "aesthetic_score" in bundle.manifest.conditioning.time_ids
     if not pictured and len({"original_size", "target_size"} & set(given)) == 1:
         raise UsageError("negative_original_size and negative_target_size: in text to image give both, or neither")
     resets = scored or (not pictured and "original_size" in given)
@@ -152,7 +153,7 @@ def sizes(
     )
 
 
-def picture(options: Options, defaults: Mapping[str, Any]) -> tuple[Any, Any, float]:
+def picture(options: Options, defaults: Defaults) -> tuple[Any, Any, float]:
     """The image to begin from, the mask, and the strength, as they fit together."""
     image, mask, strength = options.get("image"), options.get("mask_image"), options.get("strength")
     for name in ("mask_image", "strength", "denoising_start"):
@@ -165,7 +166,7 @@ def picture(options: Options, defaults: Mapping[str, Any]) -> tuple[Any, Any, fl
             raise UsageError(f"{name} needs a mask: give mask_image=...")
     if image is None:
         return None, None, 1.0
-    own = defaults.get("strength", 0.8) if mask is None else defaults.get("inpaint_strength", 1.0)
+    own = defaults.strength if mask is None else defaults.inpaint_strength
     return image, mask, share("strength", given_or(strength, own))
 
 
@@ -208,9 +209,9 @@ def latents_of(image: Array, shape: tuple[int, ...]) -> Array:
     return np.repeat(image, shape[0] // len(image), 0)
 
 
-def pixels(options: Options, defaults: Mapping[str, Any], factor: int) -> tuple[int, int]:
+def pixels(options: Options, defaults: Defaults, factor: int) -> tuple[int, int]:
     """Height and width: as given; else the latents' or, without a mask, the image's rounded down; else the bundle's."""
-    own = (defaults["height"], defaults["width"])
+    own = (defaults.height, defaults.width)
     image = options.get("image")
     if image is not None and (options.get("mask_image") is None or images.is_latents(image)):
         height, width = images.size_of(image, factor=factor)

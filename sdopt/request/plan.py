@@ -101,20 +101,20 @@ def make_plan(bundle: Bundle, prompt: str | Sequence[str] | None, options: Optio
         raise UsageError(
             f"unknown argument {', '.join(sorted(unknown))}; there are {', '.join(Options.__annotations__)}"
         )
-    defaults: Mapping[str, Any] = bundle.manifest["defaults"]
+    defaults, of_latents = bundle.manifest.defaults, bundle.manifest.latents
     embeds, negative_embeds = options.get("prompt_embeds"), options.get("negative_prompt_embeds")
     each = read.whole("num_images_per_prompt", options.get("num_images_per_prompt", 1), 1, MAX_IMAGES)
     prompts = read.prompts("prompt", prompt if embeds is None else [""] * len(embeds), each)
-    sampling = read.sampling(options, defaults["num_inference_steps"])
-    factor: int = bundle.manifest["latents"]["factor"]
+    sampling = read.sampling(options, defaults.num_inference_steps)
+    factor = of_latents.factor
     image, mask, strength = read.picture(options, defaults)
     height, width = read.pixels(options, defaults, factor)
     table = make_table(bundle, sampling, strength)
-    guidance, wishes = read.guidance(options, defaults["guidance_scale"], len(table))
-    embedding: int = bundle.manifest["conditioning"].get("guidance_embedding", 0)
+    guidance, wishes = read.guidance(options, defaults.guidance_scale, len(table))
+    embedding = bundle.manifest.conditioning.guidance_embedding
     if embeds is not None and negative_embeds is None and max(guidance) > 1 and not embedding:
         raise UsageError("prompt_embeds without negative_prompt_embeds: give both, or guidance_scale=1")
-    shape = (len(prompts), bundle.manifest["latents"]["channels"], height // factor, width // factor)
+    shape = (len(prompts), of_latents.channels, height // factor, width // factor)
     latents = options.get("latents")
     if latents is not None and (latents.shape != shape or latents.dtype != "float32"):
         raise UsageError(f"latents: got {latents.dtype} {latents.shape}; these sizes and prompts take float32 {shape}")
@@ -166,12 +166,12 @@ def make_table(bundle: Bundle, sampling: Mapping[str, Any], strength: float = 1.
     """
     options = dict(sampling)
     steps = options.pop("num_inference_steps")
-    probed = bundle.manifest.get("sampler_tables")
+    scheduler, probed = bundle.manifest.scheduler, bundle.manifest.sampler_tables
     if probed is None or options.get("sampler") is not None:
-        cuts = bundle.manifest["defaults"].get("strength_cuts", "steps")
-        return sampler_table(bundle.manifest["scheduler"], steps, strength=strength, strength_cuts=cuts, **options)
+        cuts = bundle.manifest.defaults.strength_cuts
+        return sampler_table(scheduler, steps, strength=strength, strength_cuts=cuts, **options)
     tables = json.loads(bundle.file(probed).read_bytes())
-    name = bundle.manifest["scheduler"].get("_class_name")
+    name = scheduler["_class_name"]
     if str(steps) not in tables:
         raise UsageError(f"num_inference_steps = {steps}; for {name} this bundle has tables for {', '.join(tables)}")
     given = [key for key, value in options.items() if value is not None] + ["strength"] * (strength < 1)

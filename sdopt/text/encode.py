@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from sdopt.bundle.files import Bundle
+from sdopt.bundle.format import Encoder
 from sdopt.bundle.specs import Array, Float32
 from sdopt.engine.pool import EnginePool
 from sdopt.errors import NumericsError, UsageError
@@ -35,20 +35,20 @@ class TextEncoders:
     def __init__(self, pool: EnginePool) -> None:
         self._pool, bundle = pool, pool.bundle
         self._bundle = bundle
-        self._entry: Mapping[str, Any] = bundle.manifest["conditioning"]
+        self._entry = bundle.manifest.conditioning
         self._tokenizers: dict[str, Tokenizer] = {}
         self._extra = {name: np.zeros((1, width), np.float32) for name, width in extra_widths(bundle).items()}
         self.embeddings: dict[str, Embedding] = {}
 
     def add(self, source: str | os.PathLike[str] | Array | Mapping[str, Array], token: str | None) -> str:
         """The token of an embedding that prompts may use from now on; see `Pipeline.load_embedding`."""
-        encoders: list[Mapping[str, Any]] = self._entry["encoders"]
-        if not self._extra or set(self._extra) != {encoder["component"] for encoder in encoders}:
+        encoders = self._entry.encoders
+        if not self._extra or set(self._extra) != {encoder.component for encoder in encoders}:
             raise UsageError(
                 f"{self._bundle.path} was exported before text encoders took further embeddings; export it again"
             )
         found = embedding(source, token, {name: rows.shape[1] for name, rows in self._extra.items()})
-        tokenizers = {encoder["component"]: self._tokenizer(encoder["tokenizer"]) for encoder in encoders}
+        tokenizers = {encoder.component: self._tokenizer(encoder.tokenizer) for encoder in encoders}
         for name, tokenizer in tokenizers.items():
             tokenizer.refuse_taken(found.token, len(found.rows[name]))
         for name, tokenizer in tokenizers.items():
@@ -66,7 +66,7 @@ class TextEncoders:
                 return cond, None
             return cond, self._given(plan, plan.negative_prompt_embeds, plan.negative_pooled_prompt_embeds, False)
         n = len(plan.prompts)
-        zeros = self._entry["zeros_for_empty"] and not plan.negative_given
+        zeros = self._entry.zeros_for_empty and not plan.negative_given
         firsts, seconds = plan.prompts, plan.prompts_2
         if plan.guided and not zeros:
             firsts, seconds = firsts + plan.negative_prompts, seconds + plan.negative_prompts_2
@@ -86,23 +86,23 @@ class TextEncoders:
     ) -> tuple[Float32, Float32 | None]:
         """(embeddings, pooled text or None) of prompts; `prompts_2` go to the second encoder. Equal ones run once."""
         pairs = list(dict.fromkeys(zip(prompts, prompts_2, strict=True)))
-        encoders: list[Mapping[str, Any]] = self._entry["encoders"]
+        encoders = self._entry.encoders
         texts = [[pair[i] for pair in pairs] for i in range(len(encoders))]
-        cut = [self._cut(e["tokenizer"], t, prompt_style) for e, t in zip(encoders, texts, strict=True)]
+        cut = [self._cut(e.tokenizer, t, prompt_style) for e, t in zip(encoders, texts, strict=True)]
         most = max(len(ids) for of_encoder in cut for ids, _ in of_encoder)
         parts: list[Float32] = []
         pooled: Float32 | None = None
         for encoder, of_encoder in zip(encoders, cut, strict=True):
-            ids, weights = stacked(self._tokenizer(encoder["tokenizer"]), of_encoder, most)
-            name = encoder["component"]
+            ids, weights = stacked(self._tokenizer(encoder.tokenizer), of_encoder, most)
+            name = encoder.component
             extra = {"extra_embeddings": self._extra[name]} if name in self._extra else {}
             with self._pool.using(name) as engine:
                 outputs = engine(input_ids=ids.reshape(-1, ids.shape[-1]), **extra)
             state = weighted(_state(outputs, encoder, clip_skip), weights.reshape(-1, ids.shape[-1]))
             if not np.isfinite(state).all():
-                raise NumericsError(f"{encoder['component']}: the output has NaN or infinity; its weights are damaged")
+                raise NumericsError(f"{encoder.component}: the output has NaN or infinity; its weights are damaged")
             parts.append(state.reshape(len(pairs), -1, state.shape[-1]))
-            if encoder["component"] == self._entry["pooled"]:
+            if encoder.component == self._entry.pooled:
                 pooled = outputs["text_embeds"].reshape(len(pairs), most, -1)[:, 0]  # the first chunk speaks for all
         rows = [pairs.index(pair) for pair in zip(prompts, prompts_2, strict=True)]
         hidden = np.concatenate(parts, 2)[rows]
@@ -117,41 +117,39 @@ class TextEncoders:
 
     def _tokenizer(self, name: str) -> Tokenizer:
         if name not in self._tokenizers:
-            entry = self._bundle.manifest["tokenizers"][name]
-            self._tokenizers[name] = Tokenizer(self._bundle.file(entry["file"]), entry)
+            entry = self._bundle.manifest.tokenizers[name]
+            self._tokenizers[name] = Tokenizer(self._bundle.file(entry.file), entry)
         return self._tokenizers[name]
 
     def _given(self, plan: Plan, hidden: Float32, pooled: Float32 | None, positive: bool = True) -> Condition:
         condition: Condition = {"encoder_hidden_states": hidden}
-        if self._entry["pooled"]:
+        if self._entry.pooled:
             if pooled is None:
                 raise UsageError("prompt_embeds: this model also takes pooled_prompt_embeds (and negative ones)")
             condition["text_embeds"] = pooled
-        if self._entry["time_ids"]:
+        if self._entry.time_ids:
             sizes = plan.sizes if positive else plan.negative_sizes
-            numbers = [number for name in self._entry["time_ids"] for number in sizes[name]]
+            numbers = [number for name in self._entry.time_ids for number in sizes[name]]
             condition["time_ids"] = np.tile(np.array([numbers], np.float32), (len(hidden), 1))
         return condition
 
 
 def extra_widths(bundle: Bundle) -> dict[str, int]:
     """The width of the extra embeddings that each text encoder takes; without those that take none."""
-    encoders = [bundle.component(e["component"]) for e in bundle.manifest["conditioning"]["encoders"]]
+    encoders = [bundle.component(e.component) for e in bundle.manifest.conditioning.encoders]
     inputs = {encoder.name: {spec.name: spec for spec in encoder.inputs} for encoder in encoders}
     return {
         name: int(specs["extra_embeddings"].shape[1]) for name, specs in inputs.items() if "extra_embeddings" in specs
     }
 
 
-def _state(outputs: Mapping[str, Float32], encoder: Mapping[str, Any], clip_skip: int) -> Float32:
+def _state(outputs: Mapping[str, Float32], encoder: Encoder, clip_skip: int) -> Float32:
     """The text encoder's state after all layers but those that the family and `clip_skip` leave out."""
-    skip = encoder["skip"] + clip_skip
+    skip = encoder.skip + clip_skip
     if not skip:
-        return outputs[encoder["output"]]
+        return outputs[encoder.output]
     states = outputs["hidden_states"]
     if skip >= states.shape[1]:
-        most = states.shape[1] - 1 - encoder["skip"]
-        raise UsageError(
-            f"clip_skip = {clip_skip}; {encoder['component']} has {states.shape[1] - 1} layers: up to {most}"
-        )
+        most = states.shape[1] - 1 - encoder.skip
+        raise UsageError(f"clip_skip = {clip_skip}; {encoder.component} has {states.shape[1] - 1} layers: up to {most}")
     return np.ascontiguousarray(states[:, -1 - skip])

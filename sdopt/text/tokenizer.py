@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer as Backend
 
+from sdopt.bundle.format import TokenizerEntry
 from sdopt.bundle.specs import Array
 from sdopt.errors import BundleError, UsageError
 
@@ -22,15 +23,15 @@ class Tokenizer:
     Raises: BundleError if the file cannot be read; UsageError for a prompt over 8 KiB.
     """
 
-    def __init__(self, path: Path, entry: Mapping[str, Any]) -> None:
-        self.max_length: int = entry["max_length"]
-        self.bos: int = entry["bos_token_id"]
-        self.eos: int = entry["eos_token_id"]
-        self.pad: int = entry["pad_token_id"]
+    def __init__(self, path: Path, entry: TokenizerEntry) -> None:
+        self.max_length = entry.max_length
+        self.bos = entry.bos_token_id
+        self.eos = entry.eos_token_id
+        self.pad = entry.pad_token_id
         self._backend: Any = _guarded(f"{path} cannot be read", lambda: Backend.from_file(str(path)))
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._first_row: int | None = entry.get("vocab_size")  # ids from here on are rows of extra embeddings
+        self._first_row = entry.vocab_size  # ids from here on are rows of extra embeddings
         self._rows: dict[int, int] = {}  # the library's id of an added token -> ours
 
     def __call__(self, prompts: Sequence[str]) -> Array:

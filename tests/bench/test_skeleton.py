@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 from types import ModuleType
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 import sdopt
-from sdopt.bundle.files import Bundle
+from sdopt.bundle.files import Bundle, read_manifest
 from sdopt.engine.pool import EnginePool
 from sdopt.errors import BundleError
 from tests.conftest import EMOJI_BUNDLE, ROOT
@@ -32,7 +31,7 @@ def test_a_skeleton_is_small_and_a_filled_one_opens_and_makes_pictures(filled: P
     size = sum(path.stat().st_size for path in (tmp_path / "skeleton").rglob("*") if path.is_file())
     assert size < sum(path.stat().st_size for path in EMOJI_BUNDLE.glob("*.data")) / 10
     bundle = Bundle.open(filled)
-    assert bundle.manifest["random_weights"] == 0
+    assert bundle.manifest.random_weights == 0
     assert bundle.digest != Bundle.open(EMOJI_BUNDLE).digest
     with sdopt.Pipeline(EnginePool(bundle, "ort:cpu")) as pipe:
         picture = pipe("an apple", num_inference_steps=2, height=64, width=64, seed=0, output_type="np").images
@@ -41,7 +40,7 @@ def test_a_skeleton_is_small_and_a_filled_one_opens_and_makes_pictures(filled: P
 
 
 def test_matrices_are_drawn_and_vectors_are_kept(tool: ModuleType, filled: Path) -> None:
-    manifest = json.loads((EMOJI_BUNDLE / "manifest.json").read_text())
+    manifest = read_manifest(EMOJI_BUNDLE)
     drawn = 0
     for weight in tool.weights(EMOJI_BUNDLE, manifest):
         places = [bundle / weight.file for bundle in (EMOJI_BUNDLE, filled)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def test_sizes_that_were_built_one_after_the_other_are_all_there(bundle: Bundle,
 
 
 def test_a_vae_that_overflows_in_half_is_bf16_on_a_gpu_that_computes_in_it(bundle: Bundle, gpu: Any) -> None:
-    unsafe = Bundle(bundle.path, {**bundle.manifest, "float16_unsafe": ["vae_encoder"]})
+    unsafe = Bundle(bundle.path, replace(bundle.manifest, float16_unsafe=("vae_encoder",)))
     part, target = read_recipe().parts["vae_encoder"], Target.here("tensorrt")
     assert part_options(Options(), part, unsafe, target.has_bf16)["precision"] == "bf16"
     assert "tensorrt" in sys.modules

@@ -10,7 +10,7 @@ import pytest
 
 from sdopt import graph
 from sdopt.build.diagnose import diagnose
-from sdopt.bundle.files import write_manifest
+from sdopt.bundle.files import read_manifest, write_manifest
 from sdopt.cli.main import main
 from tests.build.common import SIZES, inputs_of
 from tests.build.test_half import UNET, WEIGHT, reweigh
@@ -25,9 +25,9 @@ def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = graph.load(UNET)
     reweigh(model, WEIGHT, lambda array: array * 6e4)
     graph.save(model, folder / "unet.onnx")
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = read_manifest(folder)
     (folder / "manifest.json").unlink()
-    write_manifest(folder, {k: v for k, v in manifest.items() if k not in ("files", "format_version")})
+    write_manifest(folder, manifest)
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_the_step_of_a_distilled_unet_is_told_the_scale(scale: float | None, lcm
 
 
 def test_a_turbo_bundle_has_the_half_step_and_is_told_how_to_get_the_other(tmp_path: Path) -> None:
-    defaults = {**Bundle.open(EMOJI_BUNDLE).manifest["defaults"], "guidance_scale": 0.0}
+    defaults = replace(Bundle.open(EMOJI_BUNDLE).manifest.defaults, guidance_scale=0.0)
     plain, engines = built(EMOJI_BUNDLE, tmp_path, defaults=defaults)
     np.testing.assert_allclose(pictures(engines, "unet_step_alone", **SIZE), pictures(plain, **SIZE), atol=5e-4)
     assert fused_component(True, ["unet_step_alone"], needs_built=True) == "unet_step"

@@ -46,7 +46,7 @@ def unet() -> Iterator[OrtEngine]:
 
 def table_of(name: str, calls: int = 6) -> SamplerTable:
     """A table of any sampler: on the emoji model's schedule where it is of its family, else on its class's own."""
-    own = sdopt.Bundle.open(EMOJI_BUNDLE).manifest["scheduler"]
+    own = sdopt.Bundle.open(EMOJI_BUNDLE).manifest.scheduler
     config = own if SAMPLERS[name].family == "diffusion" else {"_class_name": SAMPLERS[name].diffusers}
     return sampler_table(config, calls, sampler=name, eta=0.7 if SAMPLERS[name].takes_eta else None)
 

@@ -25,6 +25,7 @@ from sdopt.build.recipe import Part, part_profile, read_recipe, user_profiles
 from sdopt.build.target import Target
 from sdopt.build.trt_build import Builder, meaning
 from sdopt.bundle.files import Bundle
+from sdopt.bundle.format import File
 from sdopt.bundle.specs import Profile, TensorSpec
 from sdopt.cli import main
 from sdopt.engine import describe
@@ -57,17 +58,14 @@ def names(bundle: Bundle, *asked: str) -> list[str]:
 def test_a_bundle_becomes_the_engines_that_it_runs_with(bundle: Bundle) -> None:
     assert names(bundle) == ["unet_step", "text_encoder", "vae_decoder", "vae_encoder"]
     assert names(bundle, "unet", "vae_decoder") == ["unet", "vae_decoder"]
-    edit_manifest(bundle.path, defaults={**bundle.manifest["defaults"], "guidance_scale": 0.0})
+    edit_manifest(bundle.path, defaults=replace(bundle.manifest.defaults, guidance_scale=0.0))
     assert "unet_step_alone" in names(Bundle.open(bundle.path, verify=False))
     with pytest.raises(UsageError, match="component 'unett': this bundle becomes unet, "):
         names(bundle, "unett")
 
 
 def test_what_a_bundle_becomes_follows_from_its_manifest(bundle: Bundle) -> None:
-    told = {
-        **bundle.manifest["conditioning"],
-        "guidance_embedding": 6,
-    }  # LCM: its scale is above 1, and there is one half
+    told = replace(bundle.manifest.conditioning, guidance_embedding=6)  # LCM: its scale is above 1, and one half
     edit_manifest(bundle.path, conditioning=told)
     assert names(Bundle.open(bundle.path, verify=False))[0] == "unet_step_alone"
 
@@ -257,9 +255,9 @@ def test_a_stale_engine_is_built_again_with_a_sentence_and_removed(bundle: Bundl
     (old,) = build(bundle, "ort", components=["vae_encoder"], report=lambda line: None)
     with (bundle.path / "vae_encoder.onnx").open("ab") as stream:
         stream.write(b"\n")
-    files = {**bundle.manifest["files"]}
-    files["vae_encoder.onnx"] = {"bytes": files["vae_encoder.onnx"]["bytes"] + 1, "sha256": "1" * 64}
-    changed = replace(bundle, manifest={**bundle.manifest, "files": files})
+    files = {**bundle.manifest.files}
+    files["vae_encoder.onnx"] = File(files["vae_encoder.onnx"].bytes + 1, "1" * 64)
+    changed = replace(bundle, manifest=replace(bundle.manifest, files=files))
     shutil.copy(EMOJI_BUNDLE / "vae_encoder.onnx", bundle.path)
     lines: list[str] = []
     (new,) = build(changed, "ort", components=["vae_encoder"], report=lines.append)
@@ -291,11 +289,9 @@ def test_engines_of_other_sizes_and_providers_stand_beside_each_other(bundle: Bu
 
 def test_a_stale_step_is_found_too(bundle: Bundle) -> None:
     (old,) = build(bundle, "ort", components=["unet_step"], report=lambda line: None)
-    files = {
-        **bundle.manifest["files"],
-        "unet.onnx.data": {**bundle.manifest["files"]["unet.onnx.data"], "sha256": "1"},
-    }
-    changed, lines = replace(bundle, manifest={**bundle.manifest, "files": files}), list[str]()
+    files = bundle.manifest.files
+    files = {**files, "unet.onnx.data": replace(files["unet.onnx.data"], sha256="1")}
+    changed, lines = replace(bundle, manifest=replace(bundle.manifest, files=files)), list[str]()
     (new,) = build(changed, "ort", components=["unet_step"], report=lines.append)
     assert "unet_step: built again, because unet.onnx.data is another file" in lines[0]
     assert (old.exists(), new.exists()) == (False, True)

@@ -4,47 +4,70 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sdopt.bundle.files import Bundle, new_folder, write_manifest
+from sdopt.bundle.format import (
+    ComponentEntry,
+    Conditioning,
+    Defaults,
+    Encoder,
+    Latents,
+    Manifest,
+    TokenizerEntry,
+)
+from sdopt.bundle.specs import TensorSpec
 from sdopt.errors import BundleError
 from tests.conftest import EMOJI_BUNDLE, EMOJI_CHECKPOINT, edit_manifest
 
-MINIMAL = {
-    "family": "sd",
-    "scheduler": {"_class_name": "DDIMScheduler"},
-    "latents": {"channels": 4, "factor": 8, "scaling_factor": 0.18215, "shift_factor": 0.0},
-    "defaults": {"height": 512, "width": 512, "num_inference_steps": 50, "guidance_scale": 7.5},
-    "conditioning": {"encoders": [], "pooled": None, "time_ids": False, "zeros_for_empty": False},
-    "tokenizers": {"tokenizer": {"file": "tokenizer/tokenizer.json", "max_length": 77}},
-    "components": {
-        "unet": {
-            "graph": "unet.onnx",
-            "inputs": [{"name": "sample", "dtype": "float32", "shape": ["batch", 4, "latent_height", "latent_width"]}],
-            "outputs": [
-                {"name": "noise_pred", "dtype": "float32", "shape": ["batch", 4, "latent_height", "latent_width"]}
-            ],
-        }
+SAMPLE = TensorSpec("sample", "float32", ("batch", 4, "latent_height", "latent_width"))
+IDS = TensorSpec("input_ids", "int32", ("batch", "tokens"))
+STATES = TensorSpec("last_hidden_state", "float32", ("batch", "tokens", 8))
+MINIMAL = Manifest(
+    family="sd",
+    source={},
+    versions={},
+    latents=Latents(channels=4, factor=8, scaling_factor=0.18215, shift_factor=0.0),
+    defaults=Defaults(512, 512, 50, 7.5, strength=0.8, inpaint_strength=1.0, strength_cuts="steps"),
+    conditioning=Conditioning((Encoder("text_encoder", "tokenizer", "last_hidden_state", 0),), None, (), False, 0),
+    float16_unsafe=(),
+    float16_attention_unsafe=(),
+    requires_safety_checker=False,
+    tokenizers={"tokenizer": TokenizerEntry("tokenizer/tokenizer.json", 77, 1, 2, 3)},
+    components={
+        "text_encoder": ComponentEntry("text_encoder.onnx", 23, "float16", (IDS,), (STATES,), (), {}),
+        "unet": ComponentEntry("unet.onnx", 23, "float16", (SAMPLE,), (replace(SAMPLE, name="noise_pred"),), (), {}),
     },
-}
+    scheduler={"_class_name": "DDIMScheduler"},
+    prediction_type="epsilon",
+    verified=False,
+    files={},
+)
 
 
 def minimal_bundle(folder: Path) -> Path:
     (folder / "tokenizer").mkdir(parents=True)
     (folder / "tokenizer/tokenizer.json").write_text("{}")
-    (folder / "unet.onnx").write_bytes(b"graph")
+    for name in MINIMAL.components:
+        (folder / f"{name}.onnx").write_bytes(b"graph")
     write_manifest(folder, MINIMAL)
     return folder
 
 
 def test_the_format_is_this_text_to_the_byte(tmp_path: Path) -> None:
     text = (minimal_bundle(tmp_path) / "manifest.json").read_text()
-    assert text.startswith('{\n "format_version": 1,\n "family": "sd",\n')
+    assert text.startswith('{\n "format_version": 2,\n "family": "sd",\n')
     assert text.endswith(
         """ "files": {
+  "text_encoder.onnx": {
+   "bytes": 5,
+   "sha256": "eef93e1d14482804277fca0172464032d1a4fdbcc338524059fa1e861454ad4d"
+  },
   "tokenizer/tokenizer.json": {
    "bytes": 2,
    "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
@@ -103,10 +126,17 @@ def test_a_folder_without_a_manifest_is_no_bundle(bundle_copy: Path, tmp_path: P
         Bundle.open(EMOJI_CHECKPOINT)
 
 
-@pytest.mark.parametrize("version", [2, 0, None, "1"])
-def test_an_unknown_format_version_says_what_to_do(bundle_copy: Path, version: object) -> None:
+@pytest.mark.parametrize("version", [1, 0, None, "2", True, 2.0])
+def test_an_older_format_version_is_exported_again(bundle_copy: Path, version: object) -> None:
     edit_manifest(bundle_copy, format_version=version)
-    with pytest.raises(BundleError, match="format_version .* this sdopt reads 1. Upgrade"):
+    again = f"xport it again: `sdopt export CHECKPOINT -o {bundle_copy} --force`"
+    with pytest.raises(BundleError, match=f"format_version is .* this sdopt reads 2. .*{re.escape(again)}"):
+        Bundle.open(bundle_copy)
+
+
+def test_a_newer_format_version_needs_a_newer_sdopt(bundle_copy: Path) -> None:
+    edit_manifest(bundle_copy, format_version=3)
+    with pytest.raises(BundleError, match="format_version is 3; this sdopt reads 2. .*pgrade sdopt"):
         Bundle.open(bundle_copy)
 
 
@@ -115,26 +145,29 @@ def test_an_unknown_format_version_says_what_to_do(bundle_copy: Path, version: o
     [
         "",
         "{",
-        '{"format_version": 1, "format_version": 1}',
+        '{"format_version": 2, "format_version": 2}',
         '{"format_version": NaN}',
         "[" * 100_000,
         " " * (1 << 20) + "{}",
-        '{"format_version": 1}',
+        '{"format_version": 2}',
         "[1]",
+        "null",
         "\xff\xfe",
     ],
-    ids=["empty", "cut", "duplicate", "nan", "deep", "huge", "keys", "list", "bytes"],
+    ids=["empty", "cut", "duplicate", "nan", "deep", "huge", "keys", "list", "null", "bytes"],
 )
-def test_a_malformed_manifest_is_refused(bundle_copy: Path, text: str) -> None:
+def test_a_manifest_that_is_none_is_refused(bundle_copy: Path, text: str) -> None:
     (bundle_copy / "manifest.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(BundleError, match=r"manifest\.json"):
         Bundle.open(bundle_copy)
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b", "a\\b", "C:x", "a\0b", ""])
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b", "a\\b", "C:x", "a\0b", "", "a" * 300])
 def test_a_path_that_leaves_the_bundle_is_refused_before_it_is_opened(bundle_copy: Path, name: str) -> None:
-    edit_manifest(bundle_copy, files={name: {"bytes": 1, "sha256": ""}})
-    with pytest.raises(BundleError, match="leaves the bundle"):
+    edit_manifest(bundle_copy, files={name: {"bytes": 1, "sha256": "0" * 64}})
+    with pytest.raises(
+        BundleError, match=r"files\[.*allowed is (a relative POSIX path that does|text without control)"
+    ):
         Bundle.open(bundle_copy)
 
 
@@ -155,12 +188,17 @@ def test_a_pipe_or_folder_in_place_of_a_file_does_not_hang(bundle_copy: Path) ->
             Bundle.open(bundle_copy)
 
 
-def test_a_component_with_a_malformed_entry_is_named(bundle_copy: Path) -> None:
-    components = json.loads((bundle_copy / "manifest.json").read_text())["components"]
-    del components["unet"]["inputs"]
-    edit_manifest(bundle_copy, components=components)
-    with pytest.raises(BundleError, match="component 'unet' is malformed"):
-        Bundle.open(bundle_copy)
+def test_a_manifest_that_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    minimal_bundle(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    for changes, problem in (
+        ({"latents": replace(MINIMAL.latents, factor=0)}, "latents.factor is 0; allowed is a whole number from 1"),
+        ({"tokenizers": {}}, r"conditioning.encoders\[0\].tokenizer is 'tokenizer'"),
+        ({"scheduler": {"_class_name": "X", "text": "a" * (1 << 20)}}, "more than 1048576"),
+    ):
+        with pytest.raises(BundleError, match=f"manifest.json cannot be written: .*{problem}"):
+            write_manifest(tmp_path, replace(MINIMAL, **changes))
+        assert not (tmp_path / "manifest.json").exists()
 
 
 def test_a_block_that_fails_leaves_no_trace(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def inpaint() -> Any:
 def test_image_to_image_is_that_of_diffusers(name: str, img2img: Any, emoji: sdopt.Pipeline) -> None:
     import diffusers
 
-    own, edge, entry = img2img.scheduler, emoji.bundle.manifest["defaults"]["height"], SAMPLERS[name]
+    own, edge, entry = img2img.scheduler, emoji.bundle.manifest.defaults.height, SAMPLERS[name]
     scheduler = getattr(diffusers, entry.diffusers)
     img2img.scheduler = scheduler.from_config(own.config, clip_sample=False, **entry.forced)
     options = {**OPTIONS, "strength": 0.6, "image": picture(edge)}
@@ -86,7 +86,7 @@ def test_image_to_image_is_that_of_diffusers(name: str, img2img: Any, emoji: sdo
 
 
 def test_a_batch_of_pictures_keeps_each_with_its_prompt_and_seed(img2img: Any, emoji: sdopt.Pipeline) -> None:
-    edge = emoji.bundle.manifest["defaults"]["height"]
+    edge = emoji.bundle.manifest.defaults.height
     options = {**OPTIONS, "image": [picture(edge, 1), picture(edge, 2)]}
     expected = img2img(["a cat", "a dog"], generator=generators(5, 9), **options).images
     found = emoji(["a cat", "a dog"], seed=[5, 9], **options).images
@@ -102,7 +102,7 @@ def test_inpainting_with_a_four_channel_unet_is_that_of_diffusers(
 ) -> None:
     import diffusers
 
-    own, edge, entry = inpaint.scheduler, emoji.bundle.manifest["defaults"]["height"], SAMPLERS[name]
+    own, edge, entry = inpaint.scheduler, emoji.bundle.manifest.defaults.height, SAMPLERS[name]
     inpaint.scheduler = getattr(diffusers, entry.diffusers).from_config(own.config, clip_sample=False)
     options = {**OPTIONS, "strength": strength, "image": picture(edge), "mask_image": mask_of(edge)}
     try:
@@ -113,8 +113,8 @@ def test_inpainting_with_a_four_channel_unet_is_that_of_diffusers(
 
 
 def test_what_the_mask_keeps_stays(emoji: sdopt.Pipeline) -> None:
-    edge = emoji.bundle.manifest["defaults"]["height"]
-    factor = emoji.bundle.manifest["latents"]["factor"]
+    edge = emoji.bundle.manifest.defaults.height
+    factor = emoji.bundle.manifest.latents.factor
     mask = np.zeros((edge, edge), np.float32)
     mask[:, edge // 2 :] = 1
     options = {**OPTIONS, "image": picture(edge), "mask_image": mask, "output_type": "latent"}
@@ -161,7 +161,7 @@ def test_the_noise_level_of_the_first_call_is_where_image_to_image_starts(name: 
 
 
 def test_a_picture_sets_the_size_unless_one_is_given(emoji: sdopt.Pipeline) -> None:
-    factor = emoji.bundle.manifest["latents"]["factor"]
+    factor = emoji.bundle.manifest.latents.factor
     odd = picture(9 * factor + 1)
     assert emoji("a cat", image=odd, num_inference_steps=2, output_type="np").images.shape[1:3] == (9 * factor,) * 2
     sized = emoji("a cat", image=odd, height=8 * factor, width=10 * factor, num_inference_steps=2, output_type="np")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sdopt.bundle.files import Bundle
+from sdopt.bundle.format import File
 from sdopt.bundle.specs import Array
 from sdopt.cli.main import main
 from sdopt.engine import BACKENDS, cache, installed_backends, open_engine
@@ -73,8 +75,8 @@ def test_another_processor_graph_or_precision_has_its_own(
     def key(found: Bundle = bundle, **options: str) -> Path:
         return cache.entry(found, found.component("unet"), backend, options)
 
-    changed = {**bundle.manifest["files"], "unet.onnx.data": {"sha256": "another", "bytes": 1}}
-    keys = {key(), key(precision="bf16"), key(Bundle(bundle.path, {**bundle.manifest, "files": changed}))}
+    changed = replace(bundle.manifest, files={**bundle.manifest.files, "unet.onnx.data": File(1, "another")})
+    keys = {key(), key(precision="bf16"), key(Bundle(bundle.path, changed))}
     monkeypatch.setattr(cache, "processor", lambda: "another")
     assert len(keys | {key()}) == 4
 

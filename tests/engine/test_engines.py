@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import onnxruntime
@@ -104,12 +105,10 @@ def test_threads_must_be_positive(threads: int) -> None:
 
 def test_a_graph_that_is_not_what_the_manifest_says_is_refused(bundle_copy: object) -> None:
     bundle = Bundle.open(EMOJI_BUNDLE)
-    swapped = dict(
-        bundle.manifest["components"],
-        unet=dict(bundle.manifest["components"]["unet"], graph="vae_decoder.onnx", graphs={}),
-    )
+    entry = replace(bundle.manifest.components["unet"], graph="vae_decoder.onnx", graphs={})
+    manifest = replace(bundle.manifest, components={**bundle.manifest.components, "unet": entry})
     with pytest.raises(BundleError, match=r"vae_decoder.onnx: its inputs are .*latent_sample.* the manifest says"):
-        open_engine(Bundle(bundle.path, dict(bundle.manifest, components=swapped)), "unet")
+        open_engine(Bundle(bundle.path, manifest), "unet")
 
 
 MEMORY = """

@@ -113,7 +113,7 @@ def test_inpainting_with_four_channels(engines: Engines, backend: str) -> None:
 
 
 def test_inpainting_with_nine_channels(engines: Engines, backend: str) -> None:
-    edge = Bundle.open(engines("nine channels")).manifest["defaults"]["height"]
+    edge = Bundle.open(engines("nine channels")).manifest.defaults.height
     options = {"image": painting(edge), "mask_image": half_mask(edge), "num_inference_steps": 3}
     assert likeness(engines, backend, "nine channels", "apple", **options) >= floor("nine channels")
 

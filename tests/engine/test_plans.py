@@ -27,7 +27,7 @@ def put(bundle: Bundle, **changes: object) -> Path:
     record = Record(
         component="unet", backend="tensorrt", inputs=component.inputs, outputs=component.outputs, carry={},
         profiles=(Profile.parse("batch=1:1:4"),), environment=HERE, options={"precision": "fp16"},
-        sources={"unet.onnx": bundle.manifest["files"]["unet.onnx"]["sha256"]},
+        sources={"unet.onnx": bundle.manifest.files["unet.onnx"].sha256},
         command="sdopt build BUNDLE --backend tensorrt", asked=("batch=1:1:4 height=128",),
     )  # fmt: skip
     record = replace(record, **changes)

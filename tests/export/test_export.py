@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 
 import sdopt.export
 from sdopt.bundle.files import Bundle
+from sdopt.bundle.format import Defaults, Latents
 from sdopt.engine import ort
 from sdopt.errors import BundleError, CheckpointError, ParityError, UsageError
 from sdopt.export import components, export, parity, trace
@@ -28,20 +30,20 @@ from tests.conftest import sdopt as command
 
 def test_the_manifest_tells_where_a_bundle_came_from_and_how_well_it_matches(tiny_bundle: Path) -> None:
     manifest = Bundle.open(tiny_bundle).manifest
-    assert manifest["family"] == "sd"
-    assert manifest["verified"] is True
-    assert manifest["source"] == {"folder": "checkpoint"}
-    assert set(manifest["versions"]) == {"sdopt", "torch", "diffusers", "transformers"}
-    assert manifest["scheduler"]["_class_name"] == "PNDMScheduler"
-    assert manifest["latents"] == {"channels": 4, "factor": 2, "scaling_factor": 0.7, "shift_factor": 0.0}
-    assert manifest["defaults"] == {
-        "height": 24, "width": 24, "num_inference_steps": 50, "guidance_scale": 7.5,
-        "strength": 0.8, "inpaint_strength": 1.0, "strength_cuts": "steps",
-    }  # fmt: skip
-    for entry in manifest["components"].values():
-        sizes = [tuple(p["sizes"].items()) for p in entry["parity"]]
+    assert manifest.family == "sd"
+    assert manifest.verified is True
+    assert manifest.source == {"folder": "checkpoint"}
+    assert set(manifest.versions) == {"sdopt", "torch", "diffusers", "transformers"}
+    assert manifest.scheduler["_class_name"] == "PNDMScheduler"
+    assert manifest.latents == Latents(channels=4, factor=2, scaling_factor=0.7, shift_factor=0.0)
+    assert manifest.defaults == Defaults(
+        height=24, width=24, num_inference_steps=50, guidance_scale=7.5,
+        strength=0.8, inpaint_strength=1.0, strength_cuts="steps",
+    )  # fmt: skip
+    for entry in manifest.components.values():
+        sizes = [tuple(p.sizes.items()) for p in entry.parity]
         assert len(set(sizes)) == 2
-        assert all(p["psnr_db"] >= 80 and p["max_error"] < 1e-3 for p in entry["parity"])
+        assert all(p.psnr_db >= 80 and p.max_error < 1e-3 for p in entry.parity)
 
 
 def test_inputs_outputs_and_their_dimensions_have_the_fields_names(tiny_bundle: Path) -> None:
@@ -98,13 +100,13 @@ def test_a_float16_checkpoint_keeps_its_size_and_its_float32_interface() -> None
 
 def test_float32_weights_are_stored_as_they_are(tiny_bundle: Path) -> None:
     manifest = Bundle.open(tiny_bundle).manifest
-    assert {c["weights"] for c in manifest["components"].values()} == {"float32"}
+    assert {c.weights for c in manifest.components.values()} == {"float32"}
 
 
 def test_the_shipped_bundle_is_what_the_shipped_checkpoint_exports_to() -> None:
     bundle = Bundle.open(EMOJI_BUNDLE)
     with open_checkpoint(str(EMOJI_CHECKPOINT)) as checkpoint:
-        assert bundle.manifest["scheduler"] == checkpoint.config("scheduler")
+        assert bundle.manifest.scheduler == checkpoint.config("scheduler")
         for build in components.FAMILIES["sd"].values():
             part = build(checkpoint)
             component = bundle.component(part.name)
@@ -127,8 +129,8 @@ def test_opset_18_unverified_by_the_command(tiny_checkpoint: Path, tiny_bundle: 
     ]
     assert all(line.endswith("unverified") for line in lines[1:5])
     manifest = Bundle.open(tmp_path / "old").manifest
-    assert manifest["verified"] is False
-    assert not any(c["parity"] for c in manifest["components"].values())
+    assert manifest.verified is False
+    assert not any(c.parity for c in manifest.components.values())
     assert onnx.load(tmp_path / "old/unet.onnx", load_external_data=False).opset_import[0].version == 18
     pictures = [
         sdopt.load(b)("a", seed=1, num_inference_steps=3, output_type="np").images
@@ -179,7 +181,7 @@ def test_a_model_is_let_go_before_its_graph_is_opened(tmp_path: Path, monkeypatc
     monkeypatch.setattr(ort, "OrtEngine", Watched)
     with open_checkpoint(str(EMOJI_CHECKPOINT)) as checkpoint:
         entry = sdopt.export._component(build, checkpoint, tmp_path, 23, parity.FLOOR_DB, lambda line: None)
-    assert entry["parity"]
+    assert entry.parity
     assert len(weights) > 10
     assert alive == [0]
 
@@ -247,7 +249,7 @@ def rescheduled(
     checkpoint: Path, bundle: Path, folder: Path, name: str, **changes: object
 ) -> tuple[Path, Path, list[str]]:
     """Copies of a checkpoint and its bundle with another scheduler, as an export writes them, and what it reports."""
-    from sdopt.bundle.files import write_manifest
+    from sdopt.bundle.files import read_manifest, write_manifest
     from sdopt.export.schedule import manifest_entries
 
     copy, target = (Path(shutil.copytree(p, folder / p.name)) for p in (checkpoint, bundle))
@@ -256,11 +258,11 @@ def rescheduled(
         ("model_index.json", {"scheduler": ["diffusers", name]}),
     ):
         (copy / file).write_text(json.dumps({**json.loads((copy / file).read_text()), **wanted}))
-    manifest = json.loads((target / "manifest.json").read_text())
+    manifest = read_manifest(target)
     (target / "manifest.json").unlink()
     lines: list[str] = []
     with open_checkpoint(str(copy)) as opened:
-        manifest |= manifest_entries(opened, target, manifest["defaults"], lines.append)
+        manifest = replace(manifest, **manifest_entries(opened, target, manifest.defaults, lines.append))
     write_manifest(target, manifest)
     return copy, target, lines
 

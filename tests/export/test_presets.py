@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sdopt.bundle.format import Manifest
 from sdopt.errors import CheckpointError, UsageError
 from sdopt.export import describe, presets
 from sdopt.export.source import open_checkpoint, open_folder
 from tests import tiny
 from tests.conftest import EMOJI_CHECKPOINT
 
-Described = Callable[..., dict[str, Any]]
+Described = Callable[..., Manifest]
 
 
 @pytest.fixture
 def described(tiny_checkpoint: Path, tmp_path: Path) -> Described:
     """The manifest of a copy of a checkpoint, with entries of its configurations changed."""
 
-    def make(checkpoint: Path = tiny_checkpoint, hub_id: str | None = None, **files: Any) -> dict[str, Any]:
+    def make(checkpoint: Path = tiny_checkpoint, hub_id: str | None = None, **files: Any) -> Manifest:
         folder = tiny.variant(checkpoint, tmp_path / "copy")
         for name, changes in files.items():
             file = folder / {"index": "model_index.json", "own": "generation_config.json"}.get(
@@ -40,19 +42,18 @@ def test_a_model_is_known_by_its_name_wherever_that_stands(name: str, described:
     import shutil
 
     for where in ({"hub_id": name}, {"index": {"_name_or_path": name.lower()}}, {"unet": {"_name_or_path": name}}):
-        assert presets.MODELS[name].items() <= described(**where)["defaults"].items()
+        assert presets.MODELS[name].items() <= vars(described(**where).defaults).items()
         shutil.rmtree(tmp_path / "copy")
 
 
 def test_what_the_checkpoint_says_comes_before_its_name_and_the_caller_before_both(described: Described) -> None:
-    defaults = described(hub_id="stabilityai/sd-turbo", own={"num_inference_steps": 3, "width": 40, "top_p": 1})[
-        "defaults"
-    ]
-    assert (defaults["num_inference_steps"], defaults["guidance_scale"], defaults["width"]) == (3, 0.0, 40)
-    assert "top_p" not in defaults
+    defaults = described(
+        hub_id="stabilityai/sd-turbo", own={"num_inference_steps": 3, "width": 40, "top_p": 1}
+    ).defaults
+    assert (defaults.num_inference_steps, defaults.guidance_scale, defaults.width) == (3, 0.0, 40)
     with open_checkpoint(str(EMOJI_CHECKPOINT)) as checkpoint:
-        plain, asked = describe(checkpoint)["defaults"], describe(checkpoint, 7, 2.5)["defaults"]
-        assert asked == {**plain, "num_inference_steps": 7, "guidance_scale": 2.5}
+        plain, asked = describe(checkpoint).defaults, describe(checkpoint, 7, 2.5).defaults
+        assert asked == replace(plain, num_inference_steps=7, guidance_scale=2.5)
         for steps, guidance, message in ((0, None, "steps = 0"), (None, float("nan"), "guidance = nan")):
             with pytest.raises(UsageError, match=message):
                 describe(checkpoint, steps, guidance)
@@ -67,20 +68,20 @@ def test_a_default_that_is_no_number_is_refused(described: Described) -> None:
 def test_sdxls_vae_overflows_in_half_precision_unless_it_says_that_it_does_not(
     changes: dict, unsafe: bool, described: Described, sdxl_checkpoint: Path
 ) -> None:
-    assert described(sdxl_checkpoint, vae=changes)["float16_unsafe"] == ["vae_decoder", "vae_encoder"] * unsafe
+    assert described(sdxl_checkpoint, vae=changes).float16_unsafe == ("vae_decoder", "vae_encoder") * unsafe
 
 
 def test_other_vaes_do_not_overflow(described: Described) -> None:
-    assert described(vae={"force_upcast": True})["float16_unsafe"] == []
+    assert described(vae={"force_upcast": True}).float16_unsafe == ()
 
 
-@pytest.mark.parametrize(("changes", "unsafe"), [({}, []), ({"upcast_attention": True}, ["unet"])])
+@pytest.mark.parametrize(("changes", "unsafe"), [({}, ()), ({"upcast_attention": True}, ("unet",))])
 def test_attention_that_overflows_in_half_precision_is_recorded(
-    changes: dict, unsafe: list, described: Described
+    changes: dict, unsafe: tuple, described: Described
 ) -> None:
-    assert described(unet=changes)["float16_attention_unsafe"] == unsafe
+    assert described(unet=changes).float16_attention_unsafe == unsafe
 
 
 @pytest.mark.parametrize("asks", [True, False])
 def test_a_safety_checker_that_the_checkpoint_asks_for_is_recorded(asks: bool, described: Described) -> None:
-    assert described(index={"requires_safety_checker": asks})["requires_safety_checker"] is asks
+    assert described(index={"requires_safety_checker": asks}).requires_safety_checker is asks

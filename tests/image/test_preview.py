@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import sdopt
+from sdopt.bundle.files import read_manifest
+from sdopt.bundle.format import Preview
 from sdopt.errors import BundleError, UsageError
 from sdopt.export import preview
 from tests.conftest import EMOJI_BUNDLE, edit_manifest
@@ -19,20 +20,20 @@ from tests.test_pipeline import picture_psnr
 
 
 @pytest.fixture(scope="module")
-def fitted() -> dict[str, Any]:
+def fitted() -> Preview:
     """The map of the embedded model's VAE."""
-    entry = preview.fit(EMOJI_BUNDLE, json.loads((EMOJI_BUNDLE / "manifest.json").read_text()))
+    entry = preview.fit(EMOJI_BUNDLE, read_manifest(EMOJI_BUNDLE))
     assert entry is not None
     return entry
 
 
-def test_the_map_explains_most_of_what_the_decoder_does(fitted: dict) -> None:
-    assert np.shape(fitted["matrix"]) == (5, 3)
-    assert fitted["r2"] > 0.6
-    assert fitted["psnr_db"] > 14
+def test_the_map_explains_most_of_what_the_decoder_does(fitted: Preview) -> None:
+    assert np.shape(fitted.matrix) == (5, 3)
+    assert fitted.r2 > 0.6
+    assert fitted.psnr_db > 14
 
 
-def test_a_preview_resembles_the_decoded_picture(bundle_copy: Path, fitted: dict, tmp_path: Path) -> None:
+def test_a_preview_resembles_the_decoded_picture(bundle_copy: Path, fitted: Preview, tmp_path: Path) -> None:
     edit_manifest(bundle_copy, preview=fitted)
     with sdopt.load(bundle_copy) as pipe:
         steps = list(pipe.denoise(["a red apple", "a cat"], seed=[1, 2], num_inference_steps=6))
@@ -58,9 +59,9 @@ def test_a_preview_resembles_the_decoded_picture(bundle_copy: Path, fitted: dict
 
 def test_the_exported_bundle_carries_its_map(tiny_bundle: Path) -> None:
     with sdopt.load(tiny_bundle) as pipe:
-        entry = pipe.bundle.manifest["preview"]
-        assert np.shape(entry["matrix"]) == (5, 3)
-        assert {"psnr_db", "r2"} < set(entry)
+        entry = pipe.bundle.manifest.preview
+        assert entry is not None
+        assert np.shape(entry.matrix) == (5, 3)
         assert pipe.preview(np.zeros((1, 4, 3, 5), np.float32), output_type="np").shape == (1, 3, 5, 3)
 
 
@@ -70,13 +71,11 @@ def test_the_pictures_of_the_fit_are_always_the_same() -> None:
     assert all(np.array_equal(a, b) and a.min() >= 0 and a.max() <= 1 for a, b in zip(first, again, strict=True))
 
 
-def test_a_bundle_without_a_map_or_with_a_wrong_one_says_what_to_do(bundle_copy: Path, tmp_path: Path) -> None:
+def test_a_bundle_without_a_map_says_what_to_do(bundle_copy: Path, tmp_path: Path) -> None:
     latents = np.zeros((1, 4, 2, 2), np.float32)
-    for entry, message in ((None, "has no previews; export it again"), ({"matrix": [[1, 2, 3]]}, r"is \[1, 3\]")):
-        edit_manifest(bundle_copy, preview=entry)
-        with sdopt.load(bundle_copy) as pipe, pytest.raises(BundleError, match=message):
-            pipe.preview(latents)
     edit_manifest(bundle_copy, preview=None)
+    with sdopt.load(bundle_copy) as pipe, pytest.raises(BundleError, match="has no previews; export it again"):
+        pipe.preview(latents)
     done = command("generate", "a", "-m", bundle_copy, "--preview-every", 1, "-o", tmp_path / "a.png")
     assert (done.returncode, list(tmp_path.glob("*.png"))) == (3, [])
     done = command("generate", "a", "--preview-every", 0, "-o", tmp_path / "a.png")

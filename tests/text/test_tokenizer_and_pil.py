@@ -14,7 +14,7 @@ from sdopt.image import pil as images
 from sdopt.text.tokenizer import Tokenizer
 from tests.conftest import EMOJI_BUNDLE, EMOJI_CHECKPOINT
 
-ENTRY = Bundle.open(EMOJI_BUNDLE).manifest["tokenizers"]["tokenizer"]
+ENTRY = Bundle.open(EMOJI_BUNDLE).manifest.tokenizers["tokenizer"]
 PROMPTS = [
     "",
     "a red apple on a blue background",
@@ -29,9 +29,9 @@ PROMPTS = [
 def test_ids_are_those_of_transformers() -> None:
     from transformers import CLIPTokenizer
 
-    ours = Tokenizer(EMOJI_BUNDLE / ENTRY["file"], ENTRY)(PROMPTS)
+    ours = Tokenizer(EMOJI_BUNDLE / ENTRY.file, ENTRY)(PROMPTS)
     theirs = CLIPTokenizer.from_pretrained(EMOJI_CHECKPOINT / "tokenizer")(
-        PROMPTS, padding="max_length", max_length=ENTRY["max_length"], truncation=True, return_tensors="np"
+        PROMPTS, padding="max_length", max_length=ENTRY.max_length, truncation=True, return_tensors="np"
     )
     assert ours.dtype == np.int32
     np.testing.assert_array_equal(ours, theirs["input_ids"])
@@ -46,19 +46,17 @@ def test_old_checkpoints_with_vocab_and_merges_only_get_the_same_tokenizer(tmp_p
     shutil.copytree(EMOJI_CHECKPOINT / "tokenizer", folder)
     (folder / "tokenizer.json").unlink()
     assert Checkpoint(tmp_path, "sd").tokenizer()(PROMPTS[1])["input_ids"] == [
-        i
-        for i in Tokenizer(EMOJI_BUNDLE / ENTRY["file"], ENTRY)([PROMPTS[1]])[0].tolist()
-        if i != ENTRY["pad_token_id"]
-    ] + [ENTRY["eos_token_id"]]
+        i for i in Tokenizer(EMOJI_BUNDLE / ENTRY.file, ENTRY)([PROMPTS[1]])[0].tolist() if i != ENTRY.pad_token_id
+    ] + [ENTRY.eos_token_id]
 
 
 def test_a_lone_surrogate_is_not_a_crash() -> None:
-    assert Tokenizer(EMOJI_BUNDLE / ENTRY["file"], ENTRY)(["\ud800 a"]).shape == (1, ENTRY["max_length"])
+    assert Tokenizer(EMOJI_BUNDLE / ENTRY.file, ENTRY)(["\ud800 a"]).shape == (1, ENTRY.max_length)
 
 
 def test_a_prompt_over_8_kib_is_refused() -> None:
     with pytest.raises(UsageError, match="9000 characters; allowed are 8192 bytes"):
-        Tokenizer(EMOJI_BUNDLE / ENTRY["file"], ENTRY)(["a" * 9000])
+        Tokenizer(EMOJI_BUNDLE / ENTRY.file, ENTRY)(["a" * 9000])
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"model": {"type": "BPE", "vocab": 3}}', "\0" * 100])
@@ -71,7 +69,7 @@ def test_a_malformed_tokenizer_is_a_bundle_error(tmp_path: Path, text: str) -> N
 def test_a_tokenizer_whose_regex_panics_is_a_bundle_error(tmp_path: Path) -> None:
     import json
 
-    entry = json.loads((EMOJI_BUNDLE / ENTRY["file"]).read_text())
+    entry = json.loads((EMOJI_BUNDLE / ENTRY.file).read_text())
     entry["normalizer"] = None
     entry["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Removed", "invert": True}
     (tmp_path / "tokenizer.json").write_text(json.dumps(entry))

@@ -50,8 +50,8 @@ def test_brackets_become_weights(prompt: str, pieces: list) -> None:
 
 
 def test_a_long_prompt_is_cut_into_whole_chunks_and_nothing_is_lost() -> None:
-    entry = sdopt.Bundle.open(EMOJI_BUNDLE).manifest["tokenizers"]["tokenizer"]
-    tokenizer = Tokenizer(EMOJI_BUNDLE / entry["file"], entry)
+    entry = sdopt.Bundle.open(EMOJI_BUNDLE).manifest.tokenizers["tokenizer"]
+    tokenizer = Tokenizer(EMOJI_BUNDLE / entry.file, entry)
     prompt = "a cat and (a dog:1.5) " * 9
     ids, weights = chunks(tokenizer, prompt)
     assert ids.shape == weights.shape
@@ -87,10 +87,7 @@ def test_a_long_prompt_and_a_short_negative_one_meet_in_one_picture(emoji: sdopt
     long = "a cat on a blue background " * 8
     result = emoji([long, "a dog"], negative_prompt="x", prompt_style="a1111", seed=1, num_inference_steps=2)
     assert len(result.images) == 2
-    assert (
-        emoji.encode([long, "a"], "a1111").shape[1]
-        == 2 * emoji.bundle.manifest["tokenizers"]["tokenizer"]["max_length"]
-    )
+    assert emoji.encode([long, "a"], "a1111").shape[1] == 2 * emoji.bundle.manifest.tokenizers["tokenizer"].max_length
 
 
 @pytest.mark.parametrize("skip", [1, 2])
@@ -99,8 +96,8 @@ def test_clip_skip_leaves_out_the_last_layers_and_normalises(skip: int, emoji: s
     from transformers import CLIPTextModel
 
     model = CLIPTextModel.from_pretrained(EMOJI_CHECKPOINT / "text_encoder", dtype=torch.float32)
-    entry = emoji.bundle.manifest["tokenizers"]["tokenizer"]
-    ids = torch.from_numpy(Tokenizer(EMOJI_BUNDLE / entry["file"], entry)(["a cat"])).long()
+    entry = emoji.bundle.manifest.tokenizers["tokenizer"]
+    ids = torch.from_numpy(Tokenizer(EMOJI_BUNDLE / entry.file, entry)(["a cat"])).long()
     with torch.no_grad():
         states = model(ids, output_hidden_states=True).hidden_states
         expected = getattr(model, "text_model", model).final_layer_norm(states[-1 - skip]).numpy()

@@ -1,0 +1,328 @@
+"""The manifest of a bundle as data, format version 2; README.md beside this file says what each field means.
+
+`decode_manifest` turns JSON into these classes, once, and checks that the fields agree; `to_json` is the way back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Annotated, Any, cast
+
+from sdopt.bundle.decode import (
+    DecodeError,
+    Json,
+    Rule,
+    between,
+    decode,
+    encode,
+    matching,
+    one_of,
+    refusal,
+    whole,
+    within,
+)
+from sdopt.bundle.specs import Name, TensorSpec
+
+FORMAT_VERSION = 2
+MAX_EDGE = 1 << 14  # pixels
+TIME_IDS = ("original_size", "crops_coords_top_left", "target_size", "aesthetic_score")
+STRENGTH_CUTS = ("steps", "schedule")
+INFINITY = "-inf"  # how diffusers writes it into a scheduler_config.json
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a name is a relative POSIX path that cannot leave the folder, and that a file system takes."""
+    parts = PurePosixPath(name).parts
+    leaves = not parts or name.startswith("/") or ".." in parts or any(c in name for c in "\\:")
+    return not leaves and len(name) <= 1024 and all(len(part.encode()) <= 255 for part in parts)
+
+
+def _filled(what: str) -> Rule:
+    return Rule(f"a list of one {what} or more", lambda value: len(value) > 0)
+
+
+FilePath = Annotated[str, Rule("a relative POSIX path that does not leave the bundle", _stays_inside)]
+Sha256 = Annotated[str, matching("[0-9a-f]{64}", "64 hexadecimal digits")]
+Count = Annotated[int, whole(0, 1 << 31)]
+Positive = Annotated[int, whole(1, 1 << 20)]
+Edge = Annotated[int, whole(1, MAX_EDGE)]
+Fraction = Annotated[float, between(0, 1)]
+Factor = Annotated[float, Rule("a finite number other than 0", lambda value: value != 0)]
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of the folder."""
+
+    bytes: Annotated[int, whole(0, 1 << 60)]
+    sha256: Sha256
+
+
+@dataclass(frozen=True)
+class Parity:
+    """One output of one run: how far the graph is from PyTorch."""
+
+    sizes: Mapping[Name, Positive]
+    output: Name
+    psnr_db: float
+    max_error: Annotated[float, Rule("a number from 0", lambda value: value >= 0)]
+
+
+@dataclass(frozen=True)
+class LibraryGraph:
+    """A second graph of a component, in the operators that one engine library is fast at."""
+
+    graph: FilePath
+    parity: tuple[Parity, ...]
+
+
+@dataclass(frozen=True)
+class ComponentEntry:
+    """One model: its graph, the dtype of its weights on disk, what it takes and gives."""
+
+    graph: FilePath
+    opset: Positive
+    weights: Name
+    inputs: Annotated[tuple[TensorSpec, ...], _filled("tensor")]
+    outputs: Annotated[tuple[TensorSpec, ...], _filled("tensor")]
+    parity: tuple[Parity, ...]
+    graphs: Mapping[Name, LibraryGraph]
+
+
+@dataclass(frozen=True)
+class Latents:
+    """How the VAE's latents become the UNet's: (latents - shift_factor) * scaling_factor; by channel or not."""
+
+    channels: Annotated[int, whole(1, 1024)]
+    factor: Annotated[int, whole(1, 1024)]
+    scaling_factor: Factor | tuple[Factor, ...]
+    shift_factor: float | tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a picture is made with unless the caller says otherwise."""
+
+    height: Edge
+    width: Edge
+    num_inference_steps: Annotated[int, whole(1, 1000)]
+    guidance_scale: float
+    strength: Fraction
+    inpaint_strength: Fraction
+    strength_cuts: Annotated[str, one_of(*STRENGTH_CUTS)]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """One text encoder: `skip` of its layers are left out of what `output` gives."""
+
+    component: Name
+    tokenizer: Name
+    output: Annotated[str, one_of("last_hidden_state", "hidden_states")]
+    skip: Annotated[int, whole(0, 100)]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the UNet takes beside the sample and the timestep."""
+
+    encoders: Annotated[tuple[Encoder, ...], _filled("encoder")]
+    pooled: Name | None
+    time_ids: tuple[Annotated[str, one_of(*TIME_IDS)], ...]
+    zeros_for_empty: bool
+    guidance_embedding: Annotated[int, whole(0, 1 << 20)]
+
+
+@dataclass(frozen=True)
+class TokenizerEntry:
+    """One tokenizer; ids from `vocab_size` on are rows of extra embeddings."""
+
+    file: FilePath
+    max_length: Annotated[int, whole(3, 1 << 16)]
+    bos_token_id: Count
+    eos_token_id: Count
+    pad_token_id: Count
+    vocab_size: Annotated[int, whole(1, 1 << 31)] | None = None
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The affine map from latents to colours, and how well it does."""
+
+    matrix: tuple[tuple[float, float, float], ...]
+    psnr_db: float
+    r2: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """All of it. `files` is filled in when the manifest is written."""
+
+    format_version: Annotated[int, whole(FORMAT_VERSION, FORMAT_VERSION)] = FORMAT_VERSION
+    name: str | None = None
+    family: Name
+    source: Mapping[Name, str]
+    versions: Mapping[Name, str]
+    latents: Latents
+    defaults: Defaults
+    conditioning: Conditioning
+    float16_unsafe: tuple[Name, ...]
+    float16_attention_unsafe: tuple[Name, ...]
+    requires_safety_checker: bool
+    tokenizers: Mapping[Name, TokenizerEntry]
+    components: Mapping[Name, ComponentEntry]
+    scheduler: Mapping[Name, Json]
+    prediction_type: Name
+    sampler_tables: FilePath | None = None
+    preview: Preview | None = None
+    verified: bool
+    random_weights: Count | None = None
+    files: Mapping[FilePath, File]
+
+
+# those settings of a scheduler_config.json that a sampler reads; others are kept, and may be any JSON
+_Timesteps = Annotated[int, whole(1, 1 << 20)]
+_Beta = Annotated[float, Rule("a number above 0 and below 1", lambda value: 0 < value < 1)]
+_Above0 = Annotated[float, Rule("a finite number above 0", lambda value: value > 0)]
+_Sigma = Annotated[float | None, Rule("null or a finite number above 0", lambda value: value is None or value > 0)]
+_Betas = Annotated[tuple[_Beta, ...] | None, Rule("null or a list of numbers", lambda value: value is None or value)]
+_BOOLEANS = (
+    "clip_sample", "euler_at_final", "invert_sigmas", "lower_order_final", "predict_x0", "rescale_betas_zero_snr",
+    "set_alpha_to_one", "skip_prk_steps", "stochastic_sampling", "thresholding", "use_beta_sigmas",
+    "use_dynamic_shifting", "use_exponential_sigmas", "use_flow_sigmas", "use_karras_sigmas", "use_lu_lambdas",
+)  # fmt: skip
+_WORDS = (
+    "algorithm_type", "beta_schedule", "final_sigmas_type", "interpolation_type", "prediction_type",
+    "sigma_schedule", "solver_type", "time_shift_type", "timestep_spacing", "timestep_type",
+)  # fmt: skip
+SETTINGS: Mapping[str, Any] = {
+    **dict.fromkeys(_BOOLEANS, bool),
+    "_class_name": Name,
+    **dict.fromkeys(_WORDS, str),
+    **dict.fromkeys(("num_train_timesteps", "original_inference_steps"), _Timesteps),
+    **dict.fromkeys(("beta_start", "beta_end"), _Beta),
+    **dict.fromkeys(("rho", "sigma_data", "timestep_scaling", "flow_shift", "shift"), _Above0),
+    **dict.fromkeys(("sigma_min", "sigma_max"), _Sigma),
+    "trained_betas": _Betas,
+    "steps_offset": Annotated[int, whole(0, 1000)],
+    "solver_order": Annotated[int, whole(1, 4)],
+    "lambda_min_clipped": float | Annotated[str, one_of(INFINITY)],
+    "variance_type": Annotated[str | None, Rule("null or a name", lambda value: True)],
+    "shift_terminal": float | None,
+    "disable_corrector": tuple[Count, ...],
+    "_use_default_values": tuple[str, ...],
+}
+
+
+def decode_manifest(entry: Any) -> Manifest:
+    """The manifest that `entry` is, as json.loads gives it.
+
+    Raises: DecodeError that names the first field that is wrong, and what is allowed.
+    """
+    manifest: Manifest = decode(Manifest, entry)
+    for error in _contradictions(manifest):
+        raise error
+    return manifest
+
+
+def to_json(manifest: Manifest) -> dict[str, Any]:
+    """The manifest as json.dumps takes it; what `decode_manifest` refuses is not written.
+
+    Raises: DecodeError as `decode_manifest` does.
+    """
+    entry: dict[str, Any] = encode(manifest)
+    decode_manifest(entry)
+    return entry
+
+
+def _contradictions(manifest: Manifest) -> Iterator[DecodeError]:
+    """Fields that are right alone, but do not fit the other fields."""
+    yield from _of_the_scheduler(manifest.scheduler)
+    yield from _of_files(manifest)
+    yield from _of_latents(manifest)
+    yield from _of_conditioning(manifest)
+
+
+def _of_the_scheduler(scheduler: Mapping[str, Any]) -> Iterator[DecodeError]:
+    if "_class_name" not in scheduler:
+        yield DecodeError("scheduler._class_name is missing; allowed is the name of a scheduler of diffusers")
+    for key, value in scheduler.items():
+        if key in SETTINGS:
+            try:
+                decode(SETTINGS[key], value, within("scheduler", key))
+            except DecodeError as error:
+                yield error
+
+
+def _of_files(manifest: Manifest) -> Iterator[DecodeError]:
+    used: dict[str, str | None] = {"sampler_tables": manifest.sampler_tables}
+    for name, tokenizer in manifest.tokenizers.items():
+        used[f"{within('tokenizers', name)}.file"] = tokenizer.file
+    for name, component in manifest.components.items():
+        where = within("components", name)
+        used[f"{where}.graph"] = component.graph
+        for library, own in component.graphs.items():
+            used[f"{within(f'{where}.graphs', library)}.graph"] = own.graph
+    for where, file in used.items():
+        if file is not None and file not in manifest.files:
+            yield refusal(where, file, "a name that is listed under 'files'")
+
+
+def _of_latents(manifest: Manifest) -> Iterator[DecodeError]:
+    latents, defaults = manifest.latents, manifest.defaults
+    for name in ("scaling_factor", "shift_factor"):
+        value = getattr(latents, name)
+        if isinstance(value, tuple) and len(cast("tuple[float, ...]", value)) != latents.channels:
+            yield refusal(
+                f"latents.{name}", value, f"one number, or a list of {latents.channels}, one for each channel"
+            )
+    for name in ("height", "width"):
+        if getattr(defaults, name) % latents.factor:
+            yield refusal(
+                f"defaults.{name}", getattr(defaults, name), f"a multiple of latents.factor, {latents.factor}"
+            )
+    if manifest.preview is not None and len(manifest.preview.matrix) != latents.channels + 1:
+        shape = [len(manifest.preview.matrix), 3]
+        yield DecodeError(
+            f"preview.matrix is {shape}; allowed is {[latents.channels + 1, 3]}: a row more than channels"
+        )
+    if "unet" not in manifest.components:
+        yield DecodeError("components.unet is missing; allowed is the component that predicts the noise")
+        return
+    unet = manifest.components["unet"]
+    for kind, spec, least in (("inputs", unet.inputs[0], latents.channels), ("outputs", unet.outputs[0], 0)):
+        channels = spec.shape[1] if len(spec.shape) == 4 else None
+        fits = isinstance(channels, int) and (channels >= least if least else channels == latents.channels)
+        if not fits:
+            allowed = f"4 dimensions, the second {'at least ' if least else ''}latents.channels, {latents.channels}"
+            yield refusal(f"components.unet.{kind}[0].shape", list(spec.shape), allowed)
+
+
+def _of_conditioning(manifest: Manifest) -> Iterator[DecodeError]:
+    conditioning, components = manifest.conditioning, manifest.components
+    for i, encoder in enumerate(conditioning.encoders):
+        where = f"conditioning.encoders[{i}]"
+        if encoder.component not in components:
+            yield refusal(f"{where}.component", encoder.component, f"one of components: {', '.join(components)}")
+        elif encoder.output not in {spec.name for spec in components[encoder.component].outputs}:
+            yield refusal(f"{where}.output", encoder.output, f"an output of {encoder.component}")
+        if encoder.tokenizer not in manifest.tokenizers:
+            allowed = f"one of tokenizers: {', '.join(manifest.tokenizers)}"
+            yield refusal(f"{where}.tokenizer", encoder.tokenizer, allowed)
+    names = [encoder.component for encoder in conditioning.encoders]
+    if conditioning.pooled is not None and conditioning.pooled not in names:
+        yield refusal("conditioning.pooled", conditioning.pooled, f"null, or one of the encoders: {', '.join(names)}")
+    for name in names:
+        yield from _of_encoder(name, components.get(name))
+
+
+def _of_encoder(name: str, component: ComponentEntry | None) -> Iterator[DecodeError]:
+    """The runtime reads a width, or a number of layers, from the second dimension of these tensors."""
+    for kind, tensor, rank in (("inputs", "extra_embeddings", 2), ("outputs", "hidden_states", 4)):
+        specs: tuple[TensorSpec, ...] = () if component is None else getattr(component, kind)
+        for i, spec in enumerate(specs):
+            if spec.name == tensor and not (len(spec.shape) == rank and isinstance(spec.shape[1], int)):
+                where = f"{within('components', name)}.{kind}[{i}].shape"
+                yield refusal(where, list(spec.shape), f"{rank} dimensions, of which the second is a number")
