@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -56,16 +57,22 @@ def as_inputs(model: ir.Model, part: Part) -> Generator[None]:
 def _transpose(model: ir.Model, value: ir.Value) -> None:
     """Store a matrix as its readers read it: transposed."""
     for node in [node for node, _ in value.uses() if node.op_type == "Transpose"]:
-        if value.const_value is None or tuple(graph.attribute(node, "perm", ())) != (1, 0):
+        tensor = value.const_value
+        if tensor is None or tuple(graph.attribute(node, "perm", ())) != (1, 0):
             continue
         name = names.Weight(graph.name_of(value), transposed=True).name
         if name not in model.graph.initializers:
-            array = np.transpose(value.const_value.numpy())
-            new = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(value.const_value.dtype))
-            new.const_value = ir.tensor(array, name=name)
+            shape = ir.Shape(tensor.shape.numpy()[::-1])
+            new = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype))
+            new.const_value = ir.LazyTensor(partial(_transposed, tensor), tensor.dtype, shape, name=name)
             model.graph.register_initializer(new)
         graph.redirect(node.outputs[0], model.graph.initializers[name])
         model.graph.remove(node, safe=True)
+
+
+def _transposed(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """When it is asked for: what torch's exporter keeps of a graph must not keep the weights in memory."""
+    return ir.tensor(np.transpose(tensor.numpy()))
 
 
 def _require_all(part: Part, there: Mapping[str, object]) -> None:
