@@ -20,7 +20,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from sdopt.bundle.specs import Array
-from sdopt.graph import BOOL, I64, attribute, drop_unused, name_of, redirect
+from sdopt.graph import BOOL, I64, attribute, drop_unused, name_of, names, redirect
 
 WHOLE = (I64, ir.DataType.INT32, BOOL)
 SMALL = 64  # numbers: what describes a shape has not more
@@ -85,7 +85,7 @@ def _computed(node: ir.Node, arrays: Mapping[str, Array], opset: int) -> list[Ar
 
 def _constant(model: ir.Model, output: ir.Value, array: Array) -> ir.Value:
     """The constant that the readers of `output` read from now on."""
-    name = f"{name_of(output)}/fixed"
+    name = names.constant(f"{name_of(output)}/fixed")
     constant = ir.Value(name=name, shape=ir.Shape(array.shape))
     constant.const_value = ir.Tensor(array, name=name)
     constant.type = ir.TensorType(constant.const_value.dtype)

@@ -1,7 +1,8 @@
 """A float32-typed graph as a float16 or bfloat16 one, with float32 islands.
 
 Every node computes in one type, the islands in float32 and all others in half; a Cast stands exactly where a value
-crosses, once for each value and direction. Weights are converted when they are written, never all at once.
+crosses, once for each value and direction. Weights are converted when they are written, never all at once; they keep
+their names, and one that is there in both types is called NAME in half, NAME@float32 in float32.
 
 | stays float32                                   | because                                             |
 |-------------------------------------------------|-----------------------------------------------------|
@@ -35,6 +36,7 @@ from sdopt.graph import (
     drop_unused,
     is_float,
     name_of,
+    names,
     redirect,
     release,
     weights,
@@ -90,6 +92,7 @@ def half(
     outside, clamped = _outside(model, kept) if dtype == "float16" else ({}, ())
     _retype(model, TYPES[dtype], kept, _matching(model, half_edges))
     drop_unused(model)
+    _name_weights(model, dtype)
     nodes = list(model.graph)
     return HalfReport(
         dtype=dtype,
@@ -258,7 +261,7 @@ def _as(
         assert tensor is not None
         if tensor.dtype == target:
             return made.setdefault((value, target), value)
-        name = f"{name_of(value).removesuffix('.float16').removesuffix('.bfloat16')}.{SHORT[target]}"
+        name = names.copy(name_of(value), SHORT[target])
         new = ir.Value(name=name, type=ir.TensorType(target), shape=value.shape)
         new.const_value = converted(tensor, target, name)
         if name not in graph.initializers:
@@ -267,6 +270,18 @@ def _as(
     name = f"{name_of(value)}.{SHORT[target]}"
     cast = behind(model, value)("Cast", [value], name, dtype=target, to=int(target.value))
     return made.setdefault((value, target), cast)
+
+
+def _name_weights(model: ir.Model, dtype: str) -> None:
+    """A weight keeps its name; where it is there twice, the half one does, and the other says that it is float32."""
+    initializers = model.graph.initializers
+    for name in [name for name in initializers if name == names.copy(name, dtype)]:
+        plain = names.plain(name)
+        if plain in initializers:  # the only type that stands beside a half one
+            initializers[plain].name = names.copy(name, SHORT[F32])
+        initializers[name].name = plain
+    for name in [name for name in initializers if names.plain(name) not in initializers]:
+        initializers[name].name = names.plain(name)
 
 
 def _edge(model: ir.Model, value: ir.Value, target: ir.DataType) -> ir.Value:

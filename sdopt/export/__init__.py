@@ -4,6 +4,7 @@ source      opens and checks the checkpoint
 families    what sets a model apart, as data
 components  what is traced, family by family
 trace       torch to ONNX
+weights     the checkpoint's names in the graph, proven by numbers
 parity      the gate that every graph has to pass
 presets     the defaults of a bundle
 schedule    the checkpoint's scheduler, as its pipeline reads it
@@ -26,7 +27,7 @@ from sdopt.bundle.files import new_folder, refuse_existing, write_manifest
 from sdopt.bundle.format import ComponentEntry, Encoder, LibraryGraph, Manifest, TokenizerEntry
 from sdopt.engine import choose_backend
 from sdopt.errors import CheckpointError
-from sdopt.export import components, families, parity, presets, preview, schedule, trace
+from sdopt.export import components, families, parity, presets, preview, schedule, trace, weights
 from sdopt.export.source import Checkpoint, open_checkpoint
 from sdopt.graph.ort_ops import tailored
 
@@ -124,6 +125,7 @@ def _component(
     references = parity.references(part) if floor_db is not None else []
     graph = folder / f"{part.name}.onnx"
     stored = trace.save(trace.trace(part, opset), graph)
+    weights.prove(part, graph)
     part = part.released()
     results = parity.measure(part, graph, references) if floor_db is not None else []
     own = tailored(graph)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -25,7 +25,8 @@ class Part:
 
     `sizes`: the lengths of its named dimensions in the trace, then those of each parity check.
     `limits`: exclusive upper bounds of integer inputs. `shared`: inputs that are the same for both halves of guidance;
-    their batch, "images", may be a part of the others' "batch".
+    their batch, "images", may be a part of the others' "batch". `prefix`: what stands before the model's names of
+    parameters in the checkpoint. `unused`: how the names of parameters begin that the component does not read, and why.
     """
 
     name: str
@@ -35,6 +36,8 @@ class Part:
     sizes: tuple[Mapping[str, int], ...]
     limits: Mapping[str, int]
     shared: tuple[str, ...] = ()
+    prefix: str = ""
+    unused: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def example(self, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Array]:
         """Seeded inputs of the given sizes: ids and timesteps in their range, everything else standard normal."""
@@ -178,8 +181,8 @@ LATENT_SIZES = (
 )
 
 
-def _text_inputs(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs, sizes and limits of a text encoder; the parity checks address the first extra row too."""
+def _text_inputs(config: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """Inputs, sizes, limits and prefix of a text encoder; the parity checks address the first extra row too."""
     lengths = [max(config["max_position_embeddings"] + cut, 3) for cut in (-1, 0)]
     lengths.append(max(config["max_position_embeddings"] // 2, 3))
     return {
@@ -191,6 +194,9 @@ def _text_inputs(config: Mapping[str, Any]) -> dict[str, Any]:
             {"batch": b, "tokens": t, "extra_tokens": e} for b, t, e in zip((2, 1, 3), lengths, (3, 1, 2), strict=True)
         ),
         "limits": {"input_ids": config["vocab_size"] + 1},
+        "prefix": ""
+        if hasattr(model, "text_model")
+        else "text_model.",  # as in published files; transformers 5.6 drops it
     }
 
 
@@ -204,7 +210,7 @@ def text_encoder(checkpoint: Checkpoint) -> Part:
             TensorSpec("last_hidden_state", "float32", ("batch", "tokens", width)),
             TensorSpec("hidden_states", "float32", ("batch", config["num_hidden_layers"] + 1, "tokens", width)),
         ),
-        **_text_inputs(config),
+        **_text_inputs(config, model),
     )
 
 
@@ -221,7 +227,13 @@ def _states_of(checkpoint: Checkpoint, name: str, pooled: tuple[TensorSpec, ...]
     config, model = checkpoint.config(name), checkpoint.load(name)
     layers = config["num_hidden_layers"]
     states = TensorSpec("hidden_states", "float32", ("batch", layers + 1, "tokens", config["hidden_size"]))
-    return Part(name=name, module=TextEncoderXL(model), outputs=(states, *pooled), **_text_inputs(config))
+    return Part(
+        name=name,
+        module=TextEncoderXL(model),
+        outputs=(states, *pooled),
+        unused={} if pooled else {"text_model.final_layer_norm.": "the states are given as they are, before it"},
+        **_text_inputs(config, model),
+    )
 
 
 def unet(checkpoint: Checkpoint) -> Part:
@@ -278,6 +290,7 @@ def vae_decoder(checkpoint: Checkpoint) -> Part:
         (TensorSpec("sample", "float32", ("batch", config["out_channels"], "height", "width")),),
         LATENT_SIZES,
         {},
+        unused=dict.fromkeys(("encoder.", "quant_conv."), "the encoder's"),
     )
 
 
@@ -295,6 +308,7 @@ def vae_encoder(checkpoint: Checkpoint) -> Part:
             for s in LATENT_SIZES
         ),
         {},
+        unused=dict.fromkeys(("decoder.", "post_quant_conv."), "the decoder's"),
     )
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sdopt.errors import CheckpointError
+from sdopt.graph import names
 
 IMAGES, _BATCH = "images", "batch"
 T = TypeVar("T")
@@ -100,7 +101,8 @@ class _Halves:
             raise CheckpointError(f"unet: the graph does not tell which axis of {value.name} is the batch")
         producer = value.producer()
         place = self.graph[0] if producer is None else producer
-        rest = ir.Value(name=f"{value.name}/ones", const_value=ir.tensor(np.ones(len(value.shape) - 1, np.int64)))
+        ones = ir.tensor(np.ones(len(value.shape) - 1, np.int64))
+        rest = ir.Value(name=names.constant(f"{value.name}/ones"), const_value=ones)
         self.graph.register_initializer(rest)
         counts = ir.node("Concat", [_known(self.repeats), rest], {"axis": 0})
         tile = ir.node("Tile", [value, counts.outputs[0]])

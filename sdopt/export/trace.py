@@ -16,6 +16,7 @@ import torch
 
 from sdopt.bundle.specs import TensorSpec
 from sdopt.errors import CheckpointError, UsageError
+from sdopt.export import weights
 from sdopt.export.components import Part
 from sdopt.export.share import share_halves
 from sdopt.graph.linears import part_linears
@@ -45,10 +46,13 @@ def trace(part: Part, opset: int = 23) -> ir.Model:
                 input_names=[s.name for s in part.inputs],
                 output_names=[s.name for s in part.outputs],
                 verbose=False,
+                optimize=False,
             )
+            assert program is not None  # with dynamo=True and no file, the program is returned
+            with weights.as_inputs(program.model, part):
+                program.optimize()
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
         raise CheckpointError(f"{part.name}: torch cannot trace it: {error}") from error
-    assert program is not None  # with dynamo=True and no file, the program is returned
     model: ir.Model = program.model
     _strip(model)
     _name_dimensions(model, part)
@@ -68,7 +72,8 @@ def save(model: ir.Model, path: Path) -> str:
 def narrow(model: ir.Model) -> str:
     """Store every float32 weight that float16 holds exactly as float16, cast when the graph is loaded.
 
-    A float16 checkpoint so keeps its size, and no value changes. The dtype that most bytes end in is returned.
+    A float16 checkpoint so keeps its size, no value changes, and a weight keeps its name. The dtype that most bytes end
+    in is returned.
     """
     total = halved = 0
     for name, value in list(model.graph.initializers.items()):
@@ -82,13 +87,13 @@ def narrow(model: ir.Model) -> str:
         if not np.array_equal(half, array):
             continue
         halved += tensor.size
-        stored = ir.Value(name=f"{name}.float16", shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT16))
-        stored.const_value = ir.tensor(half, name=stored.name)
+        stored = ir.Value(name=name, shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT16))
+        stored.const_value = ir.tensor(half, name=name)
         cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT.value})
         cast.outputs[0].shape, cast.outputs[0].type = value.shape, value.type
         ir.convenience.replace_all_uses_with(value, cast.outputs[0])
         del model.graph.initializers[name]
-        cast.outputs[0].name = name
+        cast.outputs[0].name = f"{name}/float32"
         model.graph.register_initializer(stored)
         model.graph.insert_before(model.graph[0], cast)
     return "float16" if halved * 2 > total else "float32"

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from sdopt.bundle.specs import Array, TensorSpec
 from sdopt.errors import BundleError, UsageError
+from sdopt.graph import names
 
 F32, F16, BF16, I64, BOOL = (
     ir.DataType.FLOAT,
@@ -182,8 +183,8 @@ class Writer:
         return node
 
     def constant(self, name: str, array: Any, dtype: ir.DataType) -> ir.Value:
-        """An initializer; under one name there is one."""
-        full = self._prefix + name
+        """An initializer that is no parameter; under one name there is one."""
+        full = names.constant(self._prefix + name)
         if full in self._graph.initializers:
             return self._graph.initializers[full]
         data = np.asarray(array).astype(dtype.numpy())
