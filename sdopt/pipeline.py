@@ -119,15 +119,16 @@ class Pipeline:
         Raises: UsageError for a wrong argument; NumericsError rather than a black picture.
         """
         if output_type not in OUTPUT_TYPES:
-            raise UsageError(f"output_type = {output_type!r}; allowed are {choices(output_type, OUTPUT_TYPES)}")
+            text = f"output_type = {output_type!r}; allowed are {choices(str(output_type), OUTPUT_TYPES)}"
+            raise UsageError(text, "output_type")
         plan = make_plan(self.bundle, prompt, options)
         if plan.overlays and output_type != "pil":
-            raise UsageError(f"output_type = {output_type!r}; with padding_mask_crop pictures are PIL images: 'pil'")
+            text = f"output_type = {output_type!r}; with padding_mask_crop pictures are PIL images: 'pil'"
+            raise UsageError(text, "output_type")
         step = None
         for step in self.steps(plan):
             if callback_on_step_end is not None:
-                changed = callback_on_step_end(self, step.index, step.timestep, {"latents": step.sample}) or {}
-                step.sample[...] = changed.get("latents", step.sample)
+                _replace(step.sample, callback_on_step_end(self, step.index, step.timestep, {"latents": step.sample}))
         assert step is not None  # a table has rows
         images = step.sample if output_type == "latent" else self.finish(plan, step.sample, output_type)
         return Result(images, plan.seeds, tuple(self.parameters(plan, i) for i in range(len(plan.seeds))))
@@ -265,6 +266,18 @@ class Pipeline:
         posterior = self.engine("vae_encoder")(sample=images)
         refuse_nan(posterior["mean"], "vae_encoder")
         return np.concatenate([posterior["mean"], *([posterior["logvar"]] if "logvar" in posterior else [])], 1)
+
+
+def _replace(sample: Float32, changed: Any) -> None:
+    """Write what a callback returned into the sample. Raises: UsageError unless it is {"latents": array} or None."""
+    try:
+        sample[...] = (changed or {}).get("latents", sample)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UsageError(
+            f'callback_on_step_end returned {type(changed).__name__}; allowed are None and {{"latents": float32 '
+            f"{sample.shape}}} ({error})",
+            "callback_on_step_end",
+        ) from error
 
 
 def _by_channel(value: float | Sequence[float]) -> Float32:
