@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from sdopt.request.keyword import Flag, Keyword
 from sdopt.request.options import KEYWORDS
@@ -32,7 +32,7 @@ def help_of(keyword: Keyword) -> str:
     if keyword.otherwise:
         text += f" (default: {keyword.otherwise})"
     elif keyword.default is not None and keyword.default is not False:
-        values: tuple[Any, ...] = keyword.default if isinstance(keyword.default, tuple) else (keyword.default,)
+        values = cast(tuple[Any, ...], keyword.default) if isinstance(keyword.default, tuple) else (keyword.default,)
         text += f" (default: {' '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in values)})"
     return text.replace("%", "%%")
 

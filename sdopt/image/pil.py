@@ -80,7 +80,7 @@ def _read_picture(name: str, given: Any) -> Any:
     """One picture, once it is known to be one; an array of one channel becomes [height, width]."""
     if isinstance(given, Image.Image):
         if not given.width or not given.height:
-            raise UsageError(f"{name}: a picture of {given.width}x{given.height} pixels; it has none")
+            raise UsageError(f"{name}: a picture of {given.width}x{given.height} pixels; allowed are 1 or more a side")
         return _converted(name, given, given.mode)
     if not isinstance(given, np.ndarray) or isinstance(given, np.ma.MaskedArray):
         other: Any = cast(Any, given)

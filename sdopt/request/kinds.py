@@ -6,7 +6,6 @@ makes a UsageError of it, with the keyword's name.
 
 from __future__ import annotations
 
-import decimal
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -115,7 +114,7 @@ class Number(Kind):
     def read(self, value: Any) -> float:
         if isinstance(value, (bool, np.bool_, str, bytes)) or getattr(value, "ndim", 0) or np.iscomplexobj(value):
             raise ValueError
-        if not hasattr(value, "__float__") and not isinstance(value, decimal.Decimal):
+        if not hasattr(value, "__float__") or getattr(getattr(value, "dtype", None), "kind", "f") not in "fiu":
             raise ValueError
         number = float(value)
         inside = self.low < number < self.high if self.between else self.low <= number <= self.high
