@@ -16,6 +16,7 @@ import platform
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -149,8 +150,8 @@ def measure(pipe: Pipeline, sampler: str, loop: str) -> dict[str, Any]:
     edge = 64 * pipe.bundle.manifest.latents.factor
     embeds = np.zeros((1, 77, 768), np.float32)
     options = {"num_inference_steps": STEPS, "guidance_scale": 7.5, "height": edge, "width": edge, "seed": 0}
-    options |= {"prompt_embeds": embeds, "negative_prompt_embeds": embeds, "sampler": sampler}
-    plan = make_plan(pipe.bundle, None, options)
+    plan = make_plan(pipe.bundle, "", {**options, "sampler": sampler})
+    plan = replace(plan, prompt_embeds=embeds, negative_prompt_embeds=embeds)
     times: list[float] = []
     for _ in range(ROUNDS):
         steps = pipe.steps(plan)

@@ -24,9 +24,13 @@ class SdoptError(Exception):
 
 
 class UsageError(SdoptError, ValueError):
-    """An argument or option has a value that is not allowed."""
+    """An argument or option has a value that is not allowed; `param` is its name, where the error is about one."""
 
     exit_code = 2
+
+    def __init__(self, message: str = "", param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class BundleError(SdoptError):

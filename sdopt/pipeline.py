@@ -114,15 +114,16 @@ class Pipeline:
         Raises: UsageError for a wrong argument; NumericsError rather than a black picture.
         """
         if output_type not in OUTPUT_TYPES:
-            raise UsageError(f"output_type = {output_type!r}; allowed are {choices(output_type, OUTPUT_TYPES)}")
+            text = f"output_type = {output_type!r}; allowed are {choices(str(output_type), OUTPUT_TYPES)}"
+            raise UsageError(text, "output_type")
         plan = make_plan(self.bundle, prompt, options)
         if plan.overlays and output_type != "pil":
-            raise UsageError(f"output_type = {output_type!r}; with padding_mask_crop pictures are PIL images: 'pil'")
+            text = f"output_type = {output_type!r}; with padding_mask_crop pictures are PIL images: 'pil'"
+            raise UsageError(text, "output_type")
         step = None
         for step in self.steps(plan):
             if callback_on_step_end is not None:
-                changed = callback_on_step_end(self, step.index, step.timestep, {"latents": step.sample}) or {}
-                step.sample[...] = changed.get("latents", step.sample)
+                _replace(step.sample, callback_on_step_end(self, step.index, step.timestep, {"latents": step.sample}))
         assert step is not None  # a table has rows
         images = step.sample if output_type == "latent" else self.finish(plan, step.sample, output_type)
         return Result(images, plan.seeds, tuple(self.parameters(plan, i) for i in range(len(plan.seeds))))
@@ -227,3 +228,15 @@ class Pipeline:
     def _joins(self) -> bool:
         """Whether the UNet takes more channels than the latents have: a mask and a masked picture beside them."""
         return self.bundle.component("unet").inputs[0].shape[1] != self.bundle.manifest.latents.channels
+
+
+def _replace(sample: Float32, changed: Any) -> None:
+    """Write what a callback returned into the sample. Raises: UsageError unless it is {"latents": array} or None."""
+    try:
+        sample[...] = (changed or {}).get("latents", sample)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UsageError(
+            f'callback_on_step_end returned {type(changed).__name__}; allowed are None and {{"latents": float32 '
+            f"{sample.shape}}} ({error})",
+            "callback_on_step_end",
+        ) from error

@@ -15,51 +15,18 @@ from sdopt.errors import BundleError, UsageError
 if TYPE_CHECKING:
     from sdopt.bundle.specs import Float32
     from sdopt.pipeline import Pipeline
-    from sdopt.request.options import Options
     from sdopt.request.plan import Plan
 
 
-# what a replayed PNG brings along, and the value that means it was not given
-REPLACED: dict[str, Any] = {
-    **dict.fromkeys(("prompt", "image", "mask", "strength", "guidance_interval", "negative", "steps", "guidance")),
-    **dict.fromkeys(("seed", "sampler", "schedule", "eta", "guidance_rescale", "clip_skip", "vae_tile", "size")),
-    **dict.fromkeys(("mask_blur", "padding_mask_crop")),
-    "vae_slice": False,
-    "rng": "cpu",
-    "prompt_style": "plain",
-    "number": 1,
-}
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from sdopt.cli.flags import add_flags
+
+    add_flags(parser)
     add = parser.add_argument
-    add("prompt", nargs="?", metavar="PROMPT", help="what to draw")
     add("-o", "--output", type=Path, required=True, metavar="PATH", help="the PNG to write; -n 3 writes PATH-0, -1, -2")
     add("-m", "--model", type=Path, metavar="BUNDLE", help="the bundle; without it the embedded text-to-emoji model")
-    add("--image", type=Path, metavar="FILE", help="a PNG, JPEG or WebP picture to begin from")
-    add("--mask", type=Path, metavar="FILE", help="with --image: white where the picture is painted anew")
-    add("--mask-blur", type=float, metavar="PIXELS", help="blur the mask by a Gaussian of this radius (default: 0)")
-    add("--padding-mask-crop", type=int, metavar="PIXELS", help="paint only the mask's region, this much wider, large")
-    add("--strength", type=float, help="how much of --image is replaced, 0 to 1 (default: the bundle's)")
-    add("--guidance-interval", type=float, nargs=2, metavar=("FROM", "TO"), help="guide only this part, e.g. 0.1 0.8")
-    add("--negative", default=None, metavar="PROMPT", help="what to steer away from")
-    add("--steps", type=int, help="calls that the sampler is asked for (default: the bundle's)")
-    add("--guidance", type=float, help="guidance scale; 1 turns it off (default: the bundle's)")
-    add("--guidance-batch", type=int, default=2, choices=(1, 2), help="1 halves the memory of guidance")
-    add("--seed", type=int, help="0 to 2**64 - 1; image i of -n takes seed + i (default: drawn, and reported)")
-    add("--sampler", help="the checkpoint's own unless named; `sdopt samplers` lists them")
-    add("--schedule", help="of the sampler: karras, exponential, beta, leading, trailing, linspace, ...")
-    add("--eta", type=float, help="0 to 1, the noise of ddim and tcd (default: 0)")
-    add("--guidance-rescale", type=float, metavar="SHARE", help="0 to 1 (default: 0)")
-    add("--rng", default="cpu", help="whose noise: cpu (torch's), cuda:a100 and other GPUs, numpy (default: cpu)")
-    add("--prompt-style", default="plain", help="plain, or a1111: (word:1.3), [word], prompts of any length")
-    add("--clip-skip", type=int, help="how many of the text encoder's last layers to leave out (default: 0)")
     add("--embedding", action="append", default=[], metavar="FILE[=TOKEN]", help="a textual inversion; may be repeated")
-    add("--vae-tile", type=int, metavar="LATENTS", help="decode in tiles, in the memory of one tile")
-    add("--vae-slice", action="store_true", help="decode -n pictures one by one, in the memory of one")
     add("--preview-every", type=int, metavar="K", help="also write PATH-step-007.png and so on, every K steps")
-    add("--size", type=size, metavar="WxH", help="pixels, e.g. 512x768 (default: the bundle's)")
-    add("-n", "--number", type=int, default=1, metavar="N", help="how many pictures (default: 1)")
     add("--paranoid", action="store_true", help="hash every file anew, also those that have not changed")
     add("--trust-engines", action="store_true", help="load engines that somebody else built; they are code")
     add(
@@ -79,27 +46,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print the result as JSON")
 
 
-def size(text: str) -> tuple[int, int]:
-    """(width, height) of "512x768"."""
-    try:
-        width, height = (int(part) for part in text.lower().split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, e.g. 512x768") from None
-    return width, height
-
-
 def run(args: argparse.Namespace) -> int:
     from sdopt import __version__, pipeline
     from sdopt.image import pil as images
+    from sdopt.request.options import checked
     from sdopt.request.plan import make_plan
 
     started = time.perf_counter()
-    prompt, options, replayed = _request(args)
-    paths = images.numbered(args.output, args.number)
+    options, record = _request(args)
+    prompt = options.pop("prompt")
+    paths = images.numbered(args.output, checked(options)["num_images_per_prompt"])
     _check_output(paths[0])
     if args.preview_every is not None and args.preview_every < 1:
         raise UsageError(f"--preview-every {args.preview_every}; allowed is 1 or more")
-    backend, precision = _as_made(args, replayed or {})
+    backend, precision = _as_made(args, record or {})
     with pipeline.load(
         args.model,
         backend,
@@ -113,9 +73,9 @@ def run(args: argparse.Namespace) -> int:
         for text in args.embedding:
             pipe.load_embedding(*_file_and_token(text))
         plan = make_plan(pipe.bundle, prompt, options)
-        if replayed is not None:
-            _same_model(args.replay, replayed, pipe.bundle)
-            _same_embeddings(args.replay, replayed, pipe.parameters(plan, 0))
+        if record is not None:
+            _same_model(args.replay, record, pipe.bundle)
+            _same_embeddings(args.replay, record, pipe.parameters(plan, 0))
         decoded = pipe.finish(plan, _denoise(pipe, plan, paths, args.preview_every))
         model = {"model": pipe.bundle.manifest.name or pipe.bundle.path.name, "bundle": pipe.bundle.digest}
         records: list[dict[str, Any]] = []
@@ -137,56 +97,26 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _request(args: argparse.Namespace) -> tuple[str, Options, dict[str, Any] | None]:
-    """The prompt and keywords that the command line or the PNG of --replay asks for, and what that PNG tells."""
-    if args.replay is None:
-        if args.prompt is None:
-            raise UsageError('no PROMPT given: `sdopt generate "a red apple" -o apple.png`')
-        from sdopt.image.pil import open_image
-
-        width, height = args.size or (None, None)
-        return (
-            args.prompt,
-            {
-                "negative_prompt": args.negative,
-                "num_inference_steps": args.steps,
-                "guidance_scale": args.guidance,
-                "guidance_batch": args.guidance_batch,
-                "height": height,
-                "width": width,
-                "num_images_per_prompt": args.number,
-                "seed": args.seed,
-                "rng": args.rng,
-                "sampler": args.sampler,
-                "schedule": args.schedule,
-                "eta": args.eta,
-                "guidance_rescale": args.guidance_rescale or 0.0,
-                "prompt_style": args.prompt_style,
-                "clip_skip": args.clip_skip,
-                "vae_tile": args.vae_tile,
-                "vae_slice": args.vae_slice,
-                "mask_blur": args.mask_blur,
-                "padding_mask_crop": args.padding_mask_crop,
-                "guidance_interval": args.guidance_interval,
-                "image": None if args.image is None else open_image(args.image),
-                "mask_image": None if args.mask is None else open_image(args.mask),
-                "strength": args.strength,
-            },
-            None,
-        )
+def _request(args: argparse.Namespace) -> tuple[Any, dict[str, Any] | None]:
+    """The keywords that the command line or the PNG of --replay asks for, and what that PNG tells."""
+    from sdopt.cli import flags
     from sdopt.image.pil import read_parameters
-    from sdopt.request.options import Options
+    from sdopt.request.options import KEYWORDS, replayed
 
-    given = [name for name in vars(args) if name in REPLACED and getattr(args, name) != REPLACED[name]]
-    if given:
-        raise UsageError(f"--replay takes everything from the PNG; leave out {', '.join(given)}")
-    found = read_parameters(args.replay)
-    if "strength" in found:
+    given = flags.given(args)
+    if args.replay is None:
+        if "prompt" not in given:
+            raise UsageError('no PROMPT given: `sdopt generate "a red apple" -o apple.png`', "prompt")
+        return given, None
+    refused = flags.flag_names({name: value for name, value in given.items() if not KEYWORDS[name].how})
+    if refused:
+        raise UsageError(f"--replay takes everything from the PNG; leave out {', '.join(refused)}")
+    record = read_parameters(args.replay)
+    if "strength" in record:
         raise UsageError(
             f"{args.replay} was made from another picture, which it does not carry; use --image and its parameters"
         )
-    options: Any = {key: found[key] for key in found if key in Options.__annotations__}
-    return found.get("prompt", ""), options, found
+    return {"prompt": "", **replayed(record), **given}, record
 
 
 def _as_made(args: argparse.Namespace, found: dict[str, Any]) -> tuple[str, str]:

@@ -18,6 +18,9 @@ from sdopt.errors import UsageError
 
 MAX_CHUNK_BYTES = 1 << 20
 MAX_PIXELS = 64_000_000
+MAX_SIDE = 1 << 14
+MAX_CHANNELS = 16  # of latents; a picture has more rows
+EXACT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "La", "CMYK", "YCbCr", "HSV")
 
 
 def to_unit(decoded: Array) -> Array:
@@ -49,6 +52,55 @@ def size_of(image: Any, name: str = "image", factor: int = 0) -> tuple[int, int]
     raise UsageError(f"{name}: got {type(first)}; allowed are PIL images and arrays [height, width, 3] in 0..1")
 
 
+def read_pictures(name: str, given: Any, latents: bool) -> Any:
+    """What a caller gave as pictures: one, a list of them, or latents; a batch of arrays becomes a list.
+
+    Raises: UsageError for what is no picture.
+    """
+    if isinstance(given, (list, tuple)):
+        several = list(cast(Sequence[Any], given))
+        if not several:
+            raise UsageError(f"{name} = []; allowed are PIL images and arrays [height, width, 3] in 0..1, one or more")
+        return [_read_picture(name, one) for one in several]
+    if not isinstance(given, np.ndarray) or given.ndim != 4:
+        return _read_picture(name, given)
+    array: Array = np.asarray(cast(Array, given))
+    if array.shape[-1] in (1, 3, 4) and array.shape[1] > MAX_CHANNELS and len(array):  # of output_type="np"
+        return [_read_picture(name, one) for one in array]
+    if not latents or array.dtype != np.float32 or not array.size or not np.isfinite(array).all():
+        or_latents = "finite float32 latents [images, channels, height, width], and pictures " if latents else ""
+        raise UsageError(
+            f"{name}: got {'latents ' if latents else ''}{array.dtype} {array.shape}; allowed are {or_latents}"
+            "[height, width, 3] in 0..1"
+        )
+    return array
+
+
+def _read_picture(name: str, given: Any) -> Any:
+    """One picture, once it is known to be one; an array of one channel becomes [height, width]."""
+    if isinstance(given, Image.Image):
+        if not given.width or not given.height:
+            raise UsageError(f"{name}: a picture of {given.width}x{given.height} pixels; allowed are 1 or more a side")
+        return _converted(name, given, given.mode)
+    if not isinstance(given, np.ndarray) or isinstance(given, np.ma.MaskedArray):
+        other: Any = cast(Any, given)
+        shape = f" {tuple(other.shape)}" if hasattr(other, "shape") else ""
+        raise UsageError(
+            f"{name}: got {type(other)}{shape}; allowed are PIL images and NumPy arrays [height, width, 3] in 0..1: "
+            f"for a tensor [3, height, width] {name}={name}.permute(1, 2, 0).numpy()"
+        )
+    array: Array = np.asarray(cast(Array, given))
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    if not fits or not array.size or array.dtype.kind not in "fuib":
+        raise UsageError(f"{name}: got {array.dtype} {array.shape}; allowed are [height, width, 3] in 0..1, or uint8")
+    low, high = array.min(), array.max()
+    if array.dtype != np.uint8 and not (low >= 0 and high <= 1):  # false for NaN too
+        raise UsageError(f"{name}: an array from {low} to {high}; allowed is 0..1, or uint8")
+    return array
+
+
 def to_array(image: Any, height: int, width: int, count: int) -> Float32:
     """Pictures as float32 [count, 3, height, width] in -1..1, resized as diffusers resizes (Lanczos)."""
     unit = np.stack([_unit(one, height, width, "RGB") for one in each("image", image, count)])
@@ -72,9 +124,28 @@ def each(name: str, given: Any, count: int) -> Sequence[Any]:
 def as_pil(image: Any, mode: str) -> Image.Image:
     """One picture, PIL or array, as a PIL image of that mode."""
     if isinstance(image, Image.Image):
-        return image.convert(mode)
+        return _converted("image", image, mode)
     unit = _unit(image, *size_of(image), mode)
     return Image.fromarray(np.round(unit * 255).astype(np.uint8))
+
+
+def _converted(name: str, image: Image.Image, mode: str) -> Image.Image:
+    """A picture in another mode, 16 bits a pixel scaled to 8, where Pillow would cut them off.
+
+    Raises: UsageError for a mode whose range is not known, and for a file that turns out to be damaged.
+    """
+    try:
+        if image.mode.startswith("I;16"):
+            shades = np.asarray(image).astype(np.float32) / 257
+            image = Image.fromarray(np.round(shades).astype(np.uint8))
+            return image if mode.startswith("I;16") else image.convert(mode)
+        if image.mode not in EXACT_MODES:
+            raise ValueError(f"its mode is {image.mode}")
+        return image.convert(mode)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UsageError(
+            f'{name}: a picture that cannot be read ({error}); allowed are 8 bits a channel, e.g. {name}.convert("RGB")'
+        ) from error
 
 
 def _unit(image: Any, height: int, width: int, mode: str) -> Float32:
@@ -82,7 +153,8 @@ def _unit(image: Any, height: int, width: int, mode: str) -> Float32:
     size_of(image)
     if isinstance(image, Image.Image):
         return _resized(image, height, width, mode)
-    shades = np.asarray(image, np.float32) / (255 if image.dtype == np.uint8 else 1)
+    labels = mode == "L" and image.dtype == np.uint8 and image.max() <= 1  # a mask of 0 and 1
+    shades = np.asarray(image, np.float32) / (255 if image.dtype == np.uint8 and not labels else 1)
     if not np.isfinite(shades).all() or shades.min() < 0 or shades.max() > 1:
         raise UsageError(f"image: an array from {shades.min()} to {shades.max()}; allowed is 0..1, or uint8")
     if mode == "L" and shades.ndim == 3:
@@ -93,7 +165,7 @@ def _unit(image: Any, height: int, width: int, mode: str) -> Float32:
 
 
 def _resized(image: Image.Image, height: int, width: int, mode: str) -> Float32:
-    picture = image.convert(mode)
+    picture = _converted("image", image, mode)
     if picture.size != (width, height):
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     pixels = np.asarray(picture, np.float32)
@@ -104,16 +176,21 @@ def _resized(image: Image.Image, height: int, width: int, mode: str) -> Float32:
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
     """A PNG, JPEG or WebP picture from a file, turned as its camera held it.
 
-    Raises: UsageError if it is none of these, damaged, or larger than 64 megapixels (told by its header).
+    Raises: UsageError if it is none of these, damaged, or larger than 64 megapixels or 16,384 pixels a side (told by
+    its header).
     """
     try:
         with cast(Any, Image).open(path, formats=("PNG", "JPEG", "WEBP")) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise UsageError(f"{path}: {image.width}x{image.height} pixels; allowed are {MAX_PIXELS:,}")
+            if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
+                raise UsageError(
+                    f"{path}: {image.width}x{image.height} pixels; allowed are {MAX_PIXELS:,}, and {MAX_SIDE:,} a side"
+                )
             return ImageOps.exif_transpose(image)
+    except UsageError:
+        raise
     except FileNotFoundError as error:
         raise UsageError(f"{path}: there is no such file; give a PNG, JPEG or WebP picture") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's readers raise almost anything for a damaged file
         raise UsageError(f"{path}: not a PNG, JPEG or WebP picture that can be read ({error})") from error
 
 

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.specs import Array
 from sdopt.errors import UsageError
 from sdopt.image.masks import Overlay
-from sdopt.image.tiling import MIN_TILE
-from sdopt.request import options as read
-from sdopt.request.options import MAX_IMAGES, PROMPT_STYLES, Options, Sizes
+from sdopt.request import together
+from sdopt.request.options import Options, checked, recorded
+from sdopt.request.together import Sizes
 from sdopt.samplers import SAMPLERS, SamplerTable, sampler_table
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A request, resolved: one entry per image in `prompts`, `negative_prompts` and `seeds`."""
+    """A request, resolved: one entry per image in `prompts`, `negative_prompts` and `seeds`.
+
+    A field under the name of a keyword holds its value. `options` are all keywords as they were given, and `resolved`
+    what became of some of them on this bundle.
+    """
 
     prompts: tuple[str, ...]
     negative_prompts: tuple[str, ...]
@@ -52,7 +56,8 @@ class Plan:
     mask: Array | None
     overlays: tuple[Overlay, ...]
     strength: float
-    wishes: Mapping[str, Any]
+    options: Mapping[str, Any]
+    resolved: Mapping[str, Any]
 
     @property
     def guided(self) -> bool:
@@ -66,29 +71,17 @@ class Plan:
 
     def parameters(self, image: int) -> dict[str, Any]:
         """What makes image `image` again, alone."""
-        return {
+        own: dict[str, Any] = {
             "prompt": self.prompts[image],
             "negative_prompt": self.negative_prompts[image] if self.negative_given else None,
-            **({"prompt_2": self.prompts_2[image]} if self.prompts_2 != self.prompts else {}),
-            **(
-                {"negative_prompt_2": self.negative_prompts_2[image]}
-                if self.negative_prompts_2 != self.negative_prompts
-                else {}
+            "prompt_2": self.prompts_2[image] if self.prompts_2 != self.prompts else None,
+            "negative_prompt_2": (
+                self.negative_prompts_2[image] if self.negative_prompts_2 != self.negative_prompts else None
             ),
-            **{name: list(self.sizes[name]) for name in ("original_size", "crops_coords_top_left", "target_size")},
-            "prompt_style": self.prompt_style,
-            "clip_skip": self.clip_skip,
-            "vae_tile": self.vae_tile,
-            **({"vae_slice": True} if self.vae_slice else {}),
-            "guidance_rescale": self.guidance_rescale,
             "seed": self.seeds[image],
-            "rng": self.rng,
-            "width": self.width,
-            "height": self.height,
-            "sampled_by": SAMPLERS[self.table.name].title if self.table.name in SAMPLERS else self.table.name,
-            **self.sampling,
-            **self.wishes,
         }
+        sampled_by = SAMPLERS[self.table.name].title if self.table.name in SAMPLERS else self.table.name
+        return {**recorded({**self.options, **own}, self.resolved), "sampled_by": sampled_by}
 
 
 def make_plan(bundle: Bundle, prompt: str | Sequence[str] | None, options: Options) -> Plan:
@@ -96,70 +89,68 @@ def make_plan(bundle: Bundle, prompt: str | Sequence[str] | None, options: Optio
 
     Raises: UsageError naming the argument, its value and what is allowed.
     """
-    unknown = set(options) - set(Options.__annotations__)
-    if unknown:
+    given = checked({**options, **({} if prompt is None else {"prompt": prompt})})
+    manifest = bundle.manifest
+    defaults, conditioning, factor = manifest.defaults, manifest.conditioning, manifest.latents.factor
+    embedding = conditioning.guidance_embedding
+
+    each: int = given["num_images_per_prompt"]
+    prompts = together.prompts(given, each)
+    count = len(prompts)
+    negatives = together.texts_beside(given, "negative_prompt", ("",) * count, each)
+    if embedding and (any(negatives) or given["negative_prompt_2"]):
         raise UsageError(
-            f"unknown argument {', '.join(sorted(unknown))}; there are {', '.join(Options.__annotations__)}"
+            "negative_prompt: this model takes the guidance scale as an input, and has no negative half; leave it out",
+            "negative_prompt",
         )
-    defaults, of_latents = bundle.manifest.defaults, bundle.manifest.latents
-    embeds, negative_embeds = options.get("prompt_embeds"), options.get("negative_prompt_embeds")
-    each = read.whole("num_images_per_prompt", options.get("num_images_per_prompt", 1), 1, MAX_IMAGES)
-    prompts = read.prompts("prompt", prompt if embeds is None else [""] * len(embeds), each)
-    sampling = read.sampling(options, defaults.num_inference_steps)
-    factor = of_latents.factor
-    image, mask, strength = read.picture(options, defaults)
-    height, width = read.pixels(options, defaults, factor)
+    embeds = together.embeddings(given, count, each, bool(conditioning.pooled), not embedding)
+    _check_widths(bundle, embeds)
+
+    strength = together.picture(given, defaults)
+    height, width = together.pixels(given, defaults, factor)
+    shape = (count, manifest.latents.channels, height // factor, width // factor)
+    sampling = together.sampling(given, defaults.num_inference_steps)
     table = make_table(bundle, sampling, strength)
-    guidance, wishes = read.guidance(options, defaults.guidance_scale, len(table))
-    embedding = bundle.manifest.conditioning.guidance_embedding
-    if embeds is not None and negative_embeds is None and max(guidance) > 1 and not embedding:
-        raise UsageError("prompt_embeds without negative_prompt_embeds: give both, or guidance_scale=1")
-    shape = (len(prompts), of_latents.channels, height // factor, width // factor)
-    latents = options.get("latents")
-    if latents is not None and (latents.shape != shape or latents.dtype != "float32"):
-        raise UsageError(f"latents: got {latents.dtype} {latents.shape}; these sizes and prompts take float32 {shape}")
-    negatives = read.negatives(options.get("negative_prompt"), len(prompts), each)
-    second, against = options.get("prompt_2"), options.get("negative_prompt_2")
-    if embedding and (any(negatives) or against):
-        raise UsageError(
-            "negative_prompt: this model takes the guidance scale as an input, and has no negative half; leave it out"
-        )
-    sizes, negative_sizes, asked = read.sizes(bundle, options, (height, width), image is not None)
+    guidance, scale = together.guidance(given, defaults.guidance_scale, len(table))
+    pictured = given["image"] is not None
+    scored = "aesthetic_score" in conditioning.time_ids
+    sizes, negative_sizes, sizes_record = together.sizes(given, (height, width), pictured, scored)
+    resolved = {"height": height, "width": width, "guidance_scale": scale, **sampling, **sizes_record}
+    values: dict[str, Any] = {field.name: given[field.name] for field in fields(Plan) if field.name in given}
+    values |= {"height": height, "width": width, "strength": strength, **embeds}
+    values |= together.prepare_start(given, height, width, shape, each)
+    values["latents"] = together.given_latents(given, shape)
     return Plan(
+        **values,
         prompts=prompts,
         negative_prompts=negatives,
-        prompts_2=prompts if second is None else read.negatives(second, len(prompts), each),
-        negative_prompts_2=negatives if against is None else read.negatives(against, len(prompts), each),
-        negative_given=options.get("negative_prompt") is not None or against is not None,
+        prompts_2=together.texts_beside(given, "prompt_2", prompts, each),
+        negative_prompts_2=together.texts_beside(given, "negative_prompt_2", negatives, each),
+        negative_given=given["negative_prompt"] is not None or bool(given["negative_prompt_2"]),
         sizes=sizes,
         negative_sizes=negative_sizes,
-        seeds=read.seeds(options.get("seed"), len(prompts)),
-        height=height,
-        width=width,
+        seeds=together.seeds(given["seed"], count),
         guidance=guidance,
         guidance_embedding=embedding,
-        guidance_rescale=read.share("guidance_rescale", options.get("guidance_rescale", 0.0)),
-        guidance_batch=read.whole("guidance_batch", options.get("guidance_batch", 2), 1, 2),
-        rng=options.get("rng", "cpu"),
         sampling=sampling,
         table=table,
-        latents=latents,
-        prompt_embeds=embeds,
-        negative_prompt_embeds=negative_embeds,
-        pooled_prompt_embeds=options.get("pooled_prompt_embeds"),
-        negative_pooled_prompt_embeds=options.get("negative_pooled_prompt_embeds"),
-        prompt_style=read.one_of("prompt_style", options.get("prompt_style", "plain"), PROMPT_STYLES),
-        clip_skip=read.whole("clip_skip", read.given_or(options.get("clip_skip"), 0), 0, 100),
-        vae_tile=None if options.get("vae_tile") is None else read.whole("vae_tile", options.get("vae_tile"), MIN_TILE),
-        vae_slice=bool(options.get("vae_slice")),
-        **read.begun(options, image, mask, height, width, shape),
-        strength=strength,
-        wishes={**wishes, **asked, **({} if image is None else {"strength": strength, **read.mask_wishes(options)})},
+        options=given,
+        resolved={**resolved, **({"strength": strength} if pictured else {})},
     )
 
 
+def _check_widths(bundle: Bundle, embeds: Mapping[str, Any]) -> None:
+    """Raises: UsageError for embeddings that are wider or narrower than those that the UNet takes."""
+    inputs = {spec.name: spec for spec in bundle.component("unet").inputs}
+    for name, array in embeds.items():
+        tensor = "text_embeds" if "pooled" in name else "encoder_hidden_states"
+        width = inputs[tensor].shape[-1] if tensor in inputs else None
+        if array is not None and isinstance(width, int) and array.shape[-1] != width:
+            raise UsageError(f"{name}: got float32 {array.shape}; this model takes {width} features", name)
+
+
 def make_table(bundle: Bundle, sampling: Mapping[str, Any], strength: float = 1.0) -> SamplerTable:
-    """The table that a bundle's scheduler and the caller's wishes come to.
+    """The table that a bundle's scheduler and the caller's keywords come to.
 
     A checkpoint whose scheduler sdopt does not know by name brings its tables along, one for each number of steps.
     Raises: UsageError as `sampler_table` does, and for a number of steps that such a bundle has no table for.
@@ -173,8 +164,13 @@ def make_table(bundle: Bundle, sampling: Mapping[str, Any], strength: float = 1.
     tables = json.loads(bundle.file(probed).read_bytes())
     name = scheduler["_class_name"]
     if str(steps) not in tables:
-        raise UsageError(f"num_inference_steps = {steps}; for {name} this bundle has tables for {', '.join(tables)}")
+        raise UsageError(
+            f"num_inference_steps = {steps}; for {name} this bundle has tables for {', '.join(tables)}",
+            "num_inference_steps",
+        )
     given = [key for key, value in options.items() if value is not None] + ["strength"] * (strength < 1)
     if given:
-        raise UsageError(f"{', '.join(given)}: {name} takes no options here; name another sampler to use them")
+        raise UsageError(
+            f"{', '.join(given)}: {name} takes no options here; name another sampler to use them", given[0]
+        )
     return SamplerTable.from_json(tables[str(steps)])

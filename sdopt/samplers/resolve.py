@@ -83,17 +83,18 @@ def _check_family(entry: Sampler, own: str) -> None:
     if own in known and known[own].family != entry.family:
         fitting = [sampler.name for sampler in SAMPLERS.values() if sampler.family == known[own].family]
         raise UsageError(
-            f"{entry.name} cannot sample this checkpoint: its scheduler is {own}; use one of {', '.join(fitting)}."
+            f"{entry.name} cannot sample this checkpoint: its scheduler is {own}; use one of {', '.join(fitting)}.",
+            "sampler",
         )
 
 
 def _check_eta(entry: Sampler, eta: float | None) -> None:
     """Raises: UsageError when eta is outside 0..1, or given to a sampler that has none."""
     if eta is not None and not 0 <= eta <= 1:
-        raise UsageError(f"eta {eta!r} is out of range; 0 adds no noise, 1 adds the most.")
+        raise UsageError(f"eta {eta!r} is out of range; 0 adds no noise, 1 adds the most.", "eta")
     if eta and not entry.takes_eta:
         able = [sampler.name for sampler in SAMPLERS.values() if sampler.takes_eta]
-        raise UsageError(f"{entry.name} has no eta; samplers that have: {', '.join(able)}.")
+        raise UsageError(f"{entry.name} has no eta; samplers that have: {', '.join(able)}.", "eta")
 
 
 def _named_by_options(entry: Sampler, options: Options) -> Sampler:
@@ -104,13 +105,22 @@ def _named_by_options(entry: Sampler, options: Options) -> Sampler:
     return entry
 
 
+def find_schedule(name: str) -> str:
+    """`name`, if there is such a schedule.
+
+    Raises: UsageError listing all names, the nearest first.
+    """
+    if name not in SCHEDULES:
+        raise UsageError(f"schedule {name!r} is unknown; use one of {choices(name, SCHEDULES)}.", "schedule")
+    return name
+
+
 def _schedule_options(entry: Sampler, schedule: str) -> Options:
     """The options that a schedule name stands for.
 
     Raises: UsageError when there is no such schedule, or not for this sampler.
     """
-    if schedule not in SCHEDULES:
-        raise UsageError(f"schedule {schedule!r} is unknown; use one of {choices(schedule, SCHEDULES)}.")
+    find_schedule(schedule)
     plain: Options = {flag: False for flag in SCHEDULE_FLAGS.values() if flag in entry.defaults}
     if "sigma_schedule" in entry.defaults and schedule in ("karras", "exponential"):
         return {"sigma_schedule": schedule}
@@ -118,12 +128,14 @@ def _schedule_options(entry: Sampler, schedule: str) -> Options:
         flag = SCHEDULE_FLAGS[schedule]
         if flag not in entry.defaults:
             able = [s.name for s in SAMPLERS.values() if flag in s.defaults]
-            raise UsageError(f"{entry.name} has no schedule {schedule!r}; samplers that have: {', '.join(able)}.")
+            text = f"{entry.name} has no schedule {schedule!r}; samplers that have: {', '.join(able)}."
+            raise UsageError(text, "schedule")
         return {**plain, flag: True}
     if schedule == "normal":
         return plain
     if "timestep_spacing" not in entry.defaults:
-        raise UsageError(f"{entry.name} has one spacing of its own; schedule {schedule!r} does not apply to it.")
+        text = f"{entry.name} has one spacing of its own; schedule {schedule!r} does not apply to it."
+        raise UsageError(text, "schedule")
     return {**plain, "timestep_spacing": "trailing" if schedule in ("sgm_uniform", "simple") else schedule}
 
 
@@ -132,25 +144,26 @@ def _count(
 ) -> int:
     """The number of steps, once it is known to make sense."""
     if timesteps is not None and sigmas is not None:
-        raise UsageError("give timesteps or sigmas, not both.")
+        raise UsageError("give timesteps or sigmas, not both.", "sigmas")
     for kind, given in (("timesteps", timesteps), ("sigmas", sigmas)):
         if given is None:
             continue
         if kind not in entry.custom:
             able = [s.name for s in SAMPLERS.values() if kind in s.custom]
-            raise UsageError(f"{entry.name} does not take {kind}; samplers that do: {', '.join(able)}.")
+            raise UsageError(f"{entry.name} does not take {kind}; samplers that do: {', '.join(able)}.", kind)
         asked = [flag for flag in SCHEDULE_FLAGS.values() if options.get(flag)]
         if asked and kind == "timesteps":
-            raise UsageError(f"timesteps cannot be combined with {asked[0]}; use --schedule normal.")
+            raise UsageError(f"timesteps cannot be combined with {asked[0]}; use --schedule normal.", kind)
         count = len(given) - (kind == "sigmas" and entry.name == "euler")  # its last sigma is where it ends
         if count < 1:
-            raise UsageError(f"{kind}={list(given)}: {entry.name} needs at least {2 if len(given) else 1}.")
+            raise UsageError(f"{kind}={list(given)}: {entry.name} needs at least {2 if len(given) else 1}.", kind)
         return count
     if isinstance(steps, (bool, float)) or steps < 1:
-        raise UsageError(f"steps {steps!r}: the number of steps is a whole number, 1 or more.")
+        raise UsageError(f"steps {steps!r}: the number of steps is a whole number, 1 or more.", "num_inference_steps")
     if steps > options["num_train_timesteps"]:
         raise UsageError(
-            f"steps {steps}: the model was trained on {options['num_train_timesteps']} timesteps; use fewer."
+            f"steps {steps}: the model was trained on {options['num_train_timesteps']} timesteps; use fewer.",
+            "num_inference_steps",
         )
     return steps
 
@@ -167,7 +180,8 @@ def _before(entry: Sampler, whole: SamplerTable, train: int, start: float) -> in
         left += 1
     if not left:
         raise UsageError(
-            f"denoising_start {start} of {len(whole)} calls leaves nothing to do; use less, or more steps."
+            f"denoising_start {start} of {len(whole)} calls leaves nothing to do; use less, or more steps.",
+            "denoising_start",
         )
     return len(whole) - left
 
@@ -176,14 +190,15 @@ def _until(table: SamplerTable, train: int, end: float) -> SamplerTable:
     """The rows up to `end` of the way."""
     done = int((table.timestep >= _cut(train, end)).sum())
     if not done:
-        raise UsageError(f"denoising_end {end} of {len(table)} calls leaves nothing to do; use more, or more steps.")
+        text = f"denoising_end {end} of {len(table)} calls leaves nothing to do; use more, or more steps."
+        raise UsageError(text, "denoising_end")
     return table.first(done)
 
 
 def _share(strength: float) -> float:
     """The strength, once it is one."""
     if not 0 <= strength <= 1:
-        raise UsageError(f"strength {strength!r} is out of range; 0 keeps the image, 1 replaces it.")
+        raise UsageError(f"strength {strength!r} is out of range; 0 keeps the image, 1 replaces it.", "strength")
     return strength
 
 
@@ -194,9 +209,10 @@ def _skipped(steps: int, strength: float) -> int:
     """
     done = min(int(steps * _share(strength)), steps)
     if done < 1:
-        more = f", or {math.ceil(1 / strength)} steps or more" if strength else ""
+        more = f", or {math.ceil(1 / strength)} steps or more" if strength > 1e-6 else ""
         raise UsageError(
             f"strength {strength} of {steps} steps leaves nothing to do: steps x strength must reach 1. "
-            f"Use strength {1 / steps:g} or more{more}."
+            f"Use strength {1 / steps:g} or more{more}.",
+            "strength",
         )
     return steps - done

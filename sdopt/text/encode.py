@@ -24,9 +24,10 @@ from sdopt.errors import NumericsError, UsageError
 from sdopt.request.plan import Plan
 from sdopt.text.textual_inversion import Embedding, embedding
 from sdopt.text.tokenizer import Tokenizer
-from sdopt.text.weights import Chunks, chunks, stacked, weighted
+from sdopt.text.weights import Chunks, chunks, parse, stacked, weighted
 
 Condition = dict[str, Float32]  # by the name of the UNet's input
+Encoded = tuple[Float32, "Float32 | None"]  # embeddings [images, tokens, features]; pooled text [images, features]
 
 
 class TextEncoders:
@@ -60,36 +61,75 @@ class TextEncoders:
 
     def conditions(self, plan: Plan) -> tuple[Condition, Condition | None]:
         """The conditional and, with guidance, the unconditional inputs of the UNet, one row per image."""
-        if plan.prompt_embeds is not None:
-            cond = self._given(plan, plan.prompt_embeds, plan.pooled_prompt_embeds)
-            if not plan.guided or plan.negative_prompt_embeds is None:
-                return cond, None
-            return cond, self._given(plan, plan.negative_prompt_embeds, plan.negative_pooled_prompt_embeds, False)
-        n = len(plan.prompts)
+        positive, negative = self._encoded(plan)
+        cond = self._given(plan, *positive)
+        return cond, None if negative is None else self._given(plan, *negative, False)
+
+    def _encoded(self, plan: Plan) -> tuple[Encoded, Encoded | None]:
+        """Embeddings and pooled text of the prompts and, with guidance, of what to steer away from: as they are given,
+        or of the texts; as diffusers does, zeros stand for no negative prompt where the family says so."""
+        self._check_weights(plan)
+        positive, negative = _embeds(plan, ""), _embeds(plan, "negative_")
         zeros = self._entry.zeros_for_empty and not plan.negative_given
-        firsts, seconds = plan.prompts, plan.prompts_2
-        if plan.guided and not zeros:
-            firsts, seconds = firsts + plan.negative_prompts, seconds + plan.negative_prompts_2
-        hidden, pooled = self.encode(firsts, seconds, plan.prompt_style, plan.clip_skip)
-        cond = self._given(plan, hidden[:n], None if pooled is None else pooled[:n])
+        reads_negative = plan.guided and negative is None and not zeros
+        # diffusers leaves layers out for the prompt alone, AUTOMATIC1111 for both
+        negative_skip = plan.clip_skip if plan.prompt_style == "a1111" else 0
+        chunks = max(1 if given is None else self._chunks(given[0]) for given in (positive, negative))
+        if positive is None and reads_negative and plan.clip_skip == negative_skip:
+            n = len(plan.prompts)  # both at once, so that they have as many chunks
+            firsts, seconds = plan.prompts + plan.negative_prompts, plan.prompts_2 + plan.negative_prompts_2
+            hidden, pooled = self.encode(firsts, seconds, plan.prompt_style, plan.clip_skip)
+            positive = hidden[:n], None if pooled is None else pooled[:n]
+            negative = hidden[n:], None if pooled is None else pooled[n:]
+        if positive is None:
+            positive = self.encode(plan.prompts, plan.prompts_2, plan.prompt_style, plan.clip_skip, chunks)
+        if reads_negative and negative is None:
+            texts = plan.negative_prompts, plan.negative_prompts_2
+            negative = self.encode(*texts, plan.prompt_style, negative_skip, chunks)
         if not plan.guided:
-            return cond, None
-        against, pooled = (
-            (np.zeros_like(hidden), None if pooled is None else np.zeros_like(pooled))
-            if zeros
-            else (hidden[n:], None if pooled is None else pooled[n:])
-        )
-        return cond, self._given(plan, against, pooled, False)
+            return positive, None
+        if negative is None:
+            hidden, pooled = positive
+            negative = np.zeros_like(hidden), None if pooled is None else np.zeros_like(pooled)
+        if positive[0].shape != negative[0].shape:
+            raise UsageError(
+                f"the prompt has {positive[0].shape[1]} tokens and the negative prompt {negative[0].shape[1]}; "
+                "give embeddings of as many tokens",
+                "prompt_embeds" if plan.prompt_embeds is not None else "negative_prompt_embeds",
+            )
+        return positive, negative
+
+    def _check_weights(self, plan: Plan) -> None:
+        """Raises: UsageError for a weight that is too large, naming the keyword of its prompt."""
+        if plan.prompt_style == "a1111":
+            for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2"):
+                texts: Sequence[str] = getattr(plan, name.replace("prompt", "prompts"))
+                for text in dict.fromkeys(texts):
+                    parse(text, name)
+
+    def _chunks(self, embeds: Float32) -> int:
+        """How many chunks a text needs to be as long as given embeddings; 1 if it cannot be."""
+        tokenizer = self._bundle.manifest.tokenizers[self._entry.encoders[0].tokenizer]
+        count, rest = divmod(embeds.shape[1], tokenizer.max_length)
+        return 1 if rest else count
 
     def encode(
-        self, prompts: Sequence[str], prompts_2: Sequence[str], prompt_style: str = "plain", clip_skip: int = 0
-    ) -> tuple[Float32, Float32 | None]:
-        """(embeddings, pooled text or None) of prompts; `prompts_2` go to the second encoder. Equal ones run once."""
+        self,
+        prompts: Sequence[str],
+        prompts_2: Sequence[str],
+        prompt_style: str = "plain",
+        clip_skip: int = 0,
+        min_chunks: int = 1,
+    ) -> Encoded:
+        """(embeddings, pooled text or None) of prompts; `prompts_2` go to the second encoder. Equal ones run once.
+
+        With `min_chunks` shorter prompts are filled up with empty chunks.
+        """
         pairs = list(dict.fromkeys(zip(prompts, prompts_2, strict=True)))
         encoders = self._entry.encoders
         texts = [[pair[i] for pair in pairs] for i in range(len(encoders))]
         cut = [self._cut(e.tokenizer, t, prompt_style) for e, t in zip(encoders, texts, strict=True)]
-        most = max(len(ids) for of_encoder in cut for ids, _ in of_encoder)
+        most = max(min_chunks, *(len(ids) for of_encoder in cut for ids, _ in of_encoder))
         parts: list[Float32] = []
         pooled: Float32 | None = None
         for encoder, of_encoder in zip(encoders, cut, strict=True):
@@ -125,13 +165,19 @@ class TextEncoders:
         condition: Condition = {"encoder_hidden_states": hidden}
         if self._entry.pooled:
             if pooled is None:
-                raise UsageError("prompt_embeds: this model also takes pooled_prompt_embeds (and negative ones)")
+                raise UsageError("prompt_embeds: this model also takes pooled_prompt_embeds", "pooled_prompt_embeds")
             condition["text_embeds"] = pooled
         if self._entry.time_ids:
             sizes = plan.sizes if positive else plan.negative_sizes
             numbers = [number for name in self._entry.time_ids for number in sizes[name]]
             condition["time_ids"] = np.tile(np.array([numbers], np.float32), (len(hidden), 1))
         return condition
+
+
+def _embeds(plan: Plan, prefix: str) -> Encoded | None:
+    """The embeddings that were given for the prompts, or with the prefix for the negative ones."""
+    hidden: Float32 | None = getattr(plan, f"{prefix}prompt_embeds")
+    return None if hidden is None else (hidden, getattr(plan, f"{prefix}pooled_prompt_embeds"))
 
 
 def extra_widths(bundle: Bundle) -> dict[str, int]:
@@ -151,5 +197,8 @@ def _state(outputs: Mapping[str, Float32], encoder: Encoder, clip_skip: int) -> 
     states = outputs["hidden_states"]
     if skip >= states.shape[1]:
         most = states.shape[1] - 1 - encoder.skip
-        raise UsageError(f"clip_skip = {clip_skip}; {encoder.component} has {states.shape[1] - 1} layers: up to {most}")
+        raise UsageError(
+            f"clip_skip = {clip_skip}; {encoder.component} has {states.shape[1] - 1} layers: up to {most}",
+            "clip_skip",
+        )
     return np.ascontiguousarray(states[:, -1 - skip])

@@ -13,8 +13,7 @@ from tokenizers import Tokenizer as Backend
 from sdopt.bundle.format import TokenizerEntry
 from sdopt.bundle.specs import Array
 from sdopt.errors import BundleError, UsageError
-
-MAX_PROMPT_BYTES = 8192
+from sdopt.request.kinds import MAX_PROMPT_BYTES
 
 
 class Tokenizer:

@@ -15,16 +15,21 @@ from collections.abc import Sequence
 import numpy as np
 
 from sdopt.bundle.specs import Array, Float32
+from sdopt.errors import UsageError
 from sdopt.text.tokenizer import Tokenizer
 
+MAX_WEIGHT = 1e6
 ROUND, SQUARE = 1.1, 1 / 1.1
-TOKEN = re.compile(r"\\[()\[\]\\]|:\s*([+-]?\d*\.?\d+)\s*\)|[()\[\]]|[^\\()\[\]:]+|[:\\]")
+TOKEN = re.compile(r"\\[()\[\]\\]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]]|[^\\()\[\]:]+|[:\\]")
 Piece = tuple[str, float]
 Chunks = tuple[Array, Float32]  # token ids and weights
 
 
-def parse(prompt: str) -> list[Piece]:
-    """The prompt as (text, weight) pieces; a bracket that is never closed counts as closed at the end."""
+def parse(prompt: str, name: str = "prompt") -> list[Piece]:
+    """The prompt as (text, weight) pieces; a bracket that is never closed counts as closed at the end.
+
+    Raises: UsageError for a weight beyond a million; `name` is the keyword that the prompt was given as.
+    """
     pieces: list[Piece] = []
     opened: list[tuple[str, int]] = []  # bracket, and the first piece inside it
 
@@ -45,6 +50,13 @@ def parse(prompt: str) -> list[Piece]:
             pieces.append((text[1:] if len(text) == 2 and text[0] == "\\" else text, 1.0))
     for bracket, first in opened:
         multiply(first, ROUND if bracket == "(" else SQUARE)
+    for text, weight in pieces:
+        if not abs(weight) <= MAX_WEIGHT:
+            raise UsageError(
+                f"{name}: the weight of {text[:40]!r} is {weight:.3g}; allowed are {-MAX_WEIGHT:,.0f} to "
+                f"{MAX_WEIGHT:,.0f}, e.g. (word:1.3): take brackets away, or a smaller number",
+                name,
+            )
     return _joined(pieces)
 
 

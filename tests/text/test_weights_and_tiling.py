@@ -41,6 +41,8 @@ def emoji() -> Iterator[sdopt.Pipeline]:
         ("", []),
         ("()", []),
         ("[a:1.3]", [("a:1.3", 1 / 1.1)]),
+        ("a (cat:1.)", [("a cat", 1.0)]),
+        ("(cat:2.)(dog:.5)", [("cat", 2.0), ("dog", 0.5)]),
     ],
 )
 def test_brackets_become_weights(prompt: str, pieces: list) -> None:
@@ -195,3 +197,12 @@ def test_no_call_decodes_more_than_a_tile() -> None:
     np.testing.assert_array_equal(decode_tiled(decode, latents, 16, 8), np.ones((1, 3, 2048, 2048), np.float32))
     with pytest.raises(UsageError, match="vae_tile = 2; allowed are 4"):
         decode_tiled(decode, latents, 2, 8)
+
+
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
+@pytest.mark.parametrize("text", ["(" * 8000 + "apple", "(apple:" + "9" * 400 + ")", "(apple:-9999999)"], ids=len)
+def test_a_weight_without_bounds_is_the_prompts_fault(name: str, text: str, emoji: sdopt.Pipeline) -> None:
+    options: dict[str, Any] = {"prompt": "a cat", name: text}
+    with pytest.raises(UsageError, match=f"^{name}: the weight of 'apple' is .*; allowed are -1,000,000 to") as caught:
+        emoji(options.pop("prompt"), prompt_style="a1111", num_inference_steps=1, guidance_scale=3.0, **options)
+    assert caught.value.param == name

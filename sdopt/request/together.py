@@ -1,0 +1,292 @@
+"""How the keywords of one request fit together, and what they come to on a bundle.
+
+Each function takes options that `checked` has read, so that only what depends on several of them is left to check.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from sdopt.bundle.format import Defaults
+from sdopt.bundle.specs import Array
+from sdopt.errors import UsageError
+from sdopt.image import masks
+from sdopt.image import pil as images
+from sdopt.request.kinds import MAX_IMAGES, MAX_SIZE
+
+Sizes = Mapping[str, tuple[float, ...]]
+TABLE_KEYWORDS = ("sampler", "schedule", "eta", "denoising_start", "denoising_end", "timesteps", "sigmas")
+SIZE_KEYWORDS = ("original_size", "crops_coords_top_left", "target_size")
+EMBEDS = ("prompt_embeds", "pooled_prompt_embeds")
+
+
+def given_or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def each_times(values: Sequence[Any], each: int) -> tuple[Any, ...]:
+    """Every value `each` times, one beside the other."""
+    return tuple(value for value in values for _ in range(each))
+
+
+# ------------------------------------------------------------------------------------------------ text
+
+
+def prompts(options: Mapping[str, Any], each: int) -> tuple[str, ...]:
+    """The prompt of every image; empty ones where embeddings take its place."""
+    prompt, embeds = options["prompt"], options["prompt_embeds"]
+    if embeds is not None:
+        for name in ("prompt", "prompt_2"):
+            if options[name]:
+                raise UsageError(
+                    f"{name} and prompt_embeds: give one of the two, as of negative_prompt and negative_prompt_embeds",
+                    "prompt_embeds",
+                )
+        prompt = [""] * len(embeds)
+    if prompt is None:
+        raise UsageError('prompt = None; allowed are a text or a list of texts, e.g. prompt="a red apple"', "prompt")
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    count = len(texts) * each
+    if count > MAX_IMAGES:
+        name = "num_images_per_prompt" if len(texts) <= MAX_IMAGES else "prompt"
+        raise UsageError(f"{count} images in one call; allowed are {MAX_IMAGES}. Call more than once.", name)
+    return each_times(texts, each)
+
+
+def texts_beside(options: Mapping[str, Any], name: str, default: tuple[str, ...], each: int) -> tuple[str, ...]:
+    """A further text of every image; left out or empty it is `default`, as in diffusers."""
+    value, count = options[name], len(default)
+    if not value:
+        return default
+    if isinstance(value, str):
+        return (value,) * count
+    if len(value) * each != count:
+        word = "negative prompts" if name == "negative_prompt" else f"texts of {name}"
+        raise UsageError(f"{len(value)} {word} for {count // each} prompts; give one, or as many", name)
+    return each_times(value, each)
+
+
+def embeddings(
+    options: Mapping[str, Any], images: int, each: int, pooled: bool, negatives: bool
+) -> dict[str, Array | None]:
+    """Given embeddings, a row for each image; `pooled` and `negatives`: whether the model takes such.
+
+    Ref: diffusers, `encode_prompt`: with n images for each prompt, its row stands n times.
+    """
+    found: dict[str, Array | None] = {}
+    for prefix in ("", "negative_"):
+        hidden, text = (f"{prefix}{name}" for name in EMBEDS)
+        if options[hidden] is None and options[text] is not None:
+            raise UsageError(f"{text} needs {hidden}: give both, or the text itself", text)
+        if options[hidden] is not None and pooled and options[text] is None:
+            raise UsageError(f"{hidden}: this model also takes {text}; give both", text)
+        if options[text] is not None and not pooled:
+            raise UsageError(f"{text}: this model takes no pooled text; leave it out", text)
+        for name in (hidden, text):
+            found[name] = _rows(name, options[name], images, each)
+    if options["negative_prompt_embeds"] is not None:
+        _refuse_negatives(options, negatives)
+    positive, negative = found["prompt_embeds"], found["negative_prompt_embeds"]
+    if positive is not None and negative is not None and positive.shape != negative.shape:
+        raise UsageError(
+            f"negative_prompt_embeds is {negative.shape} and prompt_embeds {positive.shape}; give as many tokens and "
+            "features: pipe.encode of a short text can be filled up with pipe.encode of an empty one",
+            "negative_prompt_embeds",
+        )
+    return found
+
+
+def _refuse_negatives(options: Mapping[str, Any], negatives: bool) -> None:
+    """Raises: UsageError for negative embeddings beside a negative text, or for a model that has no negative half."""
+    name = "negative_prompt_embeds"
+    if not negatives:
+        raise UsageError(f"{name}: this model takes the guidance scale as an input; leave it out", name)
+    for text in ("negative_prompt", "negative_prompt_2"):
+        if options[text]:
+            raise UsageError(f"{text} and {name}: give one of the two", name)
+
+
+def _rows(name: str, given: Array | None, images: int, each: int) -> Array | None:
+    """A row for each image: from one for all, or one for each prompt."""
+    if given is None:
+        return None
+    if len(given) * each == images:
+        return np.repeat(given, each, 0)
+    if len(given) == 1:
+        return np.repeat(given, images, 0)
+    raise UsageError(f"{name}: {len(given)} rows for {images // each} prompts; give one, or as many", name)
+
+
+def sizes(
+    options: Mapping[str, Any], own: tuple[int, int], pictured: bool, scored: bool
+) -> tuple[Sizes, Sizes, dict[str, Any]]:
+    """The numbers that SDXL's UNet is told, by their argument; those of the negative half; and what to record of them.
+
+    `pictured`: there is a picture to begin from; `scored`: the UNet takes a score, as the refiner does.
+    As in diffusers: a negative size is the positive one unless it is given, and so is the negative crop, but (0, 0)
+    beside given sizes in text to image, and for the refiner.
+    """
+    defaults = {"original_size": own, "crops_coords_top_left": (0, 0), "target_size": own}
+    sizes: dict[str, tuple[float, ...]] = {name: given_or(options[name], defaults[name]) for name in SIZE_KEYWORDS}
+    negatives = {name: options[f"negative_{name}"] for name in SIZE_KEYWORDS}
+    given = {name: pair for name, pair in negatives.items() if pair is not None}
+    missing = {"original_size", "target_size"} - set(given)
+    if not pictured and len(missing) == 1:
+        raise UsageError(
+            "negative_original_size and negative_target_size: in text to image give both, or neither",
+            f"negative_{missing.pop()}",
+        )
+    resets = scored or (not pictured and "original_size" in given)
+    reset = {"crops_coords_top_left": (0, 0)} if resets else {}
+    scores = {name: options[name] for name in ("aesthetic_score", "negative_aesthetic_score")}
+    record = {**sizes, **{f"negative_{name}": pair for name, pair in given.items()}, **(scores if scored else {})}
+    positive: Sizes = {**sizes, "aesthetic_score": (options["aesthetic_score"],)}
+    negative: Sizes = {**sizes, **reset, **given, "aesthetic_score": (options["negative_aesthetic_score"],)}
+    return positive, negative, record
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+
+
+def sampling(options: Mapping[str, Any], default_steps: int) -> dict[str, Any]:
+    """What decides the table: the number of steps, and the further keywords that are given."""
+    start, end = options["denoising_start"], options["denoising_end"]
+    if start is not None and end is not None and start >= end:
+        raise UsageError(
+            f"denoising_start = {start} and denoising_end = {end}; the start comes before the end", "denoising_start"
+        )
+    given = {name: options[name] for name in TABLE_KEYWORDS if options[name] is not None}
+    return {"num_inference_steps": given_or(options["num_inference_steps"], default_steps), **given}
+
+
+def guidance(options: Mapping[str, Any], default: float, calls: int) -> tuple[tuple[float, ...], float | list[float]]:
+    """The scale of every call, 1 outside of the interval; and the scale as it is recorded.
+
+    Ref: Kynkaanniemi et al. 2024, arXiv:2404.07724: guidance in a limited interval.
+    """
+    given = given_or(options["guidance_scale"], float(default))
+    scales = cast(list[float], given) if isinstance(given, list) else [float(given)]
+    if len(scales) not in (1, calls):
+        raise UsageError(
+            f"guidance_scale: {len(scales)} scales; give one, or one for each of the {calls} calls", "guidance_scale"
+        )
+    record = scales[0] if len(set(scales)) == 1 else scales
+    scales = scales * calls if len(scales) == 1 else scales
+    low, high = given_or(options["guidance_interval"], (0.0, 1.0))
+    guided = [low <= k / calls < high for k in range(calls)]
+    return tuple(scale if inside else 1.0 for scale, inside in zip(scales, guided, strict=True)), record
+
+
+def seeds(value: int | list[int] | None, images: int) -> tuple[int, ...]:
+    """The seed of every image; one is drawn if none is given."""
+    first = secrets.randbits(32) if value is None else value
+    if isinstance(first, list):
+        if len(first) != images:
+            raise UsageError(f"seed: {len(first)} seeds for {images} images; give one seed, or one per image", "seed")
+        return tuple(first)
+    if first + images > 2**64:
+        raise UsageError(
+            f"seed = {first}; allowed are whole numbers from 0 to {2**64 - images} for {images} images", "seed"
+        )
+    return tuple(first + i for i in range(images))
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def picture(options: Mapping[str, Any], defaults: Defaults) -> float:
+    """The strength, once the picture, the mask and what belongs to them are known to fit together."""
+    image, mask, strength = options["image"], options["mask_image"], options["strength"]
+    if image is None:
+        for name in ("mask_image", "strength", "denoising_start"):
+            if options[name] is not None:
+                raise UsageError(f"{name} needs an image: give image=...", name)
+    elif options["latents"] is not None:
+        raise UsageError("image and latents: give one, a picture to begin from or the noise itself", "latents")
+    for name in ("mask_blur", "padding_mask_crop"):
+        if options[name] and mask is None:
+            raise UsageError(f"{name} needs a mask: give mask_image=...", name)
+    if image is None:
+        return 1.0
+    own = defaults.strength if mask is None else defaults.inpaint_strength
+    return given_or(strength, own)
+
+
+def prepare_start(
+    options: Mapping[str, Any], height: int, width: int, shape: tuple[int, ...], each: int
+) -> dict[str, Any]:
+    """What the plan holds of a picture to begin from; `shape` is that of the latents."""
+    start: dict[str, Any] = {"image": None, "image_latents": None, "mask": None, "overlays": ()}
+    image, mask = (for_every_image(options[name], shape[0], each) for name in ("image", "mask_image"))
+    if image is None:
+        return start
+    if images.is_latents(image):
+        for name in ("mask_blur", "padding_mask_crop"):
+            if mask is not None and options[name]:
+                raise UsageError(f"{name}: image is latents; give the picture itself", name)
+        start["image_latents"] = latents_of(image, shape, each)
+        start["mask"] = None if mask is None else images.to_mask(mask, height, width, shape[0])
+    elif mask is None:
+        start["image"] = images.to_array(image, height, width, shape[0])
+    else:
+        blur, padding = options["mask_blur"], options["padding_mask_crop"]
+        prepared = masks.prepare(image, mask, height, width, shape[0], blur, padding)
+        start["image"], start["mask"], start["overlays"] = prepared
+    return start
+
+
+def for_every_image(given: Any, count: int, each: int) -> Any:
+    """Pictures; if there is one for each prompt, each stands for all images of its prompt."""
+    if isinstance(given, list) and len(cast(list[Any], given)) * each == count:
+        return list(each_times(cast(list[Any], given), each))
+    return cast(Any, given)
+
+
+def latents_of(image: Array, shape: tuple[int, ...], each: int) -> Array:
+    """`image` as latents to begin from, one for each image."""
+    rows = {1, shape[0] // each, shape[0]}
+    if len(image) not in rows or image.shape[1:] != shape[1:]:
+        raise UsageError(
+            f"image: got latents {image.dtype} {image.shape}; allowed are finite float32 {shape}, as "
+            "output_type='latent' gives them, or a picture [height, width, 3]",
+            "image",
+        )
+    return np.repeat(image, shape[0] // len(image), 0)
+
+
+def pixels(options: Mapping[str, Any], defaults: Defaults, factor: int) -> tuple[int, int]:
+    """Height and width: as given; else the latents' or, without a mask, the image's rounded down; else the bundle's."""
+    own = (defaults.height, defaults.width)
+    image = options["image"]
+    if image is not None and (options["mask_image"] is None or images.is_latents(image)):
+        height, width = images.size_of(image, factor=factor)
+        own = (height // factor * factor, width // factor * factor)
+    height, width = given_or(options["height"], own[0]), given_or(options["width"], own[1])
+    for name, size in (("height", height), ("width", width)):
+        _check_size(name, size, factor)
+    return height, width
+
+
+def _check_size(name: str, size: int, factor: int) -> None:
+    low, high = factor, MAX_SIZE
+    if not low <= size <= high:
+        raise UsageError(f"{name} = {size}; allowed are whole numbers from {low} to {high}", name)
+    if size % factor:
+        near = size // factor * factor
+        raise UsageError(
+            f"{name} = {size}; this model makes multiples of {factor} pixels: {near} or {near + factor}", name
+        )
+
+
+def given_latents(options: Mapping[str, Any], shape: tuple[int, ...]) -> Array | None:
+    """The noise to begin from, if it is given."""
+    latents: Array | None = options["latents"]
+    if latents is not None and latents.shape != shape:
+        raise UsageError(
+            f"latents: got {latents.dtype} {latents.shape}; these sizes and prompts take float32 {shape}", "latents"
+        )
+    return latents
