@@ -63,7 +63,7 @@ def unfused(
     """(sample, denoised) after each call of the loop that `Pipeline.steps` runs."""
     cond = {name: array for name, array in conditions.items() if not name.startswith("negative_")}
     negative = {name.removeprefix("negative_"): a for name, a in conditions.items() if name not in cond}
-    denoiser = Denoiser(lambda: unet, cond, negative, extra, rescale=rescale)
+    denoiser = Denoiser(unet, cond, negative, extra, rescale=rescale)
     sample, history, results = noise[-1] * np.float32(table.init_noise_sigma), (), []
     for k, timestep in enumerate(table.timestep):
         output = denoiser(sample * float(table.c_in[k]), timestep, guidance[k])

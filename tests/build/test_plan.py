@@ -27,7 +27,7 @@ from sdopt.build.trt_build import Builder, meaning
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.format import File
 from sdopt.bundle.specs import Profile, TensorSpec
-from sdopt.cli import main
+from sdopt.cli.main import main
 from sdopt.engine import describe
 from sdopt.engine.cuda import Gpu
 from sdopt.engine.plans import stored

@@ -17,7 +17,7 @@ import sdopt
 from sdopt.build.options import Options
 from sdopt.build.plan import build
 from sdopt.bundle.files import Bundle
-from sdopt.cli import main
+from sdopt.cli.main import main
 from sdopt.engine.plans import stored
 from sdopt.errors import BackendError, SdoptError, UsageError
 from tests.conftest import edit_manifest

@@ -141,4 +141,4 @@ def test_the_engine_takes_the_graph_that_is_meant_for_it() -> None:
     assert bundle.component("unet", "ort").graph.name == "unet.ort.onnx"
     assert bundle.component("unet", "openvino").graph.name == bundle.component("unet").graph.name == "unet.onnx"
     assert bundle.component("text_encoder", "ort").graph.name == "text_encoder.onnx"
-    assert min(entry["psnr_db"] for entry in bundle.component("unet", "ort").parity) > 100
+    assert min(entry.psnr_db for entry in bundle.component("unet", "ort").parity) > 100
