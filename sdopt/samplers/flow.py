@@ -29,14 +29,15 @@ def flow_euler(r: Request) -> SamplerTable:
         clean = X - sigma * OUTPUT
         rows.add(
             grid.timesteps[k],
-            sigma,
+            (1 - sigma, sigma),
+            sigma=sigma,
             step=(1 - after) * clean if stochastic else X + (after - sigma) * OUTPUT,
             noise=after if stochastic else 0.0,
             draws=stochastic,
             denoised=clean,
         )
-    first = grid.sigmas[r.begin]
-    return rows.table(init_noise_sigma=1.0, start=(1 - first, first))
+    last = grid.sigmas[-1]
+    return rows.table(init_noise_sigma=1.0, end=(1 - last, last))
 
 
 def flow_grid(r: Request) -> Grid:

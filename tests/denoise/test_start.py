@@ -12,11 +12,10 @@ import pytest
 from PIL import Image
 
 import sdopt
-from sdopt.denoise.start import noised
 from sdopt.engine.pool import EnginePool
 from sdopt.errors import UsageError
 from sdopt.image import pil as images
-from sdopt.samplers import SAMPLERS, sampler_table
+from sdopt.samplers import SAMPLERS
 from tests.conftest import EMOJI_CHECKPOINT, make_tiny_checkpoint
 from tests.test_pipeline import FLOOR_DB, picture_psnr
 
@@ -145,19 +144,6 @@ def test_inpainting_with_a_nine_channel_unet_is_that_of_diffusers(
         assert picture_psnr(expected, pipe("a cat", seed=5, **options).images) >= FLOOR_DB
         with pytest.raises(UsageError, match="an inpainting model: give image and mask_image"):
             pipe("a cat")
-
-
-@pytest.mark.parametrize("name", [name for name, s in SAMPLERS.items() if s.family == "diffusion"])
-def test_the_noise_level_of_the_first_call_is_where_image_to_image_starts(name: str) -> None:
-    config = {
-        "_class_name": "DDIMScheduler",
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-    }
-    for strength in (0.3, 0.8, 1.0):
-        table = sampler_table(config, 20, sampler=name, strength=strength)
-        np.testing.assert_allclose(noised(table, 0), table.start, rtol=1e-5)
 
 
 def test_a_picture_sets_the_size_unless_one_is_given(emoji: sdopt.Pipeline) -> None:
