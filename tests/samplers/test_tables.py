@@ -243,8 +243,6 @@ def test_a_table_is_proven_when_it_is_made(wrong: str) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in ALL if n != "ipndm"])  # that one mixes v, which is not constant
-    "name", [n for n in ALL if n != "ipndm"]
-)  # its outputs are v, and mixing them is no step of it
 @pytest.mark.parametrize("steps", [1, 4, 10, 50])
 def test_a_perfect_denoiser_is_at_the_level_of_every_row(name: str, steps: int) -> None:
     """If clean and noise never change, sample k is alpha_k clean + sigma_k noise, old and fresh noise together."""
