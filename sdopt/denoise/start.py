@@ -48,7 +48,8 @@ class Canvas:
         """
         if self.mask is None or self.clean is None or self.noise is None:
             return sample
-        alpha, sigma = table.level[k + 1].tolist() if k + 1 < len(table) else (1.0, 0.0)
+        level: list[Scalar] = table.level[k + 1].tolist() if k + 1 < len(table) else [1.0, 0.0]
+        alpha, sigma = level
         kept = alpha * self.clean + sigma * self.noise
         repainted: Float32 = self.mask * sample
         return repainted + (1 - self.mask) * kept
