@@ -17,7 +17,11 @@ from sdopt.build.fuse_step import CARRIED, fuse_step
 from sdopt.build.rounded import outputs_of
 from sdopt.bundle.files import Component
 from sdopt.bundle.specs import Array
-from sdopt.denoise.model import Denoiser
+from sdopt.denoise import loop
+from sdopt.denoise.board import HostBoard
+from sdopt.denoise.model import Conditions, Predict
+from sdopt.denoise.program import Advance, Program
+from sdopt.denoise.start import Canvas
 from sdopt.engine.ort import OrtEngine
 from sdopt.errors import UsageError
 from sdopt.metrics import psnr
@@ -60,17 +64,16 @@ def unfused(
     extra: Any = None,
     rescale: float = 0,
 ) -> list[tuple[Array, Array]]:
-    """(sample, denoised) after each call of the loop that `Pipeline.steps` runs."""
+    """(sample, denoised) after each call of the loop on the host."""
     cond = {name: array for name, array in conditions.items() if not name.startswith("negative_")}
     negative = {name.removeprefix("negative_"): a for name, a in conditions.items() if name not in cond}
-    denoiser = Denoiser(unet, cond, negative, extra, rescale=rescale)
-    sample, history, results = noise[-1] * np.float32(table.init_noise_sigma), (), []
-    for k, timestep in enumerate(table.timestep):
-        output = denoiser(sample * float(table.c_in[k]), timestep, guidance[k])
-        denoised = table.clean(k, sample, output)
-        sample, history = table.advance(k, sample, output, history, noise[k] if table.draws[k] else None)
-        results.append((sample, denoised))
-    return results
+    sample = noise[-1] * np.float32(table.init_noise_sigma)
+    calls = [Predict(scale > 1, rescale=rescale, joins=extra is not None) for scale in guidance]
+    launches = tuple((call, Advance()) for call in calls)
+    program = Program(table, launches, len(sample), tuple(guidance), rescale)
+    drawn = iter([noise[k] for k in range(len(table)) if table.draws[k]])
+    board = HostBoard(program, unet, Canvas(sample), Conditions(cond, negative, extra), lambda: next(drawn))
+    return [(step.sample, step.denoised) for step in loop.steps(program, board)]
 
 
 def fused(
@@ -85,7 +88,9 @@ def fused(
     for k, row in enumerate(rows):
         given = {n: a for n, a in conditions.items() if guidance[k] > 1 or not n.startswith("negative_")}
         drawn = noise[k] if table.draws[k] else np.zeros_like(sample)
-        outputs = outputs_of(steps[guidance[k] > 1], {**carried, **given, **more, "noise": drawn, "row": row})
+        outputs = outputs_of(
+            steps[guidance[k] > 1], {**carried, **given, **more, "noise": drawn, "row": np.tile(row, (len(sample), 1))}
+        )
         carried = {given: outputs[output] for output, given in CARRIED.items()}
         results.append((outputs["next_sample"], outputs["denoised"]))
     return results
@@ -155,7 +160,7 @@ def test_a_rescale_of_nothing_leaves_the_guided_output_as_it_is(tmp_path: Path) 
     rows = packed(table, [1.0, 3.0], 0.7)
     assert rows[:, 2].tolist() == [0.0, np.float32(0.7)]  # without guidance there is nothing to rescale
     given = {"sample": np.zeros(LATENT, np.float32), "history": np.zeros((HISTORY, *LATENT), np.float32)}
-    given |= {"noise": np.zeros(LATENT, np.float32), "row": packed(table, [3.0, 3.0])[0]}
+    given |= {"noise": np.zeros(LATENT, np.float32), "row": packed(table, [3.0, 3.0])[[0, 0]]}
     both = [outputs_of(step, {**conditions(), **given}) for step in (plain, able)]
     for name in both[0]:
         np.testing.assert_allclose(both[1][name], both[0][name], atol=1e-6)
@@ -167,7 +172,7 @@ def test_at_a_share_of_zero_an_output_without_spread_is_no_nan(tmp_path: Path) -
     spread = inside["step/spread_guided"]
     for user, index in tuple(spread.uses()):
         user.replace_input_with(index, graph.Writer(model, "", before=user)("Sub", [spread, spread], "no_spread"))
-    row = packed(table_of("euler", 2), [3.0, 3.0])[0]
+    row = packed(table_of("euler", 2), [3.0, 3.0])[[0, 0]]
     given = {"sample": random(*LATENT), "history": np.zeros((HISTORY, *LATENT), np.float32)}
     given |= {"noise": np.zeros(LATENT, np.float32), "row": row}
     found = outputs_of(opened(model, tmp_path), {**conditions(), **given})
