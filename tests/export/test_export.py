@@ -17,13 +17,17 @@ import numpy as np
 import onnx
 import pytest
 
-import sdopt.export
+import sdopt
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.format import Defaults, Latents
 from sdopt.engine import ort
 from sdopt.errors import BundleError, CheckpointError, ParityError, UsageError
-from sdopt.export import components, export, parity, trace
-from sdopt.export.source import Checkpoint, open_checkpoint
+from sdopt.export import export, families, parity, trace
+from sdopt.export.checkpoint import Checkpoint
+from sdopt.export.component import write_component
+from sdopt.export.families import sd
+from sdopt.export.part import Part
+from sdopt.export.source import open_checkpoint
 from tests.conftest import EMOJI_BUNDLE, EMOJI_CHECKPOINT, ROOT
 from tests.conftest import sdopt as command
 
@@ -107,7 +111,7 @@ def test_the_shipped_bundle_is_what_the_shipped_checkpoint_exports_to() -> None:
     bundle = Bundle.open(EMOJI_BUNDLE)
     with open_checkpoint(str(EMOJI_CHECKPOINT)) as checkpoint:
         assert bundle.manifest.scheduler == checkpoint.config("scheduler")
-        for build in components.FAMILIES["sd"].values():
+        for build in families.of(checkpoint).builds(checkpoint).values():
             part = build(checkpoint)
             component = bundle.component(part.name)
             assert (component.inputs, component.outputs) == (part.inputs, part.outputs)
@@ -152,7 +156,7 @@ def test_below_the_parity_floor_nothing_is_written(tiny_checkpoint: Path, tmp_pa
 
 def test_a_graph_with_one_changed_weight_fails_the_gate(tmp_path: Path) -> None:
     with open_checkpoint(str(EMOJI_CHECKPOINT)) as checkpoint:
-        part = components.text_encoder(checkpoint)
+        part = sd.encoder_part(checkpoint)
     graph = tmp_path / "text_encoder.onnx"
     trace.save(trace.trace(part), graph)
     parity.gate(part, parity.measure(part, graph))
@@ -168,8 +172,8 @@ def test_a_model_is_let_go_before_its_graph_is_opened(tmp_path: Path, monkeypatc
     weights: list[StorageWeakRef] = []
     alive: list[int] = []
 
-    def build(checkpoint: Checkpoint) -> components.Part:
-        part = components.text_encoder(checkpoint)
+    def build(checkpoint: Checkpoint) -> Part:
+        part = sd.encoder_part(checkpoint)
         weights.extend(StorageWeakRef(weight.untyped_storage()) for weight in part.module.parameters())
         return part
 
@@ -180,7 +184,7 @@ def test_a_model_is_let_go_before_its_graph_is_opened(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(ort, "OrtEngine", Watched)
     with open_checkpoint(str(EMOJI_CHECKPOINT)) as checkpoint:
-        entry = sdopt.export._component(build, checkpoint, tmp_path, 23, parity.FLOOR_DB, lambda line: None)
+        entry = write_component(build, checkpoint, tmp_path, 23, parity.FLOOR_DB, lambda line: None)
     assert entry.parity
     assert len(weights) > 10
     assert alive == [0]
