@@ -25,7 +25,7 @@ IMAGES, BATCH = "images", "batch"
 SIZES = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)  # the types of what is computed from shapes
 
 
-def share_guidance_prefix(model: ir.Model, shared: Sequence[str]) -> None:
+def share_guidance_prefix(model: ir.Model, shared: Sequence[str], component: str) -> None:
     """Give the inputs named in `shared` the batch dimension "images", and repeat what is made of them where it must be.
 
     Raises: CheckpointError if the graph uses its batch in a way that this pass does not know.
@@ -33,7 +33,7 @@ def share_guidance_prefix(model: ir.Model, shared: Sequence[str]) -> None:
     by_name = {value.name: value for value in model.graph.inputs}
     image_inputs = [by_name[name] for name in shared]
     prompt_inputs = [value for value in model.graph.inputs if value not in image_inputs]
-    _Pass(model.graph, image_inputs, prompt_inputs).run()
+    _Pass(component, model.graph, image_inputs, prompt_inputs).run()
     for value in image_inputs:
         value.shape = ir.Shape([IMAGES, *_shape(value)[1:]])
 
@@ -41,8 +41,10 @@ def share_guidance_prefix(model: ir.Model, shared: Sequence[str]) -> None:
 class _Pass:
     """Nodes that depend on the shared inputs alone run once for each image, all others once for each prompt."""
 
-    def __init__(self, graph: ir.Graph, image_inputs: list[ir.Value], prompt_inputs: list[ir.Value]) -> None:
-        self.graph, self.image_inputs = graph, image_inputs
+    def __init__(
+        self, component: str, graph: ir.Graph, image_inputs: list[ir.Value], prompt_inputs: list[ir.Value]
+    ) -> None:
+        self.component, self.graph, self.image_inputs = component, graph, image_inputs
         self.prompt_nodes = _dependents(prompt_inputs)
         self.image_nodes = _dependents(image_inputs) - self.prompt_nodes
         self.repeated: dict[ir.Value, ir.Value] = {}
@@ -85,7 +87,9 @@ class _Pass:
     def _repeat(self, value: ir.Value) -> ir.Value:
         """Tile(value, [repeats, 1, 1, ...])"""
         if value.shape is None or len(value.shape) == 0:
-            raise CheckpointError(f"unet: the graph does not tell which axis of {value.name} is the batch")
+            raise CheckpointError(
+                f"{self.component}: the graph does not tell which axis of {value.name} is the batch; please report it"
+            )
         ones = ir.Value(
             name=names.constant(f"{value.name}/ones"),
             const_value=ir.tensor(np.ones(len(value.shape) - 1, np.int64)),

@@ -98,7 +98,7 @@ def widen(scheduler: Any) -> None:
 
 
 class _Observed(TorchFunctionMode):
-    """Inside, standard normal noise comes from `noise`; with `double`, who asks for float32 gets float64."""
+    """Inside, standard normal noise comes from `noise`; with `double`, float64 takes the place of float32."""
 
     def __init__(self, noise: Callable[[], torch.Tensor], double: bool) -> None:
         super().__init__()

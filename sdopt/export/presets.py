@@ -1,7 +1,7 @@
 """The defaults of a bundle: size, steps, guidance and strengths.
 
-What the caller gives comes first, then the checkpoint's generation_config.json, then what its family says of the model
-by name, of its pipeline class, of a guidance embedding, of its scheduler, and of all its models.
+What the caller gives comes first, then the checkpoint's generation_config.json, then what its family says: of the model
+by its name, of its pipeline class, of a guidance embedding, of its scheduler, and of all its models.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sdopt.bundle.decode import DecodeError, decode
 from sdopt.bundle.format import Defaults
 from sdopt.errors import CheckpointError, UsageError
 from sdopt.export.checkpoint import Checkpoint, read_json
-from sdopt.export.families.contract import Family, Known
+from sdopt.export.families.contract import Family, SomeDefaults
 
 KEYS = tuple(f.name for f in fields(Defaults))
 
@@ -34,9 +34,9 @@ def defaults(
         raise UsageError(f"guidance = {guidance}; allowed are finite numbers")
     scheduler = str(checkpoint.config("scheduler").get("_class_name"))
     has_embedding = family.conditioning(checkpoint).guidance_embedding > 0
-    layers: tuple[Known, ...] = (
-        _size(checkpoint, family, factor),
+    layers: tuple[SomeDefaults, ...] = (
         family.defaults,
+        _size(checkpoint, family, factor),
         family.schedulers.get(scheduler, {}),
         family.guidance_embedding if has_embedding else {},
         family.pipelines[checkpoint.pipeline].defaults,
@@ -47,20 +47,28 @@ def defaults(
     values: dict[str, Any] = {}
     for layer in layers:
         values |= {key: value for key, value in layer.items() if value is not None}
+    missing = [key for key in KEYS if key not in values]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.folder}: it does not tell {', '.join(missing)} of its pictures; add them to its "
+            "generation_config.json"
+        )
     try:
         return decode(Defaults, {key: values[key] for key in KEYS}, "defaults")
     except DecodeError as error:
         raise CheckpointError(f"{checkpoint.folder}: what it says of its pictures cannot be: {error}") from error
 
 
-def _size(checkpoint: Checkpoint, family: Family, factor: int) -> Known:
-    """The size of picture that the denoiser was trained for."""
-    edge: Any = checkpoint.config(family.denoiser)["sample_size"]
-    height, width = cast("list[int]", edge if isinstance(edge, list) else [edge, edge])
+def _size(checkpoint: Checkpoint, family: Family, factor: int) -> SomeDefaults:
+    """The size of picture that the denoiser was trained for, if its configuration has it."""
+    size: Any = checkpoint.config(family.denoiser).get("sample_size")
+    if size is None:
+        return {}
+    height, width = cast("list[int]", size if isinstance(size, list) else [size, size])
     return {"height": height * factor, "width": width * factor}
 
 
-def _by_name(checkpoint: Checkpoint, family: Family) -> Known:
+def _by_name(checkpoint: Checkpoint, family: Family) -> SomeDefaults:
     """What the family says of the model under one of the names that it goes by."""
     by_lower_case = {name.lower(): known for name, known in family.named_models.items()}
     names = (

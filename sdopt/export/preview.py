@@ -29,7 +29,7 @@ GRIDS = (2, 3, 5, 8)  # cells a side of the small picture that is enlarged
 
 
 def fit(folder: Path, manifest: Manifest) -> Preview | None:
-    """`preview` of the manifest: the matrix [channels + 1, 3], its PSNR in dB and share of variance explained (R2).
+    """`preview` of the manifest: the matrix [channels + 1, 3], its PSNR in dB, and its R2, the variance explained.
 
     None for a VAE whose outputs are not finite, that cannot encode, or that does not take three channels.
     """

@@ -57,7 +57,7 @@ def trace(part: Part, opset: int = 23) -> ir.Model:
     _strip(model)
     _name_dimensions(model, part)
     if part.shared:
-        share_guidance_prefix(model, part.shared)
+        share_guidance_prefix(model, part.shared, part.name)
     part_linears(model)
     return model
 

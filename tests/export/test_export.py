@@ -28,6 +28,7 @@ from sdopt.export.component import write_component
 from sdopt.export.families import sd
 from sdopt.export.part import Part
 from sdopt.export.source import open_checkpoint
+from sdopt.metrics import psnr
 from tests.conftest import EMOJI_BUNDLE, EMOJI_CHECKPOINT, ROOT
 from tests.conftest import sdopt as command
 
@@ -191,9 +192,9 @@ def test_a_model_is_let_go_before_its_graph_is_opened(tmp_path: Path, monkeypatc
 
 
 def test_nan_in_an_output_never_passes_the_gate() -> None:
-    assert parity.psnr(np.ones(3), np.array([1, np.nan, 1])) == -np.inf
-    assert parity.psnr(np.ones(3), np.ones(3)) == 200
-    assert parity.psnr(np.array([10.0, 0]), np.array([10.0, 0.1 * 2**0.5])) == pytest.approx(40)
+    assert psnr(np.ones(3), np.array([1, np.nan, 1])) == -np.inf
+    assert psnr(np.ones(3), np.ones(3)) == 200
+    assert psnr(np.array([10.0, 0]), np.array([10.0, 0.1 * 2**0.5])) == pytest.approx(40)
 
 
 def test_a_scheduler_that_cannot_be_a_table_is_refused_before_the_work(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -279,7 +280,7 @@ def same_latents(checkpoint: Path, bundle: Path, steps: int) -> float:
     theirs = StableDiffusionPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32, safety_checker=None)
     options = {"num_inference_steps": steps, "guidance_scale": 1.0, "output_type": "latent"}
     expected = theirs("a", generator=torch.Generator("cpu").manual_seed(1), **options).images.numpy()
-    return parity.psnr(expected, sdopt.load(bundle)("a", seed=1, **options).images)
+    return psnr(expected, sdopt.load(bundle)("a", seed=1, **options).images)
 
 
 def test_a_scheduler_that_is_not_known_by_name_brings_its_tables_along(

@@ -67,6 +67,11 @@ def test_what_the_checkpoint_says_comes_before_its_name_and_the_caller_before_bo
                 describe(checkpoint, steps, guidance)
 
 
+def test_a_size_that_stands_nowhere_is_asked_for(described: Described) -> None:
+    with pytest.raises(CheckpointError, match=r"does not tell height, width of its pictures; add them to its gen"):
+        described(unet={"sample_size": None})
+
+
 def test_a_default_that_is_no_number_is_refused(described: Described) -> None:
     with pytest.raises(CheckpointError, match=r"generation_config.json: guidance_scale is 'high', not a number"):
         described(own={"guidance_scale": "high"})

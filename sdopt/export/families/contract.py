@@ -15,7 +15,7 @@ from sdopt.export.checkpoint import Checkpoint
 from sdopt.export.part import Part
 
 Build = Callable[[Checkpoint], Part]
-Known = Mapping[str, Any]  # some of the fields of the manifest's Defaults
+SomeDefaults = Mapping[str, Any]  # some of the fields of the manifest's Defaults
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class PipelineClass:
     `scheduler_corrections`: what it sets in the configuration of every scheduler that has such an option.
     """
 
-    defaults: Known = field(default_factory=dict[str, Any])
+    defaults: SomeDefaults = field(default_factory=dict[str, Any])
     scheduler_corrections: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
@@ -45,49 +45,32 @@ def none_unsafe(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One family; a class of diffusers or transformers is written with its library, "diffusers.AutoencoderKL".
+    """One family. A class of diffusers or transformers is written with its library: "diffusers.AutoencoderKL"."""
 
-    What is read of a checkpoint
-        `pipelines`           the pipeline classes of diffusers
-        `models`              components that have weights, and the classes that each may be of; first the usual one
-        `tokenizers`          the same for tokenizers
-        `optional`            models and tokenizers that may be null or missing
-        `not_used`            other components that a checkpoint may have, and that are left out
-        `denoiser`            the model that predicts; its configuration has the size of pictures
-        `single_file`         the pipeline class that reads its checkpoints of one file, if any
-    What is written into the bundle
-        `components`          in order of their export
-        `conditioning`        what the denoiser takes beside the sample and the timestep
-        `latents`             how the VAE's latents become the denoiser's
-        `float16_unsafe`      the components that overflow in fp16
-        `float16_attention_unsafe`  those of which only the attention does
-        `has_safety_checker`  whether its pipelines may ask for one
-    Defaults of pictures, each over those before it; a checkpoint's generation_config.json comes after them
-        `defaults`            of the family
-        `schedulers`          by the class of the scheduler
-        `guidance_embedding`  of a denoiser that takes the guidance scale as an input
-        `pipelines`           by the class of the pipeline
-        `named_models`        by the model's id on the hub, as its model card runs it
-    """
+    name: str  # as the manifest has it
 
-    name: str
-    pipelines: Mapping[str, PipelineClass]
-    models: Mapping[str, tuple[str, ...]]
-    tokenizers: Mapping[str, tuple[str, ...]]
-    optional: tuple[str, ...] = ()
-    not_used: tuple[str, ...] = ()
-    denoiser: str
-    single_file: str | None = None
-    components: Mapping[str, TracedComponent]
-    conditioning: Callable[[Checkpoint], Conditioning]
-    latents: Callable[[Checkpoint], Latents] = vae.latents
-    float16_unsafe: Callable[[Checkpoint], tuple[str, ...]] = none_unsafe
-    float16_attention_unsafe: Callable[[Checkpoint], tuple[str, ...]] = none_unsafe
-    has_safety_checker: bool = False
-    defaults: Known
-    schedulers: Mapping[str, Known] = field(default_factory=dict[str, Known])
-    guidance_embedding: Known = field(default_factory=dict[str, Any])
-    named_models: Mapping[str, Known] = field(default_factory=dict[str, Known])
+    # what is read of a checkpoint
+    pipelines: Mapping[str, PipelineClass]  # by the name of the class
+    models: Mapping[str, tuple[str, ...]]  # components with weights, and their allowed classes; first the usual one
+    tokenizers: Mapping[str, tuple[str, ...]]  # in the same way
+    optional: tuple[str, ...] = ()  # models and tokenizers that a checkpoint may lack
+    not_used: tuple[str, ...] = ()  # other components that a checkpoint may have
+    denoiser: str  # the model that predicts; its configuration has the size of pictures
+    single_file: str | None = None  # the pipeline class that reads checkpoints of one file, if any does
+
+    # what is written into the bundle
+    components: Mapping[str, TracedComponent]  # in the order of their export
+    conditioning: Callable[[Checkpoint], Conditioning]  # what the denoiser takes beside sample and timestep
+    latents: Callable[[Checkpoint], Latents] = vae.latents  # how the VAE's latents become the denoiser's
+    float16_unsafe: Callable[[Checkpoint], tuple[str, ...]] = none_unsafe  # components that overflow in fp16
+    float16_attention_unsafe: Callable[[Checkpoint], tuple[str, ...]] = none_unsafe  # those whose attention does
+    has_safety_checker: bool = False  # whether its pipelines may require one
+
+    # defaults of pictures; a later line wins, then `pipelines`, then `named_models`
+    defaults: SomeDefaults  # of all models; a size only if the denoiser's configuration has none
+    schedulers: Mapping[str, SomeDefaults] = field(default_factory=dict[str, SomeDefaults])  # by the scheduler's class
+    guidance_embedding: SomeDefaults = field(default_factory=dict[str, Any])  # if that is an input of the denoiser
+    named_models: Mapping[str, SomeDefaults] = field(default_factory=dict[str, SomeDefaults])  # by id on the hub
 
     def builds(self, checkpoint: Checkpoint) -> dict[str, Build]:
         """How each component is made of which this checkpoint has the model, in order."""
