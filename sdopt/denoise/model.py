@@ -122,7 +122,7 @@ def unet(engine: Engine) -> Network:
 
 
 def repeats_inside(engine: Engine) -> bool:
-    """Whether the graph itself repeats the sample for both halves of guidance (see `sdopt.export.share`)."""
+    """Whether the graph itself repeats the sample for both halves of guidance (see `sdopt.export.guidance_prefix`)."""
     inputs = engine.inputs
     return bool(inputs) and inputs[0].shape[0] == "images"
 
