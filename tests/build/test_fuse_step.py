@@ -119,6 +119,42 @@ def test_the_fused_step_is_the_loop_for_every_sampler(name: str, steps: Any, une
     assert worst(expected, found) >= FLOOR_DB
 
 
+def test_images_at_different_steps_of_different_samplers_share_a_batch_and_are_each_what_they_are_alone(
+    steps: Any,
+) -> None:
+    names = ("ddim", "euler", "euler_a", "dpmpp_2m", "unipc", "pndm", "dpmpp_2m_sde", "heun")
+    tables = [table_of(name, 5 + 15 * i // 7) for i, name in enumerate(names)]
+    guidance = [2.0 + i for i in range(len(names))]
+    noises = [[random(1, *LATENT[1:], seed=100 * i + k) for k in range(len(t) + 1)] for i, t in enumerate(tables)]
+    texts = [{n: a[:1] + np.float32(i) for n, a in conditions().items()} for i in range(len(names))]
+    expected = [
+        fused(steps, t, [g] * len(t), text, noise)[-1][0]
+        for t, g, text, noise in zip(tables, guidance, texts, noises, strict=True)
+    ]
+    rows = [packed(table, [scale] * len(table)) for table, scale in zip(tables, guidance, strict=True)]
+    begun = [noise[-1] * np.float32(table.init_noise_sigma) for noise, table in zip(noises, tables, strict=True)]
+    carried = [{"sample": x, "history": np.zeros((HISTORY, *x.shape), np.float32)} for x in begun]
+    for moment in range(max(map(len, tables)) + len(names)):
+        calls = {i: moment - i for i, table in enumerate(tables) if 0 <= moment - i < len(table)}  # each joins later
+            i: moment - i for i, table in enumerate(tables) if 0 <= moment - i < len(table)
+        }  # each joins one later
+        if not calls:
+            break
+        images = list(calls)
+        given = {name: np.concatenate([texts[i][name] for i in images]) for name in texts[0]}
+        given["row"] = np.stack([rows[i][k] for i, k in calls.items()])
+        drawn = [noises[i][k] if tables[i].draws[k] else np.zeros_like(begun[i]) for i, k in calls.items()]
+        given["noise"] = np.concatenate(drawn)
+        given["sample"] = np.concatenate([carried[i]["sample"] for i in images])
+        given["history"] = np.concatenate([carried[i]["history"] for i in images], 1)
+        outputs = outputs_of(steps[True], given)
+        for row, i in enumerate(images):
+            sample, history = outputs["next_sample"][row : row + 1], outputs["next_history"][:, row : row + 1]
+            carried[i] = {"sample": sample, "history": history}
+    for name, latents, alone in zip(names, carried, expected, strict=True):
+        np.testing.assert_array_equal(latents["sample"], alone, err_msg=name)
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_history_of_the_graph_is_deep_enough_for_every_sampler(name: str) -> None:
     for calls in (4, 20):
