@@ -221,7 +221,7 @@ def test_the_signature_is_the_one_that_is_written_down(tmp_path: Path) -> None:
         "sample": latent,
         "history": (HISTORY, *latent),
         "noise": latent,
-        "row": (row_width(),),
+        "row": ("batch", row_width()),
         "encoder_hidden_states": ("batch", "tokens", 128),
         "negative_encoder_hidden_states": ("batch", "tokens", 128),
     }
