@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sdopt.bench.baseline import REFERENCE
 from sdopt.bench.record import Record
 from sdopt.bench.sides import OURS
 from sdopt.bench.stats import paired_ratio, summary
 from sdopt.bench.svg import Bar, bars
 
-BASE = "eager-float32"
 COLD_ROUNDS = 3  # fewer cold starts are in the full tables alone
 HEAD = [
     "one picture, end to end",
     OURS,
-    f"diffusers ({BASE})",
+    f"diffusers ({REFERENCE})",
     "faster than diffusers by",
     "faster than the fastest other by",
     "parity, dB",
@@ -86,8 +86,8 @@ def _row(label: str, part: str, result: Result) -> list[str]:
     if not measured or measured[0]["name"] != OURS:
         return [label, *["-"] * (len(HEAD) - 1)]
     ours, others = measured[0], measured[1:]
-    base = next((side for side in others if side["name"] == BASE), None)
-    rivals = [side for side in others if side["name"] != BASE and side["quotable"]]
+    base = next((side for side in others if side["name"] == REFERENCE), None)
+    rivals = [side for side in others if side["name"] != REFERENCE and side["quotable"]]
     fastest = min(rivals, key=lambda side: summary(side["seconds"][part]).median, default=None)
     parity = ours["parity"]["picture_db"]
     return [
