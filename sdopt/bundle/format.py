@@ -93,12 +93,16 @@ class ComponentEntry:
 
 @dataclass(frozen=True)
 class Latents:
-    """How the VAE's latents become the UNet's: (latents - shift_factor) * scaling_factor; by channel or not."""
+    """How the VAE's latents become the UNet's: (latents - shift_factor) * scaling_factor; by channel or not.
+
+    `patch`: how many latents one token of the denoiser spans on a side; 1 for a UNet.
+    """
 
     channels: Annotated[int, whole(1, 1024)]
     factor: Annotated[int, whole(1, 1024)]
     scaling_factor: Factor | tuple[Factor, ...]
     shift_factor: float | tuple[float, ...]
+    patch: Annotated[int, whole(1, 64)] = 1
 
 
 @dataclass(frozen=True)

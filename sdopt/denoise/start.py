@@ -11,7 +11,6 @@ Ref: Rombach et al. 2022, arXiv:2112.10752, section 4.5, for the 9-channel UNet.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -43,23 +42,17 @@ class Canvas:
     noise: Float32 | None = None
 
     def hold(self, table: SamplerTable, k: int, sample: Float32) -> Float32:
-        """The sample after call `k`, with the kept part of the picture at the noise level of the next call."""
+        """The sample after call `k`, with the kept part of the picture at the noise level of the next call.
+
+        After the last call it is the picture itself, as in diffusers.
+        """
         if self.mask is None or self.clean is None or self.noise is None:
             return sample
-        kept = self.clean
-        if k + 1 < len(table):
-            signal, spread = noised(table, k + 1)
-            kept = signal * self.clean + spread * self.noise
+        level: list[Scalar] = table.level[k + 1].tolist() if k + 1 < len(table) else [1.0, 0.0]
+        alpha, sigma = level
+        kept = alpha * self.clean + sigma * self.noise
         repainted: Float32 = self.mask * sample
         return repainted + (1 - self.mask) * kept
-
-
-def noised(table: SamplerTable, k: int) -> tuple[Scalar, Scalar]:
-    """(a, b): a picture at the noise level of call `k` is a * latents + b * noise, in the table's frame."""
-    sigma = float(table.sigma[k])
-    if table.start[0] == 1:  # variance exploding
-        return 1.0, sigma
-    return (1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma)) if math.isfinite(sigma) else (0.0, 1.0)
 
 
 def begin(plan: Plan, joins: bool, draw: Draw, encode: Encode) -> Canvas:

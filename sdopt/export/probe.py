@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from sdopt.errors import CheckpointError
 from sdopt.samplers import SamplerTable
-from sdopt.samplers.prediction import OUTPUT, PREDICTIONS, Pair, X, clean_of, noise_of
+from sdopt.samplers.prediction import OUTPUT, PREDICTIONS, Level, Pair, X, clean_of, noise_of
 
 Float64 = NDArray[np.float64]
 Matrix = Callable[[int], torch.Tensor]  # the i-th vector of a run
@@ -127,9 +128,24 @@ def _probe(scheduler: Any, name: str, steps: int, begin: int) -> SamplerTable:
         denoised=np.array(clean),
         draws=seen.draws.astype(bool),
         init_noise_sigma=float(getattr(scheduler, "init_noise_sigma", 1.0)),
-        start=levels[0],
+        level=np.array([*levels, _end(levels, keep, update, clean)]),
         notes=(f"found by running {name} for {steps} steps; other numbers of steps need a table of their own",),
     )
+
+
+def _end(levels: Sequence[Level], keep: Float64, update: Float64, clean: Sequence[Pair]) -> Level:
+    """(alpha, sigma) after the last call, as a perfect denoiser leaves it.
+
+    Such a denoiser gives the output with which `clean` is the clean sample; every kept value follows from it.
+    """
+    kept = list[Float64]()
+    for level, (c_skip, c_out), (of_x, of_output) in zip(levels, keep, clean, strict=True):
+        output = (np.array([1.0, 0.0]) - of_x * np.array(level)) / of_output
+        kept.append(c_skip * np.array(level) + c_out * output)
+    row, history = update[-1], kept[::-1]
+    weights, gain = row[1:-1][: len(history)], row[-1]
+    alpha, sigma = row[0] * np.array(levels[-1]) + sum(w * m for w, m in zip(weights, history, strict=False))
+    return float(alpha), math.hypot(sigma, gain)
 
 
 def _refuse_nonlinear(scheduler: Any, name: str, begin: int, seen: Observation, calls: int) -> None:

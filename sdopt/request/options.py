@@ -249,6 +249,10 @@ class Options(TypedDict, total=False):
             otherwise="the sampler's own",
         ),
     ]
+    mu: Annotated[
+        float | None,
+        Keyword("logarithm of a flow schedule's shift", Number(-10, 10), otherwise="from the size of the picture"),
+    ]
     eta: Annotated[float | None, Keyword("0 to 1, the noise of ddim and tcd", FRACTION, otherwise="0")]
     timesteps: Annotated[
         Sequence[float] | None,

@@ -15,6 +15,7 @@ from sdopt.request import together
 from sdopt.request.options import Options, checked, recorded
 from sdopt.request.together import Sizes
 from sdopt.samplers import SAMPLERS, SamplerTable, sampler_table
+from sdopt.samplers.flow import dynamic_mu
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def make_plan(bundle: Bundle, prompt: str | Sequence[str] | None, options: Optio
     height, width = together.pixels(given, defaults, factor)
     shape = (count, manifest.latents.channels, height // factor, width // factor)
     sampling = together.sampling(given, defaults.num_inference_steps)
-    table = make_table(bundle, sampling, strength)
+    table = make_table(bundle, sampling, strength, shape[2:])
     guidance, scale = together.guidance(given, defaults.guidance_scale, len(table))
     pictured = given["image"] is not None
     scored = "aesthetic_score" in conditioning.time_ids
@@ -149,8 +150,10 @@ def _check_widths(bundle: Bundle, embeds: Mapping[str, Any]) -> None:
             raise UsageError(f"{name}: got float32 {array.shape}; this model takes {width} features", name)
 
 
-def make_table(bundle: Bundle, sampling: Mapping[str, Any], strength: float = 1.0) -> SamplerTable:
-    """The table that a bundle's scheduler and the caller's keywords come to.
+def make_table(
+    bundle: Bundle, sampling: Mapping[str, Any], strength: float = 1.0, size: Sequence[int] | None = None
+) -> SamplerTable:
+    """The table that a bundle's scheduler and the caller's keywords come to; `size` is the latents', height and width.
 
     A checkpoint whose scheduler sdopt does not know by name brings its tables along, one for each number of steps.
     Raises: UsageError as `sampler_table` does, and for a number of steps that such a bundle has no table for.
@@ -160,6 +163,11 @@ def make_table(bundle: Bundle, sampling: Mapping[str, Any], strength: float = 1.
     scheduler, probed = bundle.manifest.scheduler, bundle.manifest.sampler_tables
     if probed is None or options.get("sampler") is not None:
         cuts = bundle.manifest.defaults.strength_cuts
+        if scheduler.get("use_dynamic_shifting"):
+            options.setdefault("mu", _mu(bundle, size))
+        elif "mu" in options:
+            text = "mu: the noise levels of this model do not depend on the size of the picture; leave it out"
+            raise UsageError(text, "mu")
         return sampler_table(scheduler, steps, strength=strength, strength_cuts=cuts, **options)
     tables = json.loads(bundle.file(probed).read_bytes())
     name = scheduler["_class_name"]
@@ -174,3 +182,11 @@ def make_table(bundle: Bundle, sampling: Mapping[str, Any], strength: float = 1.
             f"{', '.join(given)}: {name} takes no options here; name another sampler to use them", given[0]
         )
     return SamplerTable.from_json(tables[str(steps)])
+
+
+def _mu(bundle: Bundle, size: Sequence[int] | None) -> float:
+    """The shift of a flow schedule that depends on the size of the picture; by default that of the bundle."""
+    manifest = bundle.manifest
+    latents, defaults = manifest.latents, manifest.defaults
+    height, width = size or (defaults.height // latents.factor, defaults.width // latents.factor)
+    return dynamic_mu(manifest.scheduler, (height // latents.patch) * (width // latents.patch))

@@ -19,7 +19,7 @@ from sdopt.image import pil as images
 from sdopt.request.kinds import MAX_IMAGES, MAX_SIZE
 
 Sizes = Mapping[str, tuple[float, ...]]
-TABLE_KEYWORDS = ("sampler", "schedule", "eta", "denoising_start", "denoising_end", "timesteps", "sigmas")
+TABLE_KEYWORDS = ("sampler", "schedule", "eta", "denoising_start", "denoising_end", "timesteps", "sigmas", "mu")
 SIZE_KEYWORDS = ("original_size", "crops_coords_top_left", "target_size")
 EMBEDS = ("prompt_embeds", "pooled_prompt_embeds")
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from sdopt.errors import UsageError
 from sdopt.samplers import schedules
-from sdopt.samplers.ddim import at, ratio, split, start_of
+from sdopt.samplers.ddim import at, split
 from sdopt.samplers.grids import custom_timesteps
 from sdopt.samplers.prediction import X, clean_of, noise_of
 from sdopt.samplers.rows import Request, Rows
@@ -30,8 +30,8 @@ def lcm(r: Request) -> SamplerTable:
         c_skip, c_out = _boundary(t * float(r.options["timestep_scaling"]))
         denoised = c_out * clean + c_skip * X
         alpha2, sigma2 = (1.0, 0.0) if last else split(at(r, alpha_bar, int(timesteps[k + 1])))
-        rows.add(t, ratio(alpha, sigma), step=alpha2 * denoised, noise=sigma2, draws=not last, denoised=denoised)
-    return rows.table(init_noise_sigma=1.0, start=start_of(r, alpha_bar, timesteps))
+        rows.add(t, (alpha, sigma), step=alpha2 * denoised, noise=sigma2, draws=not last, denoised=denoised)
+    return rows.table(init_noise_sigma=1.0, end=(1.0, 0.0))
 
 
 def _boundary(t: float, sigma_data: float = 0.5) -> tuple[float, float]:
@@ -58,13 +58,13 @@ def tcd(r: Request) -> SamplerTable:
         clean, noise = clean_of(r.prediction, alpha, sigma), noise_of(r.prediction, alpha, sigma)
         rows.add(
             t,
-            ratio(alpha, sigma),
+            (alpha, sigma),
             step=math.sqrt(keep) * (alpha_s * clean + sigma_s * noise),
             noise=math.sqrt(1 - keep),
             draws=eta > 0 and not last,
             denoised=clean,
         )
-    return rows.table(init_noise_sigma=1.0, start=start_of(r, alpha_bar, timesteps))
+    return rows.table(init_noise_sigma=1.0, end=split(at(r, alpha_bar, 0)))
 
 
 def distilled_timesteps(r: Request) -> NDArray[np.int64]:

@@ -6,7 +6,6 @@ alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar): x = alpha * clean + sigma 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,21 +26,22 @@ def ddim(r: Request) -> SamplerTable:
     Ref: Song et al. 2021, arXiv:2010.02502, equations 12 and 16.
     """
     alpha_bar, timesteps, eta = _alpha_bar(r), integer_grid(r), r.eta or 0.0
-    rows, stride = Rows(r), r.train // r.steps
+    rows, stride, after = Rows(r), r.train // r.steps, (1.0, 0.0)
     for t in timesteps[r.begin :]:
         here, before = at(r, alpha_bar, t), at_or_final(r, alpha_bar, t - stride)
-        (alpha, sigma), (alpha2, sigma2) = split(here), split(before)
+        (alpha, sigma), after = split(here), split(before)
+        alpha2, sigma2 = after
         std = eta * math.sqrt((1 - before) / (1 - here) * (1 - here / before))
         clean, noise = clean_of(r.prediction, alpha, sigma), noise_of(r.prediction, alpha, sigma)
         rows.add(
             t,
-            ratio(alpha, sigma),
+            (alpha, sigma),
             step=alpha2 * clean + math.sqrt(max(sigma2**2 - std**2, 0.0)) * noise,
             noise=std,
             draws=eta > 0,
             denoised=clean,
         )
-    return rows.table(init_noise_sigma=1.0, start=start_of(r, alpha_bar, timesteps))
+    return rows.table(init_noise_sigma=1.0, end=after)
 
 
 def ddpm(r: Request) -> SamplerTable:
@@ -60,8 +60,8 @@ def ddpm(r: Request) -> SamplerTable:
         mean = math.sqrt(before) * beta / (1 - here) * clean + math.sqrt(here / before) * (1 - before) / (1 - here) * X
         draws = bool(t > 0)
         std = _std(r.options["variance_type"], beta, (1 - before) / (1 - here) * beta) if draws else 0.0
-        rows.add(t, ratio(alpha, sigma), step=mean, noise=std, draws=draws, denoised=clean)
-    return rows.table(init_noise_sigma=1.0, start=start_of(r, alpha_bar, timesteps))
+        rows.add(t, (alpha, sigma), step=mean, noise=std, draws=draws, denoised=clean)
+    return rows.table(init_noise_sigma=1.0, end=(1.0, 0.0))
 
 
 def _std(variance_type: str, beta: float, posterior: float) -> float:
@@ -102,13 +102,3 @@ def at_or_final(r: Request, alpha_bar: Float64, t: int) -> float:
 def split(alpha_bar: float) -> tuple[float, float]:
     """(alpha, sigma) of the variance-preserving frame."""
     return math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
-
-
-def ratio(alpha: float, sigma: float) -> float:
-    """The noise level sigma / alpha, infinite at zero signal."""
-    return sigma / alpha if alpha else math.inf
-
-
-def start_of(r: Request, alpha_bar: Float64, timesteps: Sequence[int] | NDArray[np.int64]) -> tuple[float, float]:
-    """How image to image mixes the clean latents with noise at the first timestep that it visits."""
-    return split(at(r, alpha_bar, int(timesteps[r.begin])))

@@ -31,12 +31,13 @@ def deis(r: Request) -> SamplerTable:
         weights = integrals(rho[k - order + 1 : k + 1][::-1], rho[k], rho[k + 1])
         rows.add(
             grid.timesteps[k],
-            grid.sigmas[k],
+            level_at[k],
+            sigma=grid.sigmas[k],
             keep=noise_of(r.prediction, alpha, sigma),
             update=[alpha2 / alpha, *(alpha2 * w for w in weights)],
             denoised=clean_of(r.prediction, alpha, sigma),
         )
-    return rows.table(init_noise_sigma=1.0, start=level_at[r.begin])
+    return rows.table(init_noise_sigma=1.0, end=level_at[-1])
 
 
 def integrals(nodes: Sequence[float], start: float, end: float) -> list[float]:

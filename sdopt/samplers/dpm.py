@@ -18,13 +18,12 @@ import numpy as np
 
 from sdopt.errors import UsageError, choices
 from sdopt.samplers.grids import Grid, solver_grid
-from sdopt.samplers.prediction import Pair, clean_of, noise_of
+from sdopt.samplers.prediction import Level, Pair, clean_of, noise_of
 from sdopt.samplers.rows import Request, Rows
 from sdopt.samplers.table import SamplerTable
 
 ALGORITHMS = ("dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver")
 SOLVERS = ("midpoint", "heun")
-Level = tuple[float, float]  # alpha, sigma
 Frame = Callable[[int], tuple[Pair, Pair, float]]  # row -> clean sample, what is kept, c_in
 
 
@@ -167,7 +166,8 @@ def multistep_table(
         clean, keep, c_in = frame(k)
         rows.add(
             grid.timesteps[k],
-            grid.sigmas[k],
+            level_at[k],
+            sigma=grid.sigmas[k],
             c_in=c_in,
             keep=keep,
             update=[e.scale, *weights[:order]],
@@ -175,7 +175,7 @@ def multistep_table(
             draws=algorithm.startswith("sde"),
             denoised=clean,
         )
-    return rows.table(init_noise_sigma=init_noise_sigma, start=level_at[r.begin])
+    return rows.table(init_noise_sigma=init_noise_sigma, end=level_at[-1])
 
 
 def vp_frame(r: Request, level_at: Sequence[Level], algorithm: str) -> Frame:

@@ -12,7 +12,6 @@ import numpy as np
 from sdopt.errors import UsageError
 from sdopt.samplers.dpm import (
     Expansion,
-    Level,
     expansion,
     levels,
     log_ratio,
@@ -21,7 +20,7 @@ from sdopt.samplers.dpm import (
     vp_frame,
 )
 from sdopt.samplers.grids import solver_grid
-from sdopt.samplers.prediction import Pair
+from sdopt.samplers.prediction import Level, Pair
 from sdopt.samplers.rows import Request, Rows
 from sdopt.samplers.table import SamplerTable
 
@@ -52,11 +51,17 @@ def dpm_singlestep(r: Request) -> SamplerTable:
         update = e.scale * began + np.array([0.0, *weights])
         clean, keep, c_in = frame(k)
         rows.add(
-            grid.timesteps[k], grid.sigmas[k], c_in=c_in, keep=keep, update=list(update[: order + 1]), denoised=clean
+            grid.timesteps[k],
+            level_at[k],
+            sigma=grid.sigmas[k],
+            c_in=c_in,
+            keep=keep,
+            update=list(update[: order + 1]),
+            denoised=clean,
         )
         if k + 1 < len(grid):
             began = np.array([1.0, 0.0, *-weights[:2]]) / e.scale
-    return rows.table(init_noise_sigma=1.0, start=level_at[r.begin])
+    return rows.table(init_noise_sigma=1.0, end=level_at[-1])
 
 
 def _combine(e: Expansion, level_at: Sequence[Level], k: int, order: int, solver: str) -> Pair:

@@ -29,8 +29,8 @@ def edm_euler(r: Request) -> SamplerTable:
         sigma, after = grid.sigmas[k], grid.sigmas[k + 1]
         clean, c_in = precondition(r, sigma)
         step = X + (after - sigma) / sigma * (X - clean)
-        rows.add(grid.timesteps[k], sigma, c_in=c_in, step=step, denoised=clean)
-    return rows.table(init_noise_sigma=widest(r), start=(1.0, grid.sigmas[r.begin]))
+        rows.add(grid.timesteps[k], (1.0, sigma), c_in=c_in, step=step, denoised=clean)
+    return rows.table(init_noise_sigma=widest(r), end=(1.0, grid.sigmas[-1]))
 
 
 def edm_dpm(r: Request) -> SamplerTable:

@@ -28,8 +28,10 @@ def euler(r: Request) -> SamplerTable:
     for k in range(r.begin, len(grid)):
         sigma, after = grid.sigmas[k], grid.sigmas[k + 1]
         step = X + (after - sigma) * noise_of(r.prediction, 1.0, sigma)
-        rows.add(grid.timesteps[k], sigma, c_in=c_in(sigma), step=step, denoised=clean_of(r.prediction, 1.0, sigma))
-    return rows.table(init_noise_sigma=widest(r, grid), start=(1.0, grid.sigmas[r.begin]))
+        rows.add(
+            grid.timesteps[k], (1.0, sigma), c_in=c_in(sigma), step=step, denoised=clean_of(r.prediction, 1.0, sigma)
+        )
+    return rows.table(init_noise_sigma=widest(r, grid), end=(1.0, grid.sigmas[-1]))
 
 
 def euler_a(r: Request) -> SamplerTable:
@@ -43,8 +45,8 @@ def euler_a(r: Request) -> SamplerTable:
         down, up = ancestral(sigma, grid.sigmas[k + 1])
         step = X + (down - sigma) * noise_of(r.prediction, 1.0, sigma)
         clean = clean_of(r.prediction, 1.0, sigma)
-        rows.add(grid.timesteps[k], sigma, c_in=c_in(sigma), step=step, noise=up, draws=True, denoised=clean)
-    return rows.table(init_noise_sigma=widest(r, grid), start=(1.0, grid.sigmas[r.begin]))
+        rows.add(grid.timesteps[k], (1.0, sigma), c_in=c_in(sigma), step=step, noise=up, draws=True, denoised=clean)
+    return rows.table(init_noise_sigma=widest(r, grid), end=(1.0, grid.sigmas[-1]))
 
 
 def ancestral(sigma: float, after: float) -> tuple[float, float]:
@@ -68,13 +70,13 @@ def lms(r: Request) -> SamplerTable:
         weights = integrated_lagrange(nodes, sigma, grid.sigmas[k + 1])[: k - r.begin + 1]
         rows.add(
             grid.timesteps[k],
-            sigma,
+            (1.0, sigma),
             c_in=c_in(sigma),
             keep=noise_of(r.prediction, 1.0, sigma),
             update=[1.0, *weights],
             denoised=clean_of(r.prediction, 1.0, sigma),
         )
-    return rows.table(init_noise_sigma=widest(r, grid), start=(1.0, grid.sigmas[r.begin]))
+    return rows.table(init_noise_sigma=widest(r, grid), end=(1.0, grid.sigmas[-1]))
 
 
 def integrated_lagrange(nodes: Float64, start: float, end: float) -> list[float]:

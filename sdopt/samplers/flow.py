@@ -6,6 +6,8 @@ Ref: Lipman et al. 2023, arXiv:2210.02747; Esser et al. 2024, arXiv:2403.03206.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,14 +31,29 @@ def flow_euler(r: Request) -> SamplerTable:
         clean = X - sigma * OUTPUT
         rows.add(
             grid.timesteps[k],
-            sigma,
+            (1 - sigma, sigma),
+            sigma=sigma,
             step=(1 - after) * clean if stochastic else X + (after - sigma) * OUTPUT,
             noise=after if stochastic else 0.0,
             draws=stochastic,
             denoised=clean,
         )
-    first = grid.sigmas[r.begin]
-    return rows.table(init_noise_sigma=1.0, start=(1 - first, first))
+    last = grid.sigmas[-1]
+    return rows.table(init_noise_sigma=1.0, end=(1 - last, last))
+
+
+SHIFTS = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+
+
+def dynamic_mu(config: Mapping[str, Any], tokens: int) -> float:
+    """The logarithm of the shift for a picture of so many tokens: a straight line through two sizes of the config.
+
+    More tokens need more noise to hide the same picture. Ref: Esser et al. 2024, arXiv:2403.03206, section 5.3.2;
+    the defaults are those of diffusers' pipelines.
+    """
+    o = {name: float(config.get(name, default)) for name, default in SHIFTS.items()}
+    slope = (o["max_shift"] - o["base_shift"]) / (o["max_image_seq_len"] - o["base_image_seq_len"])
+    return slope * tokens + o["base_shift"] - slope * o["base_image_seq_len"]
 
 
 def flow_grid(r: Request) -> Grid:

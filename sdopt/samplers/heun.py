@@ -75,7 +75,7 @@ def _call(
     prediction = rows.request.prediction
     rows.add(
         timestep,
-        sigma,
+        (1.0, sigma),
         c_in=c_in(sigma),
         keep=noise_of(prediction, 1.0, sigma),
         update=update,
@@ -86,8 +86,7 @@ def _call(
 
 
 def _finish(rows: Rows, grid: Grid) -> SamplerTable:
-    start = (1.0, float(grid.sigmas[rows.request.begin // 2]))
-    return rows.table(init_noise_sigma=widest(rows.request, grid), start=start)
+    return rows.table(init_noise_sigma=widest(rows.request, grid), end=(1.0, float(grid.sigmas[-1])))
 
 
 def _geometric_mean(a: Float64, b: Float64) -> Float64:

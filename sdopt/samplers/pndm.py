@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from sdopt.errors import UsageError
 from sdopt.samplers import schedules
-from sdopt.samplers.ddim import at, at_or_final, ratio, split, start_of
+from sdopt.samplers.ddim import at, at_or_final, split
 from sdopt.samplers.grids import integer_grid
 from sdopt.samplers.prediction import clean_of
 from sdopt.samplers.rows import Request, Rows
@@ -70,8 +70,8 @@ def _plms(r: Request) -> SamplerTable:
             first = (scale, gain) if call == 0 else first
             update = np.array([scale, *(gain * c for c in _plms_mixture(call))])
         alpha, sigma = split(at(r, alpha_bar, t))
-        rows.add(t, ratio(alpha, sigma), update=update.tolist(), denoised=clean_of(r.prediction, alpha, sigma))
-    return rows.table(init_noise_sigma=1.0, start=start_of(r, alpha_bar, timesteps))
+        rows.add(t, (alpha, sigma), update=update.tolist(), denoised=clean_of(r.prediction, alpha, sigma))
+    return rows.table(init_noise_sigma=1.0, end=split(at_or_final(r, alpha_bar, int(timesteps[-1]) - stride)))
 
 
 def _plms_mixture(call: int) -> Sequence[float]:
@@ -108,8 +108,8 @@ def _prk(r: Request) -> SamplerTable:
             scale, gain = _transfer(r, alpha_bar, t, t - stride)
             update = np.array([scale, *(gain * w for w in _prk_mixture(call))])
         alpha, sigma = split(at(r, alpha_bar, t))
-        rows.add(t, ratio(alpha, sigma), update=update.tolist(), denoised=clean_of(r.prediction, alpha, sigma))
-    return rows.table(init_noise_sigma=1.0, start=start_of(r, alpha_bar, timesteps))
+        rows.add(t, (alpha, sigma), update=update.tolist(), denoised=clean_of(r.prediction, alpha, sigma))
+    return rows.table(init_noise_sigma=1.0, end=split(at_or_final(r, alpha_bar, int(timesteps[-1]) - stride)))
 
 
 # What each stage uses of the newest outputs; the fourth averages all four.
@@ -157,9 +157,9 @@ def ipndm(r: Request) -> SamplerTable:
         weights = ADAMS_BASHFORTH[min(k - r.begin, 3)]
         rows.add(
             timesteps[k],
-            ratio(a, s),
+            (a, s),
             keep=np.array([s, a]),
             update=[scale, *(gain * w for w in weights)],
             denoised=np.array([a, -s]),
         )
-    return rows.table(init_noise_sigma=1.0, start=(alpha[r.begin], sigma[r.begin]))
+    return rows.table(init_noise_sigma=1.0, end=(float(alpha[-1]), float(sigma[-1])))

@@ -15,16 +15,24 @@ Ref: Salimans & Ho 2022, arXiv:2202.00512, appendix D (v prediction).
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
 from sdopt.errors import UsageError, choices
 
 Pair = NDArray[np.float64]  # coefficients of [x, output]
+Level = tuple[float, float]  # (alpha, sigma): x = alpha * clean + sigma * noise
 
 X: Pair = np.array([1.0, 0.0])
 OUTPUT: Pair = np.array([0.0, 1.0])
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
+
+
+def ratio(alpha: float, sigma: float) -> float:
+    """The noise level sigma / alpha, infinite at zero signal."""
+    return sigma / alpha if alpha else math.inf
 
 
 def clean_of(prediction: str, alpha: float, sigma: float) -> Pair:

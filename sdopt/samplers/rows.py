@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdopt.errors import UsageError
-from sdopt.samplers.prediction import OUTPUT, Pair
+from sdopt.samplers.prediction import OUTPUT, Level, Pair, ratio
 from sdopt.samplers.table import SamplerTable
 
 Float64 = NDArray[np.float64]
@@ -52,9 +52,10 @@ class Rows:
     def add(
         self,
         timestep: float,
-        sigma: float,
+        level: Level,
         *,
         denoised: Pair,
+        sigma: float | None = None,
         step: Pair | None = None,
         keep: Pair = OUTPUT,
         update: Sequence[float] = (),
@@ -62,7 +63,7 @@ class Rows:
         draws: bool = False,
         c_in: float = 1.0,
     ) -> None:
-        """Append a row.
+        """Append a row for a call that is given a sample at `level`; `sigma` is its noise level for display.
 
         A first-order sampler gives `step`: the next sample in terms of [x, output]. One with history gives `keep`, what
         it keeps in terms of [x, output], and `update`: the next sample in terms of [x, kept, kept before, ...].
@@ -70,13 +71,14 @@ class Rows:
         row = list(step) if step is not None else list(update)
         self._rows.append(
             {
-                "timestep": timestep, "sigma": sigma, "c_in": c_in, "c_skip": keep[0], "c_out": keep[1],
+                "timestep": timestep, "level": level, "sigma": ratio(*level) if sigma is None else sigma,
+                "c_in": c_in, "c_skip": keep[0], "c_out": keep[1],
                 "update": row, "noise": noise, "denoised": denoised, "draws": draws,
             }
         )  # fmt: skip
 
-    def table(self, *, init_noise_sigma: float, start: tuple[float, float], notes: Sequence[str] = ()) -> SamplerTable:
-        """The rows as a proven table.
+    def table(self, *, init_noise_sigma: float, end: Level, notes: Sequence[str] = ()) -> SamplerTable:
+        """The rows as a proven table; the last call leaves a sample at the level `end`.
 
         Raises: UsageError when there is nothing to do, or a row does not prove.
         """
@@ -92,8 +94,8 @@ class Rows:
         return SamplerTable(
             name=self.request.name,
             update=update,
+            level=np.array([*(row["level"] for row in self._rows), end]),
             init_noise_sigma=init_noise_sigma,
-            start=start,
             notes=(*self.request.notes, *notes),
             **columns,
         )

@@ -9,6 +9,7 @@
     update   k=0  [  .       .      0      0       .  ]     no history yet: m_-1 must not be used
              k=1  [  .       .      .      0       .  ]
              k=2  [  .       .      .      .       .  ]
+    level    [N+1, 2]  x before call k is level[k] @ [clean, noise], and level[N] after the last one
     denoised [N, 2]    what the sampler believes the clean sample to be: denoised[k] @ [x, output]
 
 Every row is proven when a table is made, so the loop has no `if`.
@@ -27,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdopt.errors import UsageError
+from sdopt.samplers.prediction import Level
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -52,16 +54,17 @@ class SamplerTable:
     c_out: Float64  # [N]
     update: Float64  # [N, order + 2]  x' = update @ [x, m_k, m_k-1, ..., noise]
     denoised: Float64  # [N, 2]        clean sample = denoised @ [x, output]
+    level: (
+        Float64  # [N + 1, 2]       (alpha, sigma): x before call k is alpha * clean + sigma * noise; the last after all
+    )
     draws: Bool  # [N]                 whether the generator advances in this call (also where the noise counts 0)
     init_noise_sigma: float  # x_T = init_noise_sigma * randn
-    start: tuple[float, float]  # image to image: x = start @ [clean latents, noise]
     notes: tuple[str, ...] = field(default=())  # choices made for the user, in plain words
 
     def __post_init__(self) -> None:
         for f in fields(self):
             if f.name in _ARRAYS:
                 object.__setattr__(self, f.name, _frozen(getattr(self, f.name), bool if f.name == "draws" else float))
-        object.__setattr__(self, "start", (float(self.start[0]), float(self.start[1])))
         object.__setattr__(self, "init_noise_sigma", float(self.init_noise_sigma))
         object.__setattr__(self, "notes", tuple(self.notes))
         self._check_shapes()
@@ -70,7 +73,8 @@ class SamplerTable:
     def _check_shapes(self) -> None:
         n = len(self.timestep)
         wide = self.update.ndim == 2 and self.update.shape[1] >= 3
-        expected = {name: (n,) for name in _ARRAYS} | {"denoised": (n, 2), "update": (n, self.update.shape[-1])}
+        pairs = {"denoised": (n, 2), "level": (n + 1, 2)}
+        expected = {name: (n,) for name in _ARRAYS} | pairs | {"update": (n, self.update.shape[-1])}
         for name, shape in expected.items():
             given = getattr(self, name).shape
             if given != shape or n == 0 or not wide:
@@ -82,17 +86,18 @@ class SamplerTable:
             bad = np.isnan(values) | (values < 0) if name == "sigma" else ~np.isfinite(values)
             if bad.any():
                 row = int(np.argwhere(bad)[0][0])
+                call = min(row, len(self) - 1)
                 raise UsageError(
                     f"sampler table {self.name!r}: {name}[{row}] is {values[row].tolist()} at timestep "
-                    f"{self.timestep[row]:g} (sigma {self.sigma[row]:g}); every coefficient must be finite."
+                    f"{self.timestep[call]:g} (sigma {self.sigma[call]:g}); every coefficient must be finite."
                 )
         early = np.triu(self.update[:, 1:-1], k=1)
         if early.any():
             raise UsageError(f"sampler table {self.name!r}: row {int(np.argwhere(early)[0][0])} uses missing history.")
         if (self.update[:, -1][~self.draws] != 0).any():
             raise UsageError(f"sampler table {self.name!r}: a row uses noise that it does not draw.")
-        if not (math.isfinite(self.init_noise_sigma) and all(map(math.isfinite, self.start))):
-            raise UsageError(f"sampler table {self.name!r}: init_noise_sigma and start must be finite.")
+        if not math.isfinite(self.init_noise_sigma):
+            raise UsageError(f"sampler table {self.name!r}: init_noise_sigma must be finite.")
 
     def __len__(self) -> int:
         """How often the denoiser is called."""
@@ -108,6 +113,12 @@ class SamplerTable:
         """Whether any row adds noise."""
         return bool(self.update[:, -1].any())
 
+    @property
+    def start(self) -> Level:
+        """Image to image begins with x = start @ [clean latents, noise]."""
+        alpha, sigma = self.level[0].tolist()
+        return alpha, sigma
+
     @cached_property
     def _rows(self) -> list[tuple[tuple[float, float], list[float], float]]:
         """Rows as Python floats: NumPy then keeps float32 arrays float32."""
@@ -116,7 +127,8 @@ class SamplerTable:
 
     def first(self, calls: int) -> SamplerTable:
         """The table that stops after so many calls."""
-        return replace(self, **{name: getattr(self, name)[:calls] for name in _ARRAYS})
+        kept: dict[str, Any] = {name: getattr(self, name)[:calls] for name in _ARRAYS}
+        return replace(self, **{**kept, "level": self.level[: calls + 1]})
 
     def advance(
         self, k: int, x: Float32, output: Float32, history: Sequence[Float32] = (), noise: Float32 | None = None
@@ -172,7 +184,7 @@ class SamplerTable:
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
 
-_ARRAYS = {"timestep", "sigma", "c_in", "c_skip", "c_out", "update", "denoised", "draws"}
+_ARRAYS = {"level", "timestep", "sigma", "c_in", "c_skip", "c_out", "update", "denoised", "draws"}
 
 
 def _frozen(values: Any, dtype: type) -> NDArray[Any]:

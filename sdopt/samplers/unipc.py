@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdopt.errors import UsageError, choices
-from sdopt.samplers.dpm import Level, levels, log_ratio, refuse_standstill
+from sdopt.samplers.dpm import levels, log_ratio, refuse_standstill
 from sdopt.samplers.grids import unipc_grid
-from sdopt.samplers.prediction import clean_of, noise_of
+from sdopt.samplers.prediction import Level, clean_of, noise_of
 from sdopt.samplers.rows import Request, Rows
 from sdopt.samplers.table import SamplerTable
 
@@ -40,9 +40,9 @@ def unipc(r: Request) -> SamplerTable:
         clean = clean_of(r.prediction, *level_at[k])
         keep = clean if r.options["predict_x0"] else noise_of(r.prediction, *level_at[k])
         update = [step.scale, *weights[: k - r.begin + 1]]
-        rows.add(grid.timesteps[k], grid.sigmas[k], keep=keep, update=update, denoised=clean)
+        rows.add(grid.timesteps[k], level_at[k], sigma=grid.sigmas[k], keep=keep, update=update, denoised=clean)
         previous = step.correct(width) if k < n - 1 else previous
-    return rows.table(init_noise_sigma=1.0, start=level_at[r.begin])
+    return rows.table(init_noise_sigma=1.0, end=level_at[-1])
 
 
 @dataclass(frozen=True)

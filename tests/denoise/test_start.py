@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import pytest
 from PIL import Image
 
 import sdopt
-from sdopt.denoise.start import noised
+from sdopt.bundle.files import embedded
 from sdopt.engine.pool import EnginePool
 from sdopt.errors import UsageError
 from sdopt.image import pil as images
-from sdopt.samplers import SAMPLERS, sampler_table
+from sdopt.metrics import psnr
+from sdopt.samplers import SAMPLERS
 from tests.conftest import EMOJI_CHECKPOINT, make_tiny_checkpoint
 from tests.test_pipeline import FLOOR_DB, picture_psnr
 
@@ -112,6 +114,58 @@ def test_inpainting_with_a_four_channel_unet_is_that_of_diffusers(
     assert picture_psnr(expected, emoji("a cat", seed=5, sampler=name, **options).images) >= FLOOR_DB
 
 
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+DYNAMIC = {**FLOW, "use_dynamic_shifting": True, "base_shift": 0.4, "max_shift": 1.3}
+
+
+@pytest.mark.parametrize("kind", ["Inpaint", "Img2Img"])
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("config", [FLOW, DYNAMIC], ids=["fixed shift", "dynamic shift"])
+def test_pictures_on_a_flow_schedule_are_those_of_diffusers(
+    config: dict[str, Any], strength: float, kind: str, request: pytest.FixtureRequest
+) -> None:
+    """No pipeline of diffusers joins a UNet with a flow schedule: its own one is given the words it lacks."""
+    import diffusers
+    from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+
+    bundle = sdopt.Bundle.open(embedded())
+    manifest = replace(bundle.manifest, scheduler=config)
+    edge, factor = manifest.defaults.height * 2, manifest.latents.factor
+    words = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+
+    class Flow(diffusers.FlowMatchEulerDiscreteScheduler):
+        init_noise_sigma = 1.0
+
+        def add_noise(self, sample: Any, noise: Any, timestep: Any) -> Any:
+            return self.scale_noise(sample, timestep, noise)
+
+        def scale_model_input(self, sample: Any, timestep: Any) -> Any:
+            return sample
+
+        def set_timesteps(self, steps: int, device: Any = None, **more: Any) -> None:
+            mu = calculate_shift((edge // factor) ** 2, *(self.config[word] for word in words))
+            super().set_timesteps(steps, device, mu=mu if self.config["use_dynamic_shifting"] else None, **more)
+
+    own = request.getfixturevalue(kind.lower())
+    before, own.scheduler = own.scheduler, Flow.from_config(config)
+    options = {**OPTIONS, "strength": strength, "image": picture(edge), "output_type": "latent"}
+    masked = {"mask_image": mask_of(edge)} if kind == "Inpaint" else {}
+    sized = {"height": edge, "width": edge} if kind == "Inpaint" else {}
+    try:
+        expected = own("a cat", generator=generators(5), **options, **masked, **sized).images.numpy()
+    finally:
+        own.scheduler = before
+    with sdopt.Pipeline(EnginePool(replace(bundle, manifest=manifest))) as pipe:
+        found = pipe("a cat", seed=5, **options, **masked, **sized).images
+    assert psnr(expected, found) >= FLOOR_DB
+
+
+def test_a_shift_for_the_size_is_refused_where_the_schedule_has_none(emoji: sdopt.Pipeline) -> None:
+    with pytest.raises(UsageError, match="^mu: the noise levels of this model do not depend on the size") as caught:
+        emoji("a cat", mu=0.7)
+    assert caught.value.param == "mu"
+
+
 def test_what_the_mask_keeps_stays(emoji: sdopt.Pipeline) -> None:
     edge = emoji.bundle.manifest.defaults.height
     factor = emoji.bundle.manifest.latents.factor
@@ -145,19 +199,6 @@ def test_inpainting_with_a_nine_channel_unet_is_that_of_diffusers(
         assert picture_psnr(expected, pipe("a cat", seed=5, **options).images) >= FLOOR_DB
         with pytest.raises(UsageError, match="an inpainting model: give image and mask_image"):
             pipe("a cat")
-
-
-@pytest.mark.parametrize("name", [name for name, s in SAMPLERS.items() if s.family == "diffusion"])
-def test_the_noise_level_of_the_first_call_is_where_image_to_image_starts(name: str) -> None:
-    config = {
-        "_class_name": "DDIMScheduler",
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-    }
-    for strength in (0.3, 0.8, 1.0):
-        table = sampler_table(config, 20, sampler=name, strength=strength)
-        np.testing.assert_allclose(noised(table, 0), table.start, rtol=1e-5)
 
 
 def test_a_picture_sets_the_size_unless_one_is_given(emoji: sdopt.Pipeline) -> None:
