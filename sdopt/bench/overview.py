@@ -24,7 +24,7 @@ HEAD = [
     "faster than the fastest other by",
     "parity, dB",
 ]
-TITLE = "one picture, end to end: median and p10-p90 (* another picture, or below the parity floor)"
+TITLE = "one picture, end to end: median and p10-p90 (* is another picture)"
 Result = Mapping[str, Any]
 Side = Mapping[str, Any]
 
