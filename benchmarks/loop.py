@@ -121,7 +121,7 @@ def fused_engine(folder: Path) -> TrtEngine:
     """The engine of a fused step of Stable Diffusion 1.5 at 512x512, over `Nothing`."""
     latent = ("batch", 4, "latent_height", "latent_width")
     tokens = ("batch", "tokens", 768)
-    shapes = {"sample": latent, "history": (HISTORY, *latent), "noise": latent, "row": (row_width(),)}
+    shapes = {"sample": latent, "history": (HISTORY, *latent), "noise": latent, "row": ("batch", row_width())}
     shapes |= {"encoder_hidden_states": tokens, "negative_encoder_hidden_states": tokens}
     inputs = tuple(TensorSpec(name, "float32", shape) for name, shape in shapes.items())
     outputs = {"next_sample": latent, "next_history": (HISTORY, *latent), "denoised": latent}

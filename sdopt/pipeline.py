@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -21,13 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 from sdopt.bundle.files import Bundle, embedded
 from sdopt.bundle.specs import Array, Float32
-from sdopt.denoise.loop import Step, fused_component, fused_steps, host_steps
-from sdopt.denoise.model import Denoiser
-from sdopt.denoise.start import begin
+from sdopt.denoise.board import Prepared
+from sdopt.denoise.loop import Step, steps
+from sdopt.denoise.model import Conditions
+from sdopt.denoise.program import compile_program
+from sdopt.denoise.start import begin, has_mask_channels
 from sdopt.engine import Engine
-from sdopt.engine.plans import NoEnginesError
 from sdopt.engine.pool import EnginePool
-from sdopt.errors import BackendError, UsageError, choices
+from sdopt.errors import UsageError, choices
 from sdopt.image import pil as pictures
 from sdopt.image import preview as previews
 from sdopt.image.vae import Vae
@@ -134,23 +136,22 @@ class Pipeline:
 
     def steps(self, plan: Plan) -> Iterator[Step]:
         """The loop: predict the noise, take the sampler's row, move the sample."""
+        ready = self.prepare(plan)
+        with ExitStack() as stack:
+            engines = {name: stack.enter_context(self.pool.using(name)) for name in ready.program.engines}
+            yield from steps(ready.program, ready.board(engines))
+
+    def prepare(self, plan: Plan) -> Prepared:
+        """A plan with its texts and pictures encoded, and its program: what is left is the loop."""
         entry = self.bundle.manifest.latents
         size = (plan.height // entry.factor, plan.width // entry.factor)
         draw = drawing(plan.seeds, plan.rng, (len(plan.seeds), entry.channels, *size))
-        try:
-            cond, negative = self._text.conditions(plan)
-        except NoEnginesError as error:
-            raise BackendError(f"{error}{self._sizes_to_build(plan)}") from error
+        cond, negative = self._text.conditions(plan)
         encode = partial(self._vae.encode, tile=plan.vae_tile, one_by_one=plan.vae_slice)
-        canvas = begin(plan, self._joins, draw, encode)
-        fused = fused_component(negative is not None, self.pool.built, self.pool.runs_only_built)
-        with self.pool.using(fused or "unet") as engine:
-            if fused is None:
-                options = (plan.guidance_batch, plan.guidance_rescale, plan.guidance_embedding)
-                denoiser = Denoiser(engine, cond, negative, canvas.extra, *options)
-                yield from host_steps(plan, canvas, denoiser, draw)
-            else:
-                yield from fused_steps(plan, canvas, engine, cond, negative, draw)
+        canvas = begin(plan, has_mask_channels(self.bundle), draw, encode)
+        guided, pool = negative is not None, self.pool
+        program = compile_program(plan, canvas, guided=guided, built=pool.built, needs_built=pool.runs_only_built)
+        return Prepared(program, canvas, Conditions(cond, negative, canvas.extra), draw)
 
     def encode(self, prompts: Sequence[str], prompt_style: str = "plain", clip_skip: int = 0) -> Float32:
         """The prompts' embeddings, [prompts, tokens, features]; equal prompts are encoded once."""
@@ -169,10 +170,9 @@ class Pipeline:
 
     def parameters(self, plan: Plan, image: int) -> dict[str, Any]:
         """What makes image `image` of a plan again, alone; embeddings by token and digest."""
-        found = plan.parameters(image)
-        text = " ".join(str(value) for key, value in found.items() if "prompt" in key and value).lower()
-        used = {token: entry.digest for token, entry in self._text.embeddings.items() if token.lower() in text}
-        return {**found, "embeddings": used} if used else found
+        recorded = plan.parameters(image)
+        used = self._text.used(recorded)
+        return {**recorded, "embeddings": used} if used else recorded
 
     def finish(self, plan: Plan, sample: Float32, output_type: str = "pil") -> Any:
         """The pictures of a plan's last sample: decoded and, with `padding_mask_crop`, laid over their originals."""
@@ -180,15 +180,8 @@ class Pipeline:
         return [o.over(image) for o, image in zip(plan.overlays, images, strict=True)] if plan.overlays else images
 
     def preview(self, latents: Float32, scale: int = 1, output_type: str = "pil") -> Any:
-        """Small pictures of latents such as `step.denoised`, without the decoder: a pixel, or `scale` a side, for each.
-
-        PIL images or, with output_type="np", uint8 [images, height, width, 3].
-        Raises: BundleError for a bundle that has no map for it.
-        """
-        if output_type not in OUTPUT_TYPES[:2]:
-            raise UsageError(f"output_type = {output_type!r}; allowed are {choices(output_type, OUTPUT_TYPES[:2])}")
-        colours = previews.rgb(latents, previews.matrix_of(self.bundle))
-        return previews.to_pil(colours, scale) if output_type == "pil" else colours.repeat(scale, 1).repeat(scale, 2)
+        """Small pictures of latents such as `step.denoised`, without the decoder; see `sdopt.image.preview`."""
+        return previews.pictures(self.bundle, latents, scale, output_type)
 
     def decode(
         self, sample: Float32, output_type: str = "pil", *, vae_tile: int | None = None, vae_slice: bool = False
@@ -216,18 +209,6 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _sizes_to_build(self, plan: Plan) -> str:
-        """The profile that `sdopt build` must be told for a plan; empty where it needs none."""
-        own, images = self.bundle.manifest.defaults, len(plan.seeds)
-        if (plan.height, plan.width) == (own.height, own.width) and images <= 4:
-            return ""
-        return f' --profile "batch=1:1:{max(4, images)} height={plan.height} width={plan.width}"'
-
-    @property
-    def _joins(self) -> bool:
-        """Whether the UNet takes more channels than the latents have: a mask and a masked picture beside them."""
-        return self.bundle.component("unet").inputs[0].shape[1] != self.bundle.manifest.latents.channels
 
 
 def _replace(sample: Float32, changed: Any) -> None:

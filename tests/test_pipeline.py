@@ -15,7 +15,6 @@ from PIL import Image
 import sdopt
 from sdopt.bundle.specs import Array
 from sdopt.cli.main import main
-from sdopt.denoise.model import Denoiser
 from sdopt.engine import BACKENDS, installed_backends, open_engine
 from sdopt.engine.pool import EnginePool
 from sdopt.errors import NumericsError, UsageError
@@ -225,27 +224,6 @@ def test_nan_or_infinity_names_the_component_and_the_step(emoji: sdopt.Pipeline,
         pipe("a cat", num_inference_steps=3)
     with pytest.raises(NumericsError, match="vae_decoder"):
         pipe.decode(np.zeros((1, 4, 8, 8), np.float32))
-
-
-def test_guidance_is_uncond_plus_scale_times_the_difference() -> None:
-    class Echo(FakeEngine):
-        def __call__(self, **arrays: Array) -> dict[str, Array]:
-            self.calls.append(arrays)
-            return {
-                "noise_pred": arrays["sample"] * 0 + arrays["encoder_hidden_states"].mean((1, 2))[:, None, None, None]
-            }
-
-    cond, uncond = ({"encoder_hidden_states": np.full((2, 3, 4), v, np.float32)} for v in (5, 1))
-    for batch, calls in ((2, 1), (1, 2)):
-        engine = Echo(0, "noise_pred")
-        denoiser = Denoiser(engine, cond, uncond, batch=batch)
-        out = denoiser(np.zeros((2, 4, 8, 8), np.float32), 10.5, 7.5)
-        assert len(engine.calls) == calls
-        np.testing.assert_array_equal(out, np.full((2, 4, 8, 8), 1 + 7.5 * 4, np.float32))
-        assert all((call["timestep"] == 10.5).all() for call in engine.calls)
-        denoiser(np.zeros((2, 4, 8, 8), np.float32), 10.5, 1.0)
-        assert len(engine.calls) == calls + 1
-        assert len(engine.calls[-1]["sample"]) == 2
 
 
 def test_a_component_can_be_released_and_comes_back(emoji: sdopt.Pipeline) -> None:

@@ -168,12 +168,11 @@ def variant(checkpoint: Path, folder: Path, scheduler: Any = None, **index: Any)
 
 def export_like(checkpoint: Path, target: Path, base: Path, **options: Any) -> Path:
     """The bundle of a checkpoint; a graph of the bundle `base` that passes the gate for it is copied, not traced."""
-    import sdopt.export
     from sdopt.bundle.files import Bundle
     from sdopt.errors import ParityError
-    from sdopt.export import export, parity
+    from sdopt.export import component, export, parity
 
-    known, trace = Bundle.open(base), sdopt.export._component
+    known, write = Bundle.open(base), component.write_component
 
     def reuse(build: Any, opened: Any, folder: Path, *rest: Any) -> Any:
         part = build(opened)
@@ -183,11 +182,11 @@ def export_like(checkpoint: Path, target: Path, base: Path, **options: Any) -> P
                 try:
                     parity.gate(part, parity.measure(part, there.graph))
                 except ParityError:
-                    return trace(build, opened, folder, *rest)
+                    return write(build, opened, folder, *rest)
                 for file in base.glob(f"{part.name}.*"):
                     shutil.copy(file, folder)
                 return known.manifest.components[part.name]
-        return trace(build, opened, folder, *rest)
+        return write(build, opened, folder, *rest)
 
-    with mock.patch.object(sdopt.export, "_component", reuse):
+    with mock.patch.object(component, "write_component", reuse):
         return export(checkpoint, target, **{"report": lambda line: None, **options})

@@ -172,7 +172,7 @@ class BuiltSide(SdoptSide):
         steps = cast(Generator[Any], self._steps(inputs))
         next(steps)
         steps.close()
-        row: list[float] = self._noted.tables["row"][0].tolist()
+        row: list[float] = self._noted.tables["row"][0][0].tolist()
         return self._noted.arrays["sample"], dict(zip(SCALARS, row, strict=False))
 
     def _step(self, inputs: Inputs, clock: Clock) -> Call:

@@ -103,7 +103,7 @@ def _halves(engine: Engine, arrays: dict[str, Array]) -> float:
     """How alike a guided step of equal halves is at two scales of guidance."""
     equal = {n: arrays[n.removeprefix("negative_")] if n.startswith("negative_") else a for n, a in arrays.items()}
     row = np.array(equal["row"], np.float32)
-    row[SCALARS.index("guidance")] = GUIDANCE
+    row[:, SCALARS.index("guidance")] = GUIDANCE
     return _alike(engine(**equal), engine(**{**equal, "row": row}))
 
 

@@ -21,7 +21,7 @@ def example(inputs: Sequence[TensorSpec], sizes: Mapping[str, int], seed: int = 
         elif spec.name == "timestep":
             arrays[spec.name] = np.linspace(400.5, 700.0, num=shape[0], dtype=np.float32)
         elif spec.name == "row":
-            arrays[spec.name] = _whole_step(shape[0])
+            arrays[spec.name] = np.tile(_whole_step(shape[-1]), (shape[0], 1))
         else:
             arrays[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
     return arrays

@@ -7,7 +7,7 @@
 
 What the graph computes, all of it in float32 but the UNet itself:
 
-    timestep, guidance, rescale, c_in, c_skip, c_out, clean_x, clean_o, *update = row
+    timestep, guidance, rescale, c_in, c_skip, c_out, clean_x, clean_o, *update = row        # for each image its own
     input    = concat(c_in * sample, extra)                      # extra: only where the UNet takes more channels
     uncond, cond = split(unet(concat(input, input), timestep, concat(negative_*, *)))
     output   = uncond + guidance * (cond - uncond)
@@ -22,8 +22,8 @@ of them: nothing is passed in double, the graph joins the two halves itself):
     sample    [B, C, latent_height, latent_width]     the sample in the sampler's own frame, C latent channels; carried
     history   [H, B, C, latent_height, latent_width]  newest first; starts as zeros (0 * NaN is NaN); carried
     noise     [B, C, latent_height, latent_width]     finite always: zeros where the row's last weight is 0
-    row       [row_width(H)]                          see sdopt.samplers.packed
-    timestep_cond [width]                             only a UNet that takes it: the guidance scale as an embedding
+    row       [B, row_width(H)]                       see sdopt.samplers.packed; images may be at different steps
+    timestep_cond [B, width]                           only a UNet that takes it: the guidance scale as an embedding
     extra     [B, UNet's channels - C, latent_height, latent_width]   only a UNet with more channels than the latents
     encoder_hidden_states, text_embeds, time_ids ...  the UNet's other inputs, with its names and shapes: the prompt's
     negative_encoder_hidden_states ...                the same once more, for the unconditional half; guided graphs only
@@ -88,9 +88,9 @@ def fuse_step(
         sample=_value("sample", latent),
         history=_value("history", (history, *latent)),
         noise=_value("noise", latent),
-        row=_value("row", (row_width(history),)),
+        row=_value("row", (rows, row_width(history))),
         extra=_value("extra", (rows, of_unet - channels, *size)) if channels < of_unet else None,
-        embedding=None if embedding is None else _value("timestep_cond", _any(embedding)[1:]),
+        embedding=None if embedding is None else _value("timestep_cond", (rows, *_any(embedding)[1:])),
     )
     if guided:
         _rename(unet, rows, None)  # inside of a UNet that gets two rows per image, it is not the number of images
@@ -98,10 +98,10 @@ def fuse_step(
     negatives = [_value(f"negative_{name_of(c)}", c.shape, c.dtype or F32) for c in conditions] if guided else []
     before = Writer(unet, PREFIX, before=next(iter(graph)))
     row = _columns(before, ends.row, history)
-    redirect(inner, _doubled(before, _input(before, ends, row), doubles), unless=_ours)
-    redirect(times, _times(before, ends.sample, row["timestep"], doubles), unless=_ours)
+    redirect(inner, _doubled(before, _input(before, ends, row), doubles, "both"), unless=_ours)
+    redirect(times, _doubled(before, row["timestep"], doubles, "both_times"), unless=_ours)
     if embedding is not None and ends.embedding is not None:
-        redirect(embedding, _for_each_row(before, ends.sample, ends.embedding, guided), unless=_ours)
+        redirect(embedding, _doubled(before, ends.embedding, guided, "both_embeddings"), unless=_ours)
     for negative, given in zip(negatives, conditions, strict=bool(negatives)):
         joined = before("Concat", [negative, given], f"both_{name_of(given)}", axis=0, shape=_any(given))
         redirect(given, joined, unless=_ours)
@@ -171,13 +171,26 @@ def _ours(node: ir.Node) -> bool:
 
 
 def _columns(write: Writer, row: ir.Value, history: int) -> dict[str, ir.Value]:
-    """The row's entries by name, each of one element but for the weights of the history."""
+    """The rows' entries by name: [B] for the timestep, [H, B, 1, 1, 1] for the history, else [B, 1, 1, 1]."""
+    assert row.shape is not None
+    first = row.shape[0]
+    batch = first if isinstance(first, int) else first.value
     names = (*SCALARS, "update_x", "update_kept", "update_history", "update_noise")
     lengths = [history if name == "update_history" else 1 for name in names]
-    outputs = [_value(f"{PREFIX}{name}", (n,)) for name, n in zip(names, lengths, strict=True)]
+    outputs = [_value(f"{PREFIX}{name}", (batch, n)) for name, n in zip(names, lengths, strict=True)]
     sizes = write.constant("row_lengths", lengths, I64)
-    write.insert(ir.node("Split", [row, sizes], {"axis": 0}, outputs=outputs, name=f"{PREFIX}row"))
-    return dict(zip(names, outputs, strict=True))
+    write.insert(ir.node("Split", [row, sizes], {"axis": 1}, outputs=outputs, name=f"{PREFIX}row"))
+    columns: dict[str, ir.Value] = dict(zip(names, outputs, strict=True))
+    flat, column = write.constant("flat", [-1], I64), write.constant("column", [-1, 1, 1, 1], I64)
+    for name, value in columns.items():
+        if name == "timestep":
+            columns[name] = write("Reshape", [value, flat], f"{name}s", shape=(batch,))
+        elif name != "update_history":
+            columns[name] = write("Reshape", [value, column], f"{name}_column", shape=(batch, 1, 1, 1))
+    weights = write("Transpose", [columns["update_history"]], "weights_by_age", perm=[1, 0], shape=(history, batch))
+    deep = write.constant("deep_column", [history, -1, 1, 1, 1], I64)
+    columns["update_history"] = write("Reshape", [weights, deep], "weights", shape=(history, batch, 1, 1, 1))
+    return columns
 
 
 def _input(write: Writer, ends: _Ends, row: dict[str, ir.Value]) -> ir.Value:
@@ -190,27 +203,8 @@ def _input(write: Writer, ends: _Ends, row: dict[str, ir.Value]) -> ir.Value:
     return write("Concat", [scaled, ends.extra], "input", axis=1, shape=ir.Shape(shape))
 
 
-def _doubled(write: Writer, value: ir.Value, doubles: bool) -> ir.Value:
-    return write("Concat", [value, value], "both", axis=0, shape=_any(value)) if doubles else value
-
-
-def _times(write: Writer, sample: ir.Value, timestep: ir.Value, doubles: bool) -> ir.Value:
-    """The timestep once for each row that the UNet gets."""
-    return write("Expand", [timestep, _count(write, sample, doubles, "images")], "timesteps", shape=(None,))
-
-
-def _for_each_row(write: Writer, sample: ir.Value, embedding: ir.Value, guided: bool) -> ir.Value:
-    """The guidance embedding once for each row of the prompts."""
-    assert embedding.shape is not None
-    one = write.constant("one_column", [1], I64)
-    size = write("Concat", [_count(write, sample, guided, "prompts"), one], "prompts_size", axis=0, shape=(2,))
-    return write("Expand", [embedding, size], "prompts_embedding", shape=(None, embedding.shape[0]))
-
-
-def _count(write: Writer, sample: ir.Value, twice: bool, name: str) -> ir.Value:
-    """[the number of images], or twice as many."""
-    count = write("Shape", [sample], name, start=0, end=1, dtype=I64, shape=(1,))
-    return write("Mul", [count, write.constant("two", [2], I64)], f"twice_{name}") if twice else count
+def _doubled(write: Writer, value: ir.Value, doubles: bool, name: str) -> ir.Value:
+    return write("Concat", [value, value], name, axis=0, shape=_any(value)) if doubles else value
 
 
 def _guided(write: Writer, predicted: ir.Value, row: dict[str, ir.Value], rescale: bool) -> ir.Value:
@@ -253,12 +247,9 @@ def _advanced(write: Writer, ends: _Ends, row: dict[str, ir.Value], output: ir.V
     assert x.shape is not None
     depth, *latent = ends.history.shape
     kept = _mixed(write, x, output, row["c_skip"], row["c_out"], "kept")
-    weights = write.constant("column", [-1, 1, 1, 1, 1], I64)
-    column = write("Reshape", [row["update_history"], weights], "weights", shape=(depth, 1, 1, 1, 1))
     zero, last = write.constant("zero", [0], I64), write.constant("minus_one", [-1], I64)
-    past = write(
-        "ReduceSum", [write("Mul", [ends.history, column], "past_terms"), zero], "past", keepdims=0, shape=latent
-    )
+    terms = write("Mul", [ends.history, row["update_history"]], "past_terms")
+    past = write("ReduceSum", [terms, zero], "past", keepdims=0, shape=latent)
     noise = write("Mul", [ends.noise, row["update_noise"]], "noise_term")
     moved = _mixed(write, x, kept, row["update_x"], row["update_kept"], "moved")
     newest = write("Unsqueeze", [kept, zero], "newest", shape=(1, *latent))

@@ -1,6 +1,7 @@
 """The fused step knows how often a shared tensor is needed: once or twice. The bundle's UNet has to compute that.
 
-`sdopt.export.share` repeats a tensor where it first meets the prompt, by a count that the UNet learns from its inputs:
+`sdopt.export.guidance_prefix` repeats a tensor where it first meets the prompt. The UNet learns the count from its
+inputs:
 
     Tile(x, [prompts / images, 1, 1, ...])     becomes     Concat(x, x)     guided: exact, and of a known length
                                                            x                the conditional half alone

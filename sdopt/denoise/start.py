@@ -17,6 +17,7 @@ from typing import cast
 
 import numpy as np
 
+from sdopt.bundle.files import Bundle
 from sdopt.bundle.specs import Float32, Scalar
 from sdopt.errors import UsageError
 from sdopt.request.plan import Plan
@@ -53,6 +54,11 @@ class Canvas:
         kept = alpha * self.clean + sigma * self.noise
         repainted: Float32 = self.mask * sample
         return repainted + (1 - self.mask) * kept
+
+
+def has_mask_channels(bundle: Bundle) -> bool:
+    """Whether the UNet takes more channels than the latents have: a mask and a masked picture beside them."""
+    return bundle.component("unet").inputs[0].shape[1] != bundle.manifest.latents.channels
 
 
 def begin(plan: Plan, joins: bool, draw: Draw, encode: Encode) -> Canvas:

@@ -54,6 +54,13 @@ class Run(Protocol):
         """Change an input of the next call, also a carried one."""
         ...
 
+    def feed(self, output: str, to: Run, name: str) -> None:
+        """From now on each launch gives `output` to input `name` of another engine's run, on the device.
+
+        Raises: UsageError where they do not have the same shape and dtype, or are not on one device.
+        """
+        ...
+
     def close(self) -> None: ...
 
 
@@ -63,6 +70,8 @@ class Carrying(Protocol):
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]: ...
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]: ...
     @property
     def carry(self) -> Mapping[str, str]: ...
     def begin(self, arrays: Mapping[str, Array], tables: Mapping[str, Array]) -> Run:

@@ -32,6 +32,15 @@ class Place:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class Feed:
+    """A copy from an output to the input of another lane: two addresses on the GPU."""
+
+    source: int
+    target: int
+    nbytes: int
+
+
 class Memory:
     """Bytes on the GPU with as many page-locked ones beside them; they grow when asked for more, and never shrink."""
 
@@ -102,6 +111,8 @@ class Lane:
         self.streamed: dict[str, Memory] = {}  # of each input that `stream_in` is given, one place for each call
         self._epoch, self._graph = -1, 0
         self._capturable = True  # until it is known that its work cannot become a graph
+        self.feeds: tuple[Feed, ...] = ()  # what each launch gives to other lanes
+        self._graph_feeds: tuple[Feed, ...] = ()  # those that are part of the graph
         self._rows: dict[str, tuple[int, int]] = {}  # input -> (offset of its table, bytes of a row)
         self._slots = 0
         self._filled: set[tuple[str, int]] = set()  # slots that the GPU may not have read yet
@@ -143,6 +154,22 @@ class Lane:
             raise UsageError(f"{self.owner} input {name!r}: got {list(array.shape)}; this run has {list(place.shape)}")
         return np.ascontiguousarray(array, place.dtype)
 
+    def feed(self, output: str, to: Lane, name: str) -> None:
+        """From now on each launch copies `output` to input `name` of another lane of this device.
+
+        Raises: UsageError for tensors that do not have the same shape and dtype.
+        """
+        for lane, tensor, names in ((self, output, set(self.places) - set(self.inputs)), (to, name, set(to.inputs))):
+            if tensor not in names:
+                raise UsageError(f"{lane.owner}: there is no {tensor} to give on; there is {', '.join(sorted(names))}")
+        source, target = self.places[output], to.places[name]
+        if (source.shape, source.dtype) != (target.shape, target.dtype):
+            raise UsageError(
+                f"{self.owner} gives {output} {source.dtype} {list(source.shape)}; {to.owner} takes {name} "
+                f"{target.dtype} {list(target.shape)}"
+            )
+        self.feeds = (*self.feeds, Feed(self.address(output), to.address(name), source.nbytes))
+
     def settle(self) -> None:
         """Wait until the GPU has read what `put` left in staging memory."""
         self.device.wait(self.uploaded)
@@ -176,7 +203,7 @@ class Lane:
         if k is not None:
             for name, (offset, nbytes) in self._rows.items():
                 cuda.copy(self.address(name), self.tables.address + offset + k * nbytes, nbytes, stream)
-        if self._epoch != self.device.epoch:
+        if self._epoch != self.device.epoch or self.feeds != self._graph_feeds:
             self._arm()
         elif not self._graph and self._capturable:
             self._capture()
@@ -194,7 +221,7 @@ class Lane:
         """Take the arena where it is now. The launch that does so runs plainly: TensorRT does some work late."""
         self._drop_graph()
         self.context.scratch(*self.device.arena(self._scratch))
-        self._epoch = self.device.epoch
+        self._epoch, self._graph_feeds = self.device.epoch, self.feeds
 
     def _capture(self) -> None:
         """Make a graph of a launch, or say why there is none."""
@@ -219,6 +246,8 @@ class Lane:
             self.device.cuda.copy(
                 self.address(name), self.address(output), self.places[name].nbytes, self.device.stream
             )
+        for feed in self.feeds:
+            self.device.cuda.copy(feed.target, feed.source, feed.nbytes, self.device.stream)
 
     def start_fetch(self, names: tuple[str, ...]) -> None:
         """Queue the download of outputs; `device.wait(lane.done)` ends when they are in staging memory."""

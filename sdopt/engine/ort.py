@@ -14,7 +14,7 @@ import onnxruntime
 from sdopt.bundle.files import Bundle, Component
 from sdopt.bundle.specs import Array, TensorSpec, check_begin, check_inputs
 from sdopt.bundle.stamps import user_folder
-from sdopt.engine import How, cache
+from sdopt.engine import How, Run, cache
 from sdopt.engine.cores import usable_cores
 from sdopt.engine.cuda import sees_gpu
 from sdopt.engine.plans import GRAPH, built_components, usable
@@ -201,6 +201,7 @@ class OrtRun:
         self._session, self._device, self._carry, self._tables = session, device, carry, tables
         self._values = {name: self._placed(array) for name, array in arrays.items()}
         self._outputs: dict[str, Any] = {}
+        self._feeds = list[tuple[str, OrtRun, str]]()
 
     def launch(self, k: int, **arrays: Array) -> None:
         for name, array in {**arrays, **{name: table[k] for name, table in self._tables.items()}}.items():
@@ -214,6 +215,8 @@ class OrtRun:
         self._session.run_with_iobinding(binding)
         self._outputs = dict(zip(names, binding.get_outputs(), strict=True))
         self._values |= {name: self._outputs[output] for output, name in self._carry.items()}
+        for output, run, name in self._feeds:
+            run._values[name] = self._outputs[output]
 
     def fetch(self, name: str) -> Array:
         return self._outputs[name].numpy().copy()
@@ -221,11 +224,16 @@ class OrtRun:
     def put(self, name: str, array: Array) -> None:
         self._values[name] = self._placed(array)
 
+    def feed(self, output: str, to: Run, name: str) -> None:
+        if not isinstance(to, OrtRun) or to._device != self._device:
+            raise UsageError(f"{output!r} cannot be given to a run on another device")
+        self._feeds.append((output, to, name))
+
     def _placed(self, array: Array) -> Any:
         return ort.OrtValue.ortvalue_from_numpy(np.array(array), self._device.memory, self._device.index)
 
     def close(self) -> None:
-        self._values, self._outputs = {}, {}
+        self._values, self._outputs, self._feeds = {}, {}, []
 
 
 def providers(device: Device) -> Providers:

@@ -23,7 +23,7 @@ import numpy as np
 
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.specs import Array, Profile, check_begin, check_inputs
-from sdopt.engine import How
+from sdopt.engine import How, Run
 from sdopt.engine.cuda import LostContextError, OutOfMemoryError
 from sdopt.engine.device import Device, shared_device
 from sdopt.engine.lane import Lane
@@ -267,6 +267,12 @@ class TrtRun:
         with self._queueing():
             self._lane.put(name, array)
 
+    def feed(self, output: str, to: Run, name: str) -> None:
+        if not isinstance(to, TrtRun) or to._device is not self._device:
+            raise UsageError(f"{self._name}: {output!r} cannot be given to a run on another device")
+        with self._queueing():
+            self._lane.feed(output, to._lane, name)
+
     def _queueing(self) -> AbstractContextManager[None]:
         if self._give_back is None or self._lane.closed:
             raise UsageError(f"{self._name}: this run is over; begin another")
@@ -275,4 +281,5 @@ class TrtRun:
     def close(self) -> None:
         give_back, self._give_back = self._give_back, None
         if give_back is not None:
+            self._lane.feeds = ()
             give_back()

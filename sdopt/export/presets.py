@@ -1,7 +1,7 @@
 """The defaults of a bundle: size, steps, guidance and strengths.
 
-What the caller asks for comes first, then the checkpoint's generation_config.json, then what is known of the model by
-name, of its scheduler and of its pipeline class, and last what the classes of diffusers have as their defaults.
+What the caller gives comes first, then the checkpoint's generation_config.json, then what its family says: of the model
+by its name, of its pipeline class, of a guidance embedding, of its scheduler, and of all its models.
 """
 
 from __future__ import annotations
@@ -14,40 +14,15 @@ from typing import Any, cast
 from sdopt.bundle.decode import DecodeError, decode
 from sdopt.bundle.format import Defaults
 from sdopt.errors import CheckpointError, UsageError
-from sdopt.export.source import Checkpoint, read_json
-
-Known = dict[str, Any]  # some of the fields of Defaults
+from sdopt.export.checkpoint import Checkpoint, read_json
+from sdopt.export.families.contract import Family, SomeDefaults
 
 KEYS = tuple(f.name for f in fields(Defaults))
-# the arguments' defaults in diffusers 0.42; `strength_cuts`: image to image leaves out steps, or (LCM) keeps their
-# number and shortens the schedule that they are spread over
-FAMILIES: dict[str, Known] = {
-    "sd": {"num_inference_steps": 50, "guidance_scale": 7.5, "strength": 0.8, "inpaint_strength": 1.0},
-    "sdxl": {"num_inference_steps": 50, "guidance_scale": 5.0, "strength": 0.3, "inpaint_strength": 0.9999},
-}
-LCM: Known = {"strength_cuts": "schedule"}
-PIPELINES: dict[str, Known] = {
-    "StableDiffusionXLInpaintPipeline": {"guidance_scale": 7.5},
-    "LatentConsistencyModelPipeline": LCM,
-    "LatentConsistencyModelImg2ImgPipeline": LCM,
-}
-# distilled with LCM-LoRA, which is used without guidance. Ref: Luo et al. 2023, arXiv:2311.05556
-SCHEDULERS: dict[str, Known] = {"LCMScheduler": {"num_inference_steps": 4, "guidance_scale": 1.0}}
-# a UNet that takes the guidance scale is distilled with it
-EMBEDDED: Known = {"num_inference_steps": 4, "guidance_scale": 8.5}
-# as their model cards run them; ids on the hub, found in the source or in a `_name_or_path` of the checkpoint
-MODELS: dict[str, Known] = {
-    "stabilityai/sd-turbo": {"num_inference_steps": 1, "guidance_scale": 0.0},
-    "stabilityai/sdxl-turbo": {"num_inference_steps": 1, "guidance_scale": 0.0},
-    "SimianLuo/LCM_Dreamshaper_v7": {"num_inference_steps": 4, "guidance_scale": 8.0},
-    "latent-consistency/lcm-sdxl": {"num_inference_steps": 4, "guidance_scale": 8.0},
-    "latent-consistency/lcm-ssd-1b": {"num_inference_steps": 4, "guidance_scale": 8.0},
-    "segmind/SSD-1B": {"guidance_scale": 9.0},
-    "segmind/Segmind-Vega": {"guidance_scale": 9.0},
-}
 
 
-def defaults(checkpoint: Checkpoint, factor: int, steps: int | None = None, guidance: float | None = None) -> Defaults:
+def defaults(
+    checkpoint: Checkpoint, family: Family, factor: int, steps: int | None = None, guidance: float | None = None
+) -> Defaults:
     """The `defaults` entry of the manifest; `factor` is the VAE's, pixels per latent.
 
     Raises: UsageError for steps or guidance that no picture can be made with; CheckpointError for such a
@@ -57,39 +32,64 @@ def defaults(checkpoint: Checkpoint, factor: int, steps: int | None = None, guid
         raise UsageError(f"steps = {steps}; allowed are whole numbers from 1")
     if guidance is not None and not math.isfinite(guidance):
         raise UsageError(f"guidance = {guidance}; allowed are finite numbers")
-    edge: Any = checkpoint.config("unet")["sample_size"]
-    high, wide = cast("list[int]", edge if isinstance(edge, list) else [edge, edge])
-    found: Known = {"height": high * factor, "width": wide * factor, "strength_cuts": "steps"}
-    found |= FAMILIES[checkpoint.family]
-    for layer in (
-        SCHEDULERS.get(str(checkpoint.config("scheduler").get("_class_name")), {}),
-        EMBEDDED if checkpoint.config("unet").get("time_cond_proj_dim") else {},
-        PIPELINES.get(checkpoint.pipeline, {}),
-        _known(checkpoint),
-        _own(checkpoint),
+    scheduler = str(checkpoint.config("scheduler").get("_class_name"))
+    has_embedding = family.conditioning(checkpoint).guidance_embedding > 0
+    layers: tuple[SomeDefaults, ...] = (
+        family.defaults,
+        _size(checkpoint, family, factor),
+        family.schedulers.get(scheduler, {}),
+        family.guidance_embedding if has_embedding else {},
+        family.pipelines[checkpoint.pipeline].defaults,
+        _by_name(checkpoint, family),
+        _generation_config(checkpoint),
         {"num_inference_steps": steps, "guidance_scale": guidance},
-    ):
-        found |= {key: value for key, value in layer.items() if value is not None}
+    )
+    values: dict[str, Any] = {}
+    for layer in layers:
+        values |= {key: value for key, value in layer.items() if value is not None}
+    missing = [key for key in KEYS if key not in values]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.folder}: it does not tell {', '.join(missing)} of its pictures; add them to its "
+            "generation_config.json"
+        )
     try:
-        return decode(Defaults, {key: found[key] for key in KEYS}, "defaults")
+        return decode(Defaults, {key: values[key] for key in KEYS}, "defaults")
     except DecodeError as error:
         raise CheckpointError(f"{checkpoint.folder}: what it says of its pictures cannot be: {error}") from error
 
 
-def _known(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """What is known of the model by one of the names that it goes by."""
-    names: list[Any] = [checkpoint.provenance.get("hub_id"), checkpoint.index().get("_name_or_path")]
-    names.append(checkpoint.config("unet").get("_name_or_path"))
-    table = {name.lower(): entry for name, entry in MODELS.items()}
-    return next((table[name] for name in map(str.lower, map(str, names)) if name in table), Known())
+def _size(checkpoint: Checkpoint, family: Family, factor: int) -> SomeDefaults:
+    """The size of picture that the denoiser was trained for, if its configuration has it."""
+    size: Any = checkpoint.config(family.denoiser).get("sample_size")
+    if size is None:
+        return {}
+    height, width = cast("list[int]", size if isinstance(size, list) else [size, size])
+    return {"height": height * factor, "width": width * factor}
 
 
-def _own(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """The checkpoint's generation_config.json, as far as it speaks of what is a default here."""
+def _by_name(checkpoint: Checkpoint, family: Family) -> SomeDefaults:
+    """What the family says of the model under one of the names that it goes by."""
+    by_lower_case = {name.lower(): known for name, known in family.named_models.items()}
+    names = (
+        checkpoint.provenance.get("hub_id"),
+        checkpoint.index().get("_name_or_path"),
+        checkpoint.config(family.denoiser).get("_name_or_path"),
+    )
+    for name in names:
+        known = by_lower_case.get(str(name).lower())
+        if known is not None:
+            return known
+    return {}
+
+
+def _generation_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """Those entries of the checkpoint's generation_config.json that are a default here."""
     path = checkpoint.folder / "generation_config.json"
-    content: dict[str, Any] = read_json(path) if path.is_file() else {}
-    found = {key: value for key, value in content.items() if key in KEYS}
-    for key, value in found.items():
-        if key != "strength_cuts" and (isinstance(value, bool) or not isinstance(value, (int, float))):
+    content = read_json(path) if path.is_file() else {}
+    values = {key: value for key, value in content.items() if key in KEYS}
+    for key, value in values.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if key != "strength_cuts" and not is_number:
             raise CheckpointError(f"{path}: {key} is {value!r}, not a number")
-    return found
+    return values

@@ -1,4 +1,4 @@
-"""A torch module to standard ONNX: traced by torch.export, stripped, its weights stored as small as they are exact."""
+"""A torch module to standard ONNX: traced by torch.export, stripped, each weight in the smallest exact dtype."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import torch
 from sdopt.bundle.specs import TensorSpec
 from sdopt.errors import CheckpointError, UsageError
 from sdopt.export import weights
-from sdopt.export.components import Part
-from sdopt.export.share import share_halves
+from sdopt.export.guidance_prefix import share_guidance_prefix
+from sdopt.export.part import Part
 from sdopt.graph.linears import part_linears
 
 OPSETS = (18, 19, 20, 21, 22, 23)
-NARROW_ABOVE = 1024  # elements: a smaller tensor is not worth a Cast
+NARROW_ABOVE = 1024  # elements; a smaller tensor is not worth a Cast
 
 
 def trace(part: Part, opset: int = 23) -> ir.Model:
@@ -57,7 +57,7 @@ def trace(part: Part, opset: int = 23) -> ir.Model:
     _strip(model)
     _name_dimensions(model, part)
     if part.shared:
-        share_halves(model, part.shared)
+        share_guidance_prefix(model, part.shared, part.name)
     part_linears(model)
     return model
 
@@ -70,12 +70,12 @@ def save(model: ir.Model, path: Path) -> str:
 
 
 def narrow(model: ir.Model) -> str:
-    """Store every float32 weight that float16 holds exactly as float16, cast when the graph is loaded.
+    """Store every float32 weight that fp16 holds exactly as fp16, with a Cast that is folded when a graph is loaded.
 
-    A float16 checkpoint so keeps its size, no value changes, and a weight keeps its name. The dtype that most bytes end
-    in is returned.
+    So an fp16 checkpoint keeps its size, no value changes, and a weight keeps its name.
+    Returns the dtype that most of the weights are stored in.
     """
-    total = halved = 0
+    total = narrowed = 0
     for name, value in list(model.graph.initializers.items()):
         tensor = value.const_value
         if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < NARROW_ABOVE:
@@ -86,7 +86,7 @@ def narrow(model: ir.Model) -> str:
             half = array.astype(np.float16)
         if not np.array_equal(half, array):
             continue
-        halved += tensor.size
+        narrowed += tensor.size
         stored = ir.Value(name=name, shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT16))
         stored.const_value = ir.tensor(half, name=name)
         cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT.value})
@@ -96,16 +96,16 @@ def narrow(model: ir.Model) -> str:
         cast.outputs[0].name = f"{name}/float32"
         model.graph.register_initializer(stored)
         model.graph.insert_before(model.graph[0], cast)
-    return "float16" if halved * 2 > total else "float32"
+    return "float16" if narrowed * 2 > total else "float32"
 
 
 def _dynamic(spec: TensorSpec) -> dict[int, Any]:
-    """Axis to dynamic dimension; which of them are equal, the trace finds out."""
+    """Axis to dynamic dimension; the trace finds out which of them are equal."""
     return {axis: torch.export.Dim.AUTO for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}
 
 
 def _strip(model: ir.Model) -> None:
-    """Drop the traces and names of the machine that exported: a graph is the same wherever it was made."""
+    """Drop what tells of the machine that exported, so that a graph is the same wherever it was made."""
     for owner in (model, model.graph, *model.functions.values()):
         owner.metadata_props.clear()
         owner.doc_string = None
@@ -119,7 +119,7 @@ def _strip(model: ir.Model) -> None:
 
 
 def _name_dimensions(model: ir.Model, part: Part) -> None:
-    """Give inputs and outputs the dimension names of the spec; what the trace calls s53 says nothing to a reader."""
+    """Give inputs and outputs the dimension names of the spec; the trace calls them s53 and the like."""
     for values, specs in ((model.graph.inputs, part.inputs), (model.graph.outputs, part.outputs)):
         for value, spec in zip(values, specs, strict=True):
             value.shape = ir.Shape(spec.shape)

@@ -1,8 +1,8 @@
-"""Weights by name: every parameter of a component is found in its graph under the checkpoint's name, and proven there.
+"""Weights by name: every parameter of a component is in its graph under the checkpoint's name, which is proven here.
 
-While torch's exporter optimizes a graph, the parameters are inputs of it: it neither folds one into another tensor nor
-merges two that are equal. Afterwards each becomes an initializer under its own name, transposed where a MatMul reads
-it so, and everything else that holds numbers is a constant (`sdopt.graph.names` has the grammar).
+While torch's exporter optimizes a graph, the parameters are inputs of it, so that it neither folds one into another
+tensor nor merges two that are equal. Afterwards each becomes an initializer under its own name. It is transposed where
+a MatMul reads it so. Everything else that holds numbers is a constant (`sdopt.graph.names` has the grammar).
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ import onnx_ir as ir
 from sdopt import graph
 from sdopt.bundle.specs import Array
 from sdopt.errors import CheckpointError
-from sdopt.export.components import Part
+from sdopt.export.part import Part
 from sdopt.graph import names
 
 
 def parameters(part: Part) -> dict[str, str]:
     """The module's name of each parameter -> its name in the checkpoint."""
-    found = [name for name, _ in part.module.named_parameters()]
-    return {name: part.prefix + name.removeprefix("model.") for name in found}
+    in_module = [name for name, _ in part.module.named_parameters()]
+    return {name: part.prefix + name.removeprefix("model.") for name in in_module}
 
 
 @contextmanager
 def as_inputs(model: ir.Model, part: Part) -> Generator[None]:
-    """While it lasts, the parameters are inputs; then they are initializers, by name.
+    """Inside, the parameters are inputs of the graph; afterwards they are its initializers, by name.
 
     Raises: CheckpointError if a parameter is not used.
     """
-    own, initializers = parameters(part), model.graph.initializers
-    tensors = {value: value.const_value for name, value in initializers.items() if name in own}
+    checkpoint_names, initializers = parameters(part), model.graph.initializers
+    tensors = {value: value.const_value for name, value in initializers.items() if name in checkpoint_names}
     first = len(model.graph.inputs)
     for value in tensors:
         del initializers[graph.name_of(value)]
@@ -46,7 +46,7 @@ def as_inputs(model: ir.Model, part: Part) -> Generator[None]:
     for value in list(initializers.values()):
         value.name = names.constant(graph.name_of(value))
     for value, tensor in tensors.items():
-        value.name = own[graph.name_of(value)]
+        value.name = checkpoint_names[graph.name_of(value)]
         value.const_value = tensor
         model.graph.register_initializer(value)
         _transpose(model, value)
@@ -71,50 +71,50 @@ def _transpose(model: ir.Model, value: ir.Value) -> None:
 
 
 def _transposed(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    """When it is asked for: what torch's exporter keeps of a graph must not keep the weights in memory."""
+    """Computed when it is read, because torch's exporter keeps the graph, which must not keep a second copy."""
     return ir.tensor(np.transpose(tensor.numpy()))
 
 
-def _require_all(part: Part, there: Mapping[str, object]) -> None:
-    """Raises: CheckpointError that names the parameters without a place."""
-    missing = [name for name in parameters(part).values() if name not in there and not unused(part, name)]
+def _require_all(part: Part, in_graph: Mapping[str, object]) -> None:
+    """Raises: CheckpointError that names the parameters that are not in the graph."""
+    missing = [name for name in parameters(part).values() if name not in in_graph and not unused(part, name)]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise CheckpointError(
-            f"{part.name}: its graph does not use {', '.join(missing[:5])}{more}; either the "
-            "model does not compute with them, so that they are none of its parameters, or the export lost them; "
-            "please report it"
+            f"{part.name}: its graph does not use {', '.join(missing[:5])}{more}; either the model does not compute "
+            "with them, or the export lost them; please report it"
         )
 
 
 def unused(part: Part, name: str) -> str:
-    """Why a component is known not to read a parameter; empty if it has to."""
+    """Why the component does not read a parameter; empty if it must."""
     return next((reason for start, reason in part.unused.items() if name.startswith(start)), "")
 
 
 def prove(part: Part, path: Path) -> int:
-    """Compare every parameter with what the written graph holds of it, bit for bit; how many there are.
+    """Compare every parameter with what the written graph holds of it, bit for bit. Returns how many there are.
 
-    Raises: CheckpointError naming the first that is missing, or another.
+    Raises: CheckpointError that names a parameter that is missing, unknown or different.
     """
-    model = graph.load(path)
-    there = names.parameters(model)
-    _require_all(part, there)
-    own = parameters(part)
-    for name in there.keys() - set(own.values()):
+    in_graph = names.parameters(graph.load(path))
+    _require_all(part, in_graph)
+    checkpoint_names = parameters(part)
+    for name in in_graph.keys() - set(checkpoint_names.values()):
         raise CheckpointError(f"{path.name}: {name} is no parameter of the {part.name}")
     for module_name, tensor in part.module.named_parameters():
-        name = own[module_name]
-        if name in there and not _equal(names.parameter(there[name]), tensor.detach().numpy()):
+        name = checkpoint_names[module_name]
+        if name not in in_graph:
+            continue
+        if not _equal(names.parameter(in_graph[name]), tensor.detach().numpy()):
             raise CheckpointError(f"{path.name}: {name} is not what the checkpoint holds; please report it")
-        for _, value in there.get(name, ()):
+        for _, value in in_graph[name]:
             if value.const_value is not None:
                 graph.release(value.const_value)
-    return len(there)
+    return len(in_graph)
 
 
 def _equal(stored: Array, parameter: Array) -> bool:
-    """Whether both are the same bits, once in the parameter's type; which NaN it is does not count."""
+    """Whether both are the same bits in the parameter's dtype. All NaN count as equal."""
     with np.errstate(invalid="ignore"):
         wide = stored.astype(parameter.dtype, copy=False)
     same_signs = np.array_equal(np.signbit(wide), np.signbit(parameter))

@@ -7,12 +7,28 @@ It takes microseconds, so every step of the loop can be shown; `sdopt.export.pre
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from PIL import Image
 
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.specs import Array, Float32
-from sdopt.errors import BundleError
+from sdopt.errors import BundleError, UsageError, choices
+
+OUTPUT_TYPES = ("pil", "np")
+
+
+def pictures(bundle: Bundle, latents: Float32, scale: int = 1, output_type: str = "pil") -> Any:
+    """Small pictures of latents: a pixel, or `scale` a side, for each of them.
+
+    PIL images or, with output_type="np", uint8 [images, height, width, 3].
+    Raises: BundleError for a bundle that has no map for it.
+    """
+    if output_type not in OUTPUT_TYPES:
+        raise UsageError(f"output_type = {output_type!r}; allowed are {choices(output_type, OUTPUT_TYPES)}")
+    colours = rgb(latents, matrix_of(bundle))
+    return to_pil(colours, scale) if output_type == "pil" else colours.repeat(scale, 1).repeat(scale, 2)
 
 
 def matrix_of(bundle: Bundle) -> Float32:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from sdopt.bundle.files import Bundle
+from sdopt.bundle.format import Defaults
 from sdopt.bundle.specs import Array
 from sdopt.errors import UsageError
 from sdopt.image.masks import Overlay
@@ -83,6 +84,14 @@ class Plan:
         }
         sampled_by = SAMPLERS[self.table.name].title if self.table.name in SAMPLERS else self.table.name
         return {**recorded({**self.options, **own}, self.resolved), "sampled_by": sampled_by}
+
+
+def sizes_to_build(plan: Plan, defaults: Defaults) -> str:
+    """The profile that `sdopt build` must be told for a plan; empty where it needs none."""
+    images = len(plan.seeds)
+    if (plan.height, plan.width) == (defaults.height, defaults.width) and images <= 4:
+        return ""
+    return f' --profile "batch=1:1:{max(4, images)} height={plan.height} width={plan.width}"'
 
 
 def make_plan(bundle: Bundle, prompt: str | Sequence[str] | None, options: Options) -> Plan:

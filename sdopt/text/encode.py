@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.format import Encoder
 from sdopt.bundle.specs import Array, Float32
+from sdopt.engine.plans import NoEnginesError
 from sdopt.engine.pool import EnginePool
-from sdopt.errors import NumericsError, UsageError
-from sdopt.request.plan import Plan
+from sdopt.errors import BackendError, NumericsError, UsageError
+from sdopt.request.plan import Plan, sizes_to_build
 from sdopt.text.textual_inversion import Embedding, embedding
 from sdopt.text.tokenizer import Tokenizer
 from sdopt.text.weights import Chunks, chunks, parse, stacked, weighted
@@ -61,9 +63,17 @@ class TextEncoders:
 
     def conditions(self, plan: Plan) -> tuple[Condition, Condition | None]:
         """The conditional and, with guidance, the unconditional inputs of the UNet, one row per image."""
-        positive, negative = self._encoded(plan)
+        try:
+            positive, negative = self._encoded(plan)
+        except NoEnginesError as error:  # one command builds all that the picture needs
+            raise BackendError(f"{error}{sizes_to_build(plan, self._bundle.manifest.defaults)}") from error
         cond = self._given(plan, *positive)
         return cond, None if negative is None else self._given(plan, *negative, False)
+
+    def used(self, parameters: Mapping[str, Any]) -> dict[str, str]:
+        """The digests of the embeddings that the prompts among a picture's parameters name, by token."""
+        text = " ".join(str(value) for key, value in parameters.items() if "prompt" in key and value).lower()
+        return {token: entry.digest for token, entry in self.embeddings.items() if token.lower() in text}
 
     def _encoded(self, plan: Plan) -> tuple[Encoded, Encoded | None]:
         """Embeddings and pooled text of the prompts and, with guidance, of what to steer away from: as they are given,

@@ -12,12 +12,13 @@ from tests.conftest import make_tiny_checkpoint
 
 def trace_unet(checkpoint: Path) -> Path:
     """The UNet of a checkpoint as a graph beside it."""
-    from sdopt.export import components, trace
+    from sdopt.export import families, trace
     from sdopt.export.source import open_checkpoint
 
     path = checkpoint.with_name(f"{checkpoint.name}-unet.onnx")
     with open_checkpoint(str(checkpoint)) as opened:
-        trace.save(trace.trace(components.unet(opened)), path)
+        unet = families.of(opened).builds(opened)["unet"]
+        trace.save(trace.trace(unet(opened)), path)
     return path
 
 

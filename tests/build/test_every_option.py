@@ -15,7 +15,7 @@ import sdopt
 from sdopt.build.options import Options
 from sdopt.build.plan import build
 from sdopt.bundle.files import Bundle
-from sdopt.denoise.loop import fused_component
+from sdopt.denoise.program import fused_component
 from sdopt.engine.plans import usable
 from sdopt.errors import BackendError
 from tests import tiny

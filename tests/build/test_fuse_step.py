@@ -17,7 +17,11 @@ from sdopt.build.fuse_step import CARRIED, fuse_step
 from sdopt.build.rounded import outputs_of
 from sdopt.bundle.files import Component
 from sdopt.bundle.specs import Array
-from sdopt.denoise.model import Denoiser
+from sdopt.denoise import loop
+from sdopt.denoise.board import HostBoard
+from sdopt.denoise.model import Conditions, Predict
+from sdopt.denoise.program import Advance, Program
+from sdopt.denoise.start import Canvas
 from sdopt.engine.ort import OrtEngine
 from sdopt.errors import UsageError
 from sdopt.metrics import psnr
@@ -60,17 +64,16 @@ def unfused(
     extra: Any = None,
     rescale: float = 0,
 ) -> list[tuple[Array, Array]]:
-    """(sample, denoised) after each call of the loop that `Pipeline.steps` runs."""
+    """(sample, denoised) after each call of the loop on the host."""
     cond = {name: array for name, array in conditions.items() if not name.startswith("negative_")}
     negative = {name.removeprefix("negative_"): a for name, a in conditions.items() if name not in cond}
-    denoiser = Denoiser(unet, cond, negative, extra, rescale=rescale)
-    sample, history, results = noise[-1] * np.float32(table.init_noise_sigma), (), []
-    for k, timestep in enumerate(table.timestep):
-        output = denoiser(sample * float(table.c_in[k]), timestep, guidance[k])
-        denoised = table.clean(k, sample, output)
-        sample, history = table.advance(k, sample, output, history, noise[k] if table.draws[k] else None)
-        results.append((sample, denoised))
-    return results
+    sample = noise[-1] * np.float32(table.init_noise_sigma)
+    calls = [Predict(scale > 1, rescale=rescale, joins=extra is not None) for scale in guidance]
+    launches = tuple((call, Advance()) for call in calls)
+    program = Program(table, launches, len(sample), tuple(guidance), rescale)
+    drawn = iter([noise[k] for k in range(len(table)) if table.draws[k]])
+    board = HostBoard(program, unet, Canvas(sample), Conditions(cond, negative, extra), lambda: next(drawn))
+    return [(step.sample, step.denoised) for step in loop.steps(program, board)]
 
 
 def fused(
@@ -85,7 +88,9 @@ def fused(
     for k, row in enumerate(rows):
         given = {n: a for n, a in conditions.items() if guidance[k] > 1 or not n.startswith("negative_")}
         drawn = noise[k] if table.draws[k] else np.zeros_like(sample)
-        outputs = outputs_of(steps[guidance[k] > 1], {**carried, **given, **more, "noise": drawn, "row": row})
+        outputs = outputs_of(
+            steps[guidance[k] > 1], {**carried, **given, **more, "noise": drawn, "row": np.tile(row, (len(sample), 1))}
+        )
         carried = {given: outputs[output] for output, given in CARRIED.items()}
         results.append((outputs["next_sample"], outputs["denoised"]))
     return results
@@ -112,6 +117,42 @@ def test_the_fused_step_is_the_loop_for_every_sampler(name: str, steps: Any, une
     expected = unfused(unet, table, guidance, conditions(), noise)
     found = fused(steps, table, guidance, conditions(), noise)
     assert worst(expected, found) >= FLOOR_DB
+
+
+def test_images_at_different_steps_of_different_samplers_share_a_batch_and_are_each_what_they_are_alone(
+    steps: Any,
+) -> None:
+    names = ("ddim", "euler", "euler_a", "dpmpp_2m", "unipc", "pndm", "dpmpp_2m_sde", "heun")
+    tables = [table_of(name, 5 + 15 * i // 7) for i, name in enumerate(names)]
+    guidance = [2.0 + i for i in range(len(names))]
+    noises = [[random(1, *LATENT[1:], seed=100 * i + k) for k in range(len(t) + 1)] for i, t in enumerate(tables)]
+    texts = [{n: a[:1] + np.float32(i) for n, a in conditions().items()} for i in range(len(names))]
+    expected = [
+        fused(steps, t, [g] * len(t), text, noise)[-1][0]
+        for t, g, text, noise in zip(tables, guidance, texts, noises, strict=True)
+    ]
+    rows = [packed(table, [scale] * len(table)) for table, scale in zip(tables, guidance, strict=True)]
+    begun = [noise[-1] * np.float32(table.init_noise_sigma) for noise, table in zip(noises, tables, strict=True)]
+    carried = [{"sample": x, "history": np.zeros((HISTORY, *x.shape), np.float32)} for x in begun]
+    for moment in range(max(map(len, tables)) + len(names)):
+        calls = {i: moment - i for i, table in enumerate(tables) if 0 <= moment - i < len(table)}  # each joins later
+            i: moment - i for i, table in enumerate(tables) if 0 <= moment - i < len(table)
+        }  # each joins one later
+        if not calls:
+            break
+        images = list(calls)
+        given = {name: np.concatenate([texts[i][name] for i in images]) for name in texts[0]}
+        given["row"] = np.stack([rows[i][k] for i, k in calls.items()])
+        drawn = [noises[i][k] if tables[i].draws[k] else np.zeros_like(begun[i]) for i, k in calls.items()]
+        given["noise"] = np.concatenate(drawn)
+        given["sample"] = np.concatenate([carried[i]["sample"] for i in images])
+        given["history"] = np.concatenate([carried[i]["history"] for i in images], 1)
+        outputs = outputs_of(steps[True], given)
+        for row, i in enumerate(images):
+            sample, history = outputs["next_sample"][row : row + 1], outputs["next_history"][:, row : row + 1]
+            carried[i] = {"sample": sample, "history": history}
+    for name, latents, alone in zip(names, carried, expected, strict=True):
+        np.testing.assert_array_equal(latents["sample"], alone, err_msg=name)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -155,7 +196,7 @@ def test_a_rescale_of_nothing_leaves_the_guided_output_as_it_is(tmp_path: Path) 
     rows = packed(table, [1.0, 3.0], 0.7)
     assert rows[:, 2].tolist() == [0.0, np.float32(0.7)]  # without guidance there is nothing to rescale
     given = {"sample": np.zeros(LATENT, np.float32), "history": np.zeros((HISTORY, *LATENT), np.float32)}
-    given |= {"noise": np.zeros(LATENT, np.float32), "row": packed(table, [3.0, 3.0])[0]}
+    given |= {"noise": np.zeros(LATENT, np.float32), "row": packed(table, [3.0, 3.0])[[0, 0]]}
     both = [outputs_of(step, {**conditions(), **given}) for step in (plain, able)]
     for name in both[0]:
         np.testing.assert_allclose(both[1][name], both[0][name], atol=1e-6)
@@ -167,7 +208,7 @@ def test_at_a_share_of_zero_an_output_without_spread_is_no_nan(tmp_path: Path) -
     spread = inside["step/spread_guided"]
     for user, index in tuple(spread.uses()):
         user.replace_input_with(index, graph.Writer(model, "", before=user)("Sub", [spread, spread], "no_spread"))
-    row = packed(table_of("euler", 2), [3.0, 3.0])[0]
+    row = packed(table_of("euler", 2), [3.0, 3.0])[[0, 0]]
     given = {"sample": random(*LATENT), "history": np.zeros((HISTORY, *LATENT), np.float32)}
     given |= {"noise": np.zeros(LATENT, np.float32), "row": row}
     found = outputs_of(opened(model, tmp_path), {**conditions(), **given})

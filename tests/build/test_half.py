@@ -207,7 +207,7 @@ def inputs_of_step(model: ir.Model) -> Any:
     from tests.build.common import SIZES
 
     arrays = example(graph.specs(model)[0], SIZES)
-    arrays["row"][:6] = [500, 2, 0, 0.5, 0.7, -0.4]
+    arrays["row"][:, :6] = [500, 2, 0, 0.5, 0.7, -0.4]
     return arrays
 
 

@@ -113,7 +113,7 @@ def test_a_wrong_value_is_refused_with_its_path_and_what_is_allowed() -> None:
 
 
 def test_a_missing_field_is_refused_with_its_path() -> None:
-    optional = {*OPTIONAL, ("scheduler",), ("tokenizers", "tokenizer", "vocab_size")}
+    optional = {*OPTIONAL, ("latents", "patch"), ("scheduler",), ("tokenizers", "tokenizer", "vocab_size")}
     missed: list[object] = []
     for path, _ in FIELDS:
         named = path[-2:-1] and (path[-2] in OWN_NAMES or path[0] == "scheduler")

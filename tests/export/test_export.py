@@ -17,13 +17,18 @@ import numpy as np
 import onnx
 import pytest
 
-import sdopt.export
+import sdopt
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.format import Defaults, Latents
 from sdopt.engine import ort
 from sdopt.errors import BundleError, CheckpointError, ParityError, UsageError
-from sdopt.export import components, export, parity, trace
-from sdopt.export.source import Checkpoint, open_checkpoint
+from sdopt.export import export, families, parity, trace
+from sdopt.export.checkpoint import Checkpoint
+from sdopt.export.component import write_component
+from sdopt.export.families import sd
+from sdopt.export.part import Part
+from sdopt.export.source import open_checkpoint
+from sdopt.metrics import psnr
 from tests.conftest import EMOJI_BUNDLE, EMOJI_CHECKPOINT, ROOT
 from tests.conftest import sdopt as command
 
@@ -107,7 +112,7 @@ def test_the_shipped_bundle_is_what_the_shipped_checkpoint_exports_to() -> None:
     bundle = Bundle.open(EMOJI_BUNDLE)
     with open_checkpoint(str(EMOJI_CHECKPOINT)) as checkpoint:
         assert bundle.manifest.scheduler == checkpoint.config("scheduler")
-        for build in components.FAMILIES["sd"].values():
+        for build in families.of(checkpoint).builds(checkpoint).values():
             part = build(checkpoint)
             component = bundle.component(part.name)
             assert (component.inputs, component.outputs) == (part.inputs, part.outputs)
@@ -152,7 +157,7 @@ def test_below_the_parity_floor_nothing_is_written(tiny_checkpoint: Path, tmp_pa
 
 def test_a_graph_with_one_changed_weight_fails_the_gate(tmp_path: Path) -> None:
     with open_checkpoint(str(EMOJI_CHECKPOINT)) as checkpoint:
-        part = components.text_encoder(checkpoint)
+        part = sd.encoder_part(checkpoint)
     graph = tmp_path / "text_encoder.onnx"
     trace.save(trace.trace(part), graph)
     parity.gate(part, parity.measure(part, graph))
@@ -168,8 +173,8 @@ def test_a_model_is_let_go_before_its_graph_is_opened(tmp_path: Path, monkeypatc
     weights: list[StorageWeakRef] = []
     alive: list[int] = []
 
-    def build(checkpoint: Checkpoint) -> components.Part:
-        part = components.text_encoder(checkpoint)
+    def build(checkpoint: Checkpoint) -> Part:
+        part = sd.encoder_part(checkpoint)
         weights.extend(StorageWeakRef(weight.untyped_storage()) for weight in part.module.parameters())
         return part
 
@@ -180,16 +185,16 @@ def test_a_model_is_let_go_before_its_graph_is_opened(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(ort, "OrtEngine", Watched)
     with open_checkpoint(str(EMOJI_CHECKPOINT)) as checkpoint:
-        entry = sdopt.export._component(build, checkpoint, tmp_path, 23, parity.FLOOR_DB, lambda line: None)
+        entry = write_component(build, checkpoint, tmp_path, 23, parity.FLOOR_DB, lambda line: None)
     assert entry.parity
     assert len(weights) > 10
     assert alive == [0]
 
 
 def test_nan_in_an_output_never_passes_the_gate() -> None:
-    assert parity.psnr(np.ones(3), np.array([1, np.nan, 1])) == -np.inf
-    assert parity.psnr(np.ones(3), np.ones(3)) == 200
-    assert parity.psnr(np.array([10.0, 0]), np.array([10.0, 0.1 * 2**0.5])) == pytest.approx(40)
+    assert psnr(np.ones(3), np.array([1, np.nan, 1])) == -np.inf
+    assert psnr(np.ones(3), np.ones(3)) == 200
+    assert psnr(np.array([10.0, 0]), np.array([10.0, 0.1 * 2**0.5])) == pytest.approx(40)
 
 
 def test_a_scheduler_that_cannot_be_a_table_is_refused_before_the_work(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -275,7 +280,7 @@ def same_latents(checkpoint: Path, bundle: Path, steps: int) -> float:
     theirs = StableDiffusionPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32, safety_checker=None)
     options = {"num_inference_steps": steps, "guidance_scale": 1.0, "output_type": "latent"}
     expected = theirs("a", generator=torch.Generator("cpu").manual_seed(1), **options).images.numpy()
-    return parity.psnr(expected, sdopt.load(bundle)("a", seed=1, **options).images)
+    return psnr(expected, sdopt.load(bundle)("a", seed=1, **options).images)
 
 
 def test_a_scheduler_that_is_not_known_by_name_brings_its_tables_along(

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from sdopt.errors import CheckpointError
-from sdopt.export.source import Checkpoint, open_checkpoint
+from sdopt.export import families
+from sdopt.export.checkpoint import Checkpoint
+from sdopt.export.source import open_checkpoint
 from tests.conftest import EMOJI_CHECKPOINT
 
 
@@ -33,7 +35,7 @@ def test_a_folder_is_opened_and_loads_in_float32() -> None:
     import torch
 
     checkpoint = opened(EMOJI_CHECKPOINT)
-    assert checkpoint.family == "sd"
+    assert families.of(checkpoint).name == "sd"
     assert checkpoint.provenance["folder"] == "checkpoint"
     assert {p.dtype for p in checkpoint.load("text_encoder").parameters()} == {torch.float32}
     assert checkpoint.nbytes == sum(p.stat().st_size for p in EMOJI_CHECKPOINT.rglob("*.safetensors"))
@@ -183,13 +185,14 @@ def test_one_safetensors_file_is_the_folder_it_was_made_from(name: str, tmp_path
 
     folder = EMOJI_CHECKPOINT if name == "emoji" else tiny_checkpoint
     path = write_single_file(folder, tmp_path / "model.safetensors")
-    with open_checkpoint(str(path), config=str(folder), offline=True) as single, open_checkpoint(str(folder)) as whole:
+    original = opened(folder)
+    with open_checkpoint(str(path), config=str(folder), offline=True) as single:
         assert single.provenance["file"] == "model.safetensors"
-        assert single.nbytes == pytest.approx(whole.nbytes, rel=0.05)
+        assert single.nbytes == pytest.approx(original.nbytes, rel=0.05)
         for component in ("text_encoder", "unet", "vae"):
-            expected, found = whole.load(component).state_dict(), single.load(component).state_dict()
-            assert expected.keys() == found.keys()
-            assert all((expected[k] == found[k]).all() for k in expected), component
+            expected, unpacked = original.load(component).state_dict(), single.load(component).state_dict()
+            assert expected.keys() == unpacked.keys()
+            assert all((expected[k] == unpacked[k]).all() for k in expected), component
 
 
 def test_one_file_without_its_configurations_says_where_they_come_from(tmp_path: Path, tiny_checkpoint: Path) -> None:

@@ -16,7 +16,7 @@ from sdopt.bundle.files import Bundle
 from sdopt.bundle.specs import TensorSpec
 from sdopt.errors import CheckpointError
 from sdopt.export import trace, weights
-from sdopt.export.components import Part
+from sdopt.export.part import Part
 from sdopt.graph import names
 from tests.conftest import EMOJI_BUNDLE, EMOJI_CHECKPOINT
 

@@ -108,7 +108,7 @@ def run_table(table: SamplerTable, size: int) -> Run:
 
 def run_diffusers(scheduler: Any, begin: int, *, double: bool = True, **step: Any) -> Run:
     """The scheduler on one-hot vectors, in float64; or, without `double`, in the float32 that it computes in."""
-    from sdopt.export.probe import observe, one_hot
+    from sdopt.export.observe import observe, one_hot
 
     calls = len(scheduler.timesteps) - begin
     size = 1 + 2 * calls

@@ -40,12 +40,13 @@ def test_ids_are_those_of_transformers() -> None:
 def test_old_checkpoints_with_vocab_and_merges_only_get_the_same_tokenizer(tmp_path: Path) -> None:
     import shutil
 
-    from sdopt.export.source import Checkpoint
+    from sdopt.export.checkpoint import Checkpoint
 
     folder = tmp_path / "tokenizer"
     shutil.copytree(EMOJI_CHECKPOINT / "tokenizer", folder)
     (folder / "tokenizer.json").unlink()
-    assert Checkpoint(tmp_path, "sd").tokenizer()(PROMPTS[1])["input_ids"] == [
+    checkpoint = Checkpoint(tmp_path, {"tokenizer": "transformers.CLIPTokenizer"})
+    assert checkpoint.tokenizer("tokenizer")(PROMPTS[1])["input_ids"] == [
         i for i in Tokenizer(EMOJI_BUNDLE / ENTRY.file, ENTRY)([PROMPTS[1]])[0].tolist() if i != ENTRY.pad_token_id
     ] + [ENTRY.eos_token_id]
 

@@ -19,8 +19,8 @@ def of_batch(specs: tuple[TensorSpec, ...], name: str) -> tuple[TensorSpec, ...]
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Component:
-    """The embedded UNet with one batch for everything, made by running it whole for each half."""
+def unet(tmp_path_factory: pytest.TempPathFactory) -> Component:
+    """The embedded UNet."""
     return Bundle.open(EMOJI_BUNDLE).component("unet")
 
 
@@ -34,18 +34,22 @@ def arrays(images: int, repeats: int, height: int, width: int) -> dict[str, Arra
 
 
 @pytest.mark.parametrize("sizes", [(1, 2, 16, 16), (2, 2, 9, 13), (1, 1, 16, 16), (3, 1, 8, 24), (2, 3, 8, 8)])
-def test_a_shared_sample_gives_what_a_repeated_one_gives(plain: Component, sizes: tuple[int, int, int, int]) -> None:
-    given = arrays(*sizes)
-    with OrtEngine(plain, threads=1) as engine:
-        shared = engine(**given)["noise_pred"]
-        whole = {
-            name: np.tile(a, (sizes[1] if len(a) == sizes[0] else 1, *[1] * (a.ndim - 1))) for name, a in given.items()
-        }
-        np.testing.assert_allclose(shared, engine(**whole)["noise_pred"], atol=2e-5)
+def test_a_shared_sample_gives_what_a_repeated_one_gives(unet: Component, sizes: tuple[int, int, int, int]) -> None:
+    images, repeats = sizes[:2]
+    inputs = arrays(*sizes)
+    repeated = {
+        **inputs,
+        "sample": np.tile(inputs["sample"], (repeats, 1, 1, 1)),
+        "timestep": np.tile(inputs["timestep"], repeats),
+    }
+    assert len(repeated["sample"]) == len(inputs["encoder_hidden_states"]) == images * repeats
+    with OrtEngine(unet, threads=1) as engine:
+        shared = engine(**inputs)["noise_pred"]
+        np.testing.assert_allclose(shared, engine(**repeated)["noise_pred"], atol=2e-5)
 
 
-def test_the_nodes_before_the_prompt_keep_the_batch_of_the_images(plain: Component) -> None:
-    model = ir.load(plain.graph)
+def test_the_nodes_before_the_prompt_keep_the_batch_of_the_images(unet: Component) -> None:
+    model = ir.load(unet.graph)
     tiles = [node for node in model.graph if node.op_type == "Tile"]
     convolutions = [node for node in model.graph if node.op_type == "Conv"]
     once = [node for node in convolutions if str(node.outputs[0].shape[0]) == "images"]

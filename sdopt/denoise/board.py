@@ -1,0 +1,287 @@
+"""The board of a request: its named tensors, where the engines compute, and what its launches do with them.
+
+    board["sample"]                the latents now; writing them steers the loop
+    board.launch(launch, k)        one launch of call k (see `sdopt.denoise.program`)
+    board.step(k)                  what call k gave, by name: "next_sample", "denoised"
+
+On a `HostBoard` tensors are NumPy arrays. On a `DeviceBoard` they stay on the device: an output becomes an input by its
+name, of the same engine or of another one, and visits the host when it is asked for, and not otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import numpy as np
+
+from sdopt.bundle.specs import Array, Float32, Scalar
+from sdopt.denoise.model import Call, Conditions, Model, Predict
+from sdopt.denoise.program import Advance, Fused, Launch, Program, Restore
+from sdopt.denoise.start import Canvas, Draw
+from sdopt.engine import Carrying, Engine, Run
+from sdopt.engine.finite import refuse_nan
+from sdopt.errors import UsageError
+
+Data = Callable[[str], Float32]
+
+
+class Board(Protocol):
+    """What the loop needs of a board."""
+
+    def launch(self, launch: Launch, k: int) -> None: ...
+    def begin(self, k: int) -> None:
+        """Call `k` begins: whatever changed the sample since the last launch counts."""
+        ...
+
+    def step(self, k: int) -> Data:
+        """What call `k` gave, by name."""
+        ...
+
+    def end(self) -> None:
+        """The loop ends here: keep what may still be asked for of its last step."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class HostBoard:
+    """A board of NumPy arrays."""
+
+    def __init__(self, program: Program, engine: Engine, canvas: Canvas, conditions: Conditions, draw: Draw) -> None:
+        self.program, self.canvas, self.conditions, self._draw = program, canvas, conditions, draw
+        table = program.table
+        self._engine, self._models = engine, dict[Predict, Model]()
+        self._c_in: list[Scalar] = table.c_in.tolist()
+        self._calls = [
+            Call(np.full(program.images, timestep, np.float32), (scale,) * program.images, conditions)
+            for timestep, scale in zip(table.timestep, program.scales, strict=True)
+        ]
+        self.sample, self.denoised, self.prediction = canvas.sample, canvas.sample, canvas.sample
+        self._history = tuple[Float32, ...]()
+
+    def launch(self, launch: Launch, k: int) -> None:
+        if isinstance(launch, Predict):
+            predict(launch, self.model(launch), [self], [k])
+        elif isinstance(launch, Advance):
+            self._advance(k)
+        elif isinstance(launch, Restore):
+            self.sample = self.canvas.hold(self.program.table, k, self.sample)
+        else:
+            raise TypeError(f"{launch} runs on a device")
+
+    def model(self, launch: Predict) -> Model:
+        """The UNet as a launch asks for it."""
+        if launch not in self._models:
+            self._models[launch] = launch.model(self._engine)
+        return self._models[launch]
+
+    def model_input(self, k: int) -> Float32:
+        """The sample, scaled for the UNet."""
+        return self.sample * self._c_in[k]
+
+    def call(self, k: int) -> Call:
+        """What the model is told in call `k`."""
+        return self._calls[k]
+
+    def predicted(self, k: int, prediction: Float32) -> None:
+        """Take the model's prediction of call `k`. Raises: NumericsError where it is not finite."""
+        refuse_nan(prediction, f"unet, step {k + 1} of {len(self.program.table)}")
+        self.prediction = prediction
+
+    def _advance(self, k: int) -> None:
+        table, sample, prediction = self.program.table, self.sample, self.prediction
+        self.denoised = table.clean(k, sample, prediction)
+        noise = self._draw() if table.draws[k] else None
+        self.sample, self._history = table.advance(k, sample, prediction, self._history, noise)
+
+    def begin(self, k: int) -> None: ...
+
+    def step(self, k: int) -> Data:
+        return {"next_sample": self.sample, "denoised": self.denoised}.__getitem__
+
+    def end(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def predict(
+    launch: Predict,
+    model: Model,
+    boards: Sequence[HostBoard],
+    calls: Sequence[int],
+    conditions: Conditions | None = None,
+) -> None:
+    """One call of the model for several requests, each at a call of its own. `conditions` are theirs, stacked.
+
+    Every image is a row of the batch, so that what it gets is what it would get alone.
+    """
+    if len(boards) == 1:
+        board, k = boards[0], calls[0]
+        return board.predicted(k, model(board.model_input(k), board.call(k)))
+    stacked = Conditions.stacked([board.conditions for board in boards]) if conditions is None else conditions
+    pairs = list(zip(boards, calls, strict=True))
+    call = Call.stacked([board.call(k) for board, k in pairs], stacked)
+    predictions = model(np.concatenate([board.model_input(k) for board, k in pairs]), call)
+    ends = np.cumsum([board.program.images for board in boards])[:-1]
+    for (board, k), prediction in zip(pairs, np.split(predictions, ends), strict=True):
+        board.predicted(k, prediction)
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A request that is ready for its loop; `draw` gives the noise of its calls, so that it makes one board."""
+
+    program: Program
+    canvas: Canvas
+    conditions: Conditions
+    draw: Draw
+
+    def board(self, engines: Mapping[str, Engine]) -> HostBoard | DeviceBoard:
+        """The board on which the program runs with these engines, by component."""
+        if self.program.fused:
+            return DeviceBoard(self.program, engines, self.canvas, self.conditions, self.draw)
+        return HostBoard(self.program, engines["unet"], self.canvas, self.conditions, self.draw)
+
+
+class DeviceBoard:
+    """A board on a device, where each engine that is launched has a run.
+
+    An output of one engine that has the name of another one's input is given on to it there, without the host.
+    """
+
+    def __init__(
+        self, program: Program, engines: Mapping[str, Engine], canvas: Canvas, conditions: Conditions, draw: Draw
+    ) -> None:
+        self.program, self._canvas, self._draw = program, canvas, draw
+        self._runs = dict[str, Run]()
+        tensors = _tensors(canvas, conditions)
+        tables = program.tables()
+        carrying = {name: cast(Carrying, engine) for name, engine in engines.items()}
+        try:
+            for name, engine in carrying.items():
+                inputs = {spec.name for spec in engine.inputs}
+                own = {n: np.ascontiguousarray(a, np.float32) for n, a in tensors.items() if n in inputs}
+                rows = {n: table for n, table in tables.items() if n in inputs}
+                self._runs[name] = engine.begin(own, rows)
+            self._inputs = {name: {spec.name for spec in engine.inputs} for name, engine in carrying.items()}
+            self._feed(carrying)
+        except BaseException:
+            self.close()
+            raise
+        self._latest: Run | None = None
+        self._step: _Kept | None = None
+
+    def _feed(self, engines: Mapping[str, Carrying]) -> None:
+        """Outputs of one engine become the inputs of others that have their name, or the name they are carried as."""
+        for name, engine in engines.items():
+            for output in engine.outputs:
+                given = engine.carry.get(output.name, output.name)
+                for other, inputs in self._inputs.items():
+                    if other != name and given in inputs:
+                        self._runs[name].feed(output.name, self._runs[other], given)
+
+    def launch(self, launch: Launch, k: int) -> None:
+        if isinstance(launch, Fused):
+            run = self._runs[launch.component]
+            noise = {"noise": self._draw()} if self.program.table.draws[k] else {}
+            self._leave()
+            run.launch(k, **noise)
+            self._latest = run
+            self._step = _Kept(run, k, len(self.program.table))
+        elif isinstance(launch, Restore):
+            kept = self._now()
+            kept.change(self._canvas.hold(self.program.table, k, kept.array("next_sample")))
+            self._steer()
+        else:
+            raise TypeError(f"{launch} runs on the host")
+
+    def begin(self, k: int) -> None:
+        if self._step is not None:
+            self._steer()
+
+    def step(self, k: int) -> Data:
+        return self._now().array
+
+    def end(self) -> None:
+        if self._step is not None:
+            self._step.keep()
+
+    def close(self) -> None:
+        for run in self._runs.values():
+            run.close()
+
+    def _now(self) -> _Kept:
+        assert self._step is not None  # the first launch of a call makes it
+        return self._step
+
+    def _leave(self) -> None:
+        """The device goes on: from here on nobody can tell what it holds of the step, should the launch fail."""
+        if self._step is not None:
+            self._step.gone = True
+
+    def _steer(self) -> None:
+        """Send the sample back if somebody changed it."""
+        sample = self._now().changed()
+        if sample is None:
+            return
+        for name, run in self._runs.items():
+            if "sample" in self._inputs[name]:
+                run.put("sample", sample)
+
+
+class _Kept:
+    """What was fetched of a step that is on the device, for as long as it is the latest."""
+
+    def __init__(self, run: Run, k: int, of: int) -> None:
+        self._run, self._k, self._of = run, k, of
+        self.gone = False
+        self._fetched: dict[str, Float32] = {}  # as it is on the device
+        self._given: dict[str, Float32] = {}  # as the caller has it, who may write into the sample
+
+    def array(self, name: str) -> Float32:
+        if name in self._given:
+            return self._given[name]
+        fetched = self._fetch(name)
+        refuse_nan(fetched, f"unet, step {self._k + 1} of {self._of}")
+        self._given[name] = np.array(fetched)
+        return self._given[name]
+
+    def change(self, sample: Float32) -> None:
+        """Write into the sample, which the caller may have already."""
+        self.array("next_sample")[...] = sample
+
+    def changed(self) -> Float32 | None:
+        """The sample, if it is not what the device has."""
+        sample = self._given.get("next_sample")
+        if sample is None or self.gone or np.array_equal(sample, self._fetched["next_sample"]):
+            return None
+        self._fetched["next_sample"] = sample.copy()
+        return sample
+
+    def keep(self) -> None:
+        """Fetch all that may be asked for later."""
+        if not self.gone:
+            for name in ("next_sample", "denoised"):
+                self._fetch(name)
+
+    def _fetch(self, name: str) -> Float32:
+        if name in self._fetched:
+            return self._fetched[name]
+        if self.gone:
+            raise UsageError(
+                f"step {self._k + 1} of {self._of}: its data was on the GPU until the next step; "
+                "read step.sample or step.denoised while it is the latest"
+            )
+        self._fetched[name] = cast(Float32, self._run.fetch(name))
+        return self._fetched[name]
+
+
+def _tensors(canvas: Canvas, conditions: Conditions) -> dict[str, Array]:
+    """What a board begins with, by name."""
+    negative = conditions.cond if conditions.negative is None else conditions.negative
+    extra: dict[str, Array] = {} if conditions.extra is None else {"extra": conditions.extra}
+    negatives = {f"negative_{name}": array for name, array in negative.items()}
+    return {"sample": canvas.sample, **conditions.cond, **negatives, **extra}

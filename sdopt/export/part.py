@@ -1,0 +1,75 @@
+"""A part: one component of a checkpoint, loaded and ready to be traced.
+
+It is the checkpoint's own module behind a `forward` whose arguments and results are the tensors of its spec.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from sdopt.bundle.specs import Array, TensorSpec
+
+Sizes = Mapping[str, int]  # the length of each named dimension
+
+
+@dataclass(frozen=True)
+class Part:
+    """One component, loaded and ready to be traced or run.
+
+    `sizes`: the first are those of the trace, the others those of the parity checks.
+    `limits`: exclusive upper bounds of integer inputs.
+    `shared`: inputs that are the same for both halves of guidance. Their batch, "images", may be smaller than the
+    "batch" of the other inputs, which is a multiple of it.
+    `prefix`: what the checkpoint writes before the model's names of parameters.
+    `unused`: the parameters that the component does not read, by the beginning of their names; and why.
+    """
+
+    name: str
+    module: torch.nn.Module
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    sizes: tuple[Sizes, ...]
+    limits: Mapping[str, int] = field(default_factory=dict[str, int])
+    shared: tuple[str, ...] = ()
+    prefix: str = ""
+    unused: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def example(self, sizes: Sizes, seed: int = 0) -> dict[str, Array]:
+        """Seeded inputs of the given sizes: ids and timesteps in their range, everything else standard normal."""
+        rng = np.random.default_rng(seed)
+        arrays: dict[str, Array] = {}
+        for spec in self.inputs:
+            shape = tuple(sizes[d] if isinstance(d, str) else d for d in spec.shape)
+            if spec.name == "timestep":
+                arrays[spec.name] = rng.uniform(0, 999, shape).astype(np.float32)
+            elif spec.dtype == "int32":
+                highest = self.limits[spec.name] - 1
+                ids = rng.integers(0, highest + 1, shape, np.int32)
+                ids.flat[-1] = highest  # so that every example has it
+                arrays[spec.name] = ids
+            else:
+                arrays[spec.name] = rng.standard_normal(shape, np.float32)
+        return arrays
+
+    def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """What PyTorch computes in float32: the reference of the parity gate."""
+        with torch.inference_mode():
+            tensors = {spec.name: torch.from_numpy(arrays[spec.name]) for spec in self.inputs}
+            batch = max(len(tensor) for tensor in tensors.values())
+            for name in self.shared:
+                tensor = tensors[name]
+                tensors[name] = tensor.repeat(batch // len(tensor), *[1] * (tensor.ndim - 1))
+            result = self.module(**tensors)
+        outputs = cast(tuple[Any, ...], result if isinstance(result, tuple) else (result,))
+        return {spec.name: tensor.numpy() for spec, tensor in zip(self.outputs, outputs, strict=True)}
+
+    def released(self) -> Part:
+        """The same without the model. Its weights are emptied, because torch's ONNX exporter keeps them (2.13)."""
+        for weight in self.module.parameters():
+            weight.data = torch.empty(0)
+        return replace(self, module=torch.nn.Identity())
