@@ -136,8 +136,6 @@ def test_images_at_different_steps_of_different_samplers_share_a_batch_and_are_e
     carried = [{"sample": x, "history": np.zeros((HISTORY, *x.shape), np.float32)} for x in begun]
     for moment in range(max(map(len, tables)) + len(names)):
         calls = {i: moment - i for i, table in enumerate(tables) if 0 <= moment - i < len(table)}  # each joins later
-            i: moment - i for i, table in enumerate(tables) if 0 <= moment - i < len(table)
-        }  # each joins one later
         if not calls:
             break
         images = list(calls)
