@@ -180,8 +180,8 @@ def test_the_table_has_every_extra() -> None:
     named = {name for extra in ALONE for name in extra.split(",")} - {""}
     assert named == set(PROJECT["optional-dependencies"]) - TOOLS
     assert sorted({name for extra in ALONE for name in expected(extra)}) == modules()
-    readme = (ROOT / "README.md").read_text().split("## What to install")[1].split("\n## ")[0]
-    assert {name for name in named if f"`{name}`" in readme} == named
+    page = (ROOT / "docker/README.md").read_text()
+    assert {name for name in named if f"`{name}`" in page} == named
 
 
 @pytest.mark.parametrize("extra", ALONE)

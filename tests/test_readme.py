@@ -1,49 +1,230 @@
-"""The README says what the project does: its commands are CI's commands, its code runs, its lists are complete."""
+"""The pages say what the project does: their commands and code run, their lists are complete, their links work.
+
+A command that needs no network, no GPU and no model but the embedded one is run; of any other one the parser that the
+user meets has to take every word. What a page makes in one line, its next line may use.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from sdopt.cli.main import COMMANDS
+from sdopt.cli.main import COMMANDS, main
+from sdopt.request.options import KEYWORDS
 from tests.conftest import EMOJI_BUNDLE, ROOT, sdopt
+from tests.test_architecture import ARROWS
+
+tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
 
 README = (ROOT / "README.md").read_text()
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "*/*.md", "*/*/*.md")
+    for path in ROOT.glob(pattern)
+    if path.relative_to(ROOT).parts[0] not in ("build-out", "scratch", ".venv", ".pytest_cache")
+)
+EMOJI = "engines/emoji/bundle"
+FOLDERS = "benchmarks/results"  # what commands of pages read, beside the embedded model
+NOT_OURS = {"pytest", "ruff", "pyright", ".ci/run", "docker"}  # what they do is not a promise of a page
+SLOW = ("export", "bench run")  # tests/export and tests/bench run them
+GPU = ("tensorrt", "tensorrt-rtx", "ort:cuda")
+NOT_HERE = ("sd15", "old.json", "bf16")  # the reader's own model and records; what not every processor has
+
+
+def page(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def blocks(name: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page(name), re.DOTALL | re.MULTILINE)
+
+
+def commands(name: str) -> list[list[str]]:
+    """The words of every command of a page's sh blocks, without comments; `a && b` is two of them."""
+    found: list[list[str]] = []
+    for block in blocks(name, "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while "&&" in words:
+                at = words.index("&&")
+                found.append(words[:at])
+                words = words[at + 1 :]
+            found.append(words)
+    return [words for words in found if words]
+
+
+def runs_here(words: Sequence[str]) -> bool:
+    """Whether a command of sdopt can run without a network, a GPU or a model that is not here, in seconds."""
+    is_run = words[0] == "bench" and words[1] not in ("compare", "report")
+    not_here = [word for word in words if word in NOT_HERE or word.startswith(GPU)]
+    return not not_here and ("bench run" if is_run else words[0]) not in SLOW
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
+    """A folder to follow a page in, with the files that pages speak of as the reader's own."""
+    text = page(request.node.callspec.params["name"])
+    if EMOJI in text:
+        shutil.copytree(EMOJI_BUNDLE, tmp_path / EMOJI, ignore=shutil.ignore_patterns("engines"))
+    if FOLDERS in text:
+        shutil.copytree(ROOT / FOLDERS, tmp_path / FOLDERS)
+        for name in ("README.md", "benchmarks/README.md"):
+            shutil.copy(ROOT / name, tmp_path / name)
+    if "mask.png" in text:
+        mask = np.zeros((128, 128), np.uint8)
+        mask[40:90, 40:90] = 255
+        Image.fromarray(mask).save(tmp_path / "mask.png")
+    if "me.safetensors" in text:
+        rows = np.random.default_rng(0).standard_normal((2, 128)).astype(np.float32)
+        header = json.dumps({"<me>": {"dtype": "F32", "shape": [2, 128], "data_offsets": [0, rows.nbytes]}}).encode()
+        (tmp_path / "me.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + rows.tobytes())
+    if "report emoji.json" in text:
+        shutil.copy(ROOT / FOLDERS / "emoji.json", tmp_path / "emoji.json")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if commands(name)])
+def test_the_commands_of_a_page_run_or_are_taken_by_their_parser(
+    name: str, desk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for words in commands(name):
+        if words[0] == "sdopt" and runs_here(words[1:]):
+            assert main(words[1:]) == 0, words
+        elif words[0] == "sdopt":
+            taken_by_its_parser(words[1:], monkeypatch)
+        elif words[:2] == ["pip", "install"]:
+            extras_exist(words[2:])
+        elif words[0] == "python":
+            options_exist(words[1:])
+        else:
+            assert words[0] in NOT_OURS, words
+    for made in ("README.md", "benchmarks/README.md"):  # every figure on these pages is that of the records
+        if FOLDERS in page(name):
+            assert (desk / made).read_text() == page(made)
+    if FOLDERS in page(name):
+        for plot in (ROOT / FOLDERS).glob("*.svg"):
+            assert (desk / FOLDERS / plot.name).read_text() == plot.read_text()
+
+
+def taken_by_its_parser(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command is read as the user's own, and stops where it would begin to work."""
+    taken: list[Any] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.import_module(f"sdopt.cli.{words[0]}"), "run", lambda args: taken.append(args) or 0)
+        assert main(words) == 0, words
+    assert taken
+
+
+def extras_exist(words: Sequence[str]) -> None:
+    project = tomllib.loads(page("pyproject.toml"))["project"]
+    named = {extra for word in words for group in re.findall(r"\.\[([\w,-]+)\]", word) for extra in group.split(",")}
+    assert named <= set(project["optional-dependencies"])
+
+
+def options_exist(words: Sequence[str]) -> None:
+    """A script is there, and its own help has every option and word that a page gives it."""
+    script, *rest = words
+    assert (ROOT / script).is_file(), script
+    word = [rest[0]] if rest and Path(script).name == "skeleton.py" else []  # its words have a help each
+    shown = subprocess.run(
+        [sys.executable, ROOT / script, *word, "--help"],
+        capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    ).stdout  # fmt: skip
+    for option in (word for word in rest if word.startswith("-")):
+        assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", shown), (script, option)
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if blocks(name, "python")])
+def test_the_python_of_a_page_runs(name: str, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    for code in blocks(name, "python"):
+        exec(code.replace('"sd15"', repr(str(EMOJI_BUNDLE))), names)
+    assert name != "README.md" or capsys.readouterr().out.startswith("1/20  sigma ")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_link_of_a_page_leads_somewhere(name: str) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", page(name)) + re.findall(r'src="([^"]+)"', page(name))
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text()), link
+
+
+def anchors(text: str) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    reached, left = set[str](), ["README.md"]
+    while left:
+        name = left.pop()
+        if name not in reached:
+            reached.add(name)
+            links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+\.md[^)\s]*)\)", page(name))]
+            left += [os.path.relpath((ROOT / name).parent / link, ROOT) for link in links if "://" not in link]
+    assert reached == set(PAGES)
 
 
 def test_the_first_two_commands_are_the_set_up() -> None:
-    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    assert blocks[0].strip() == 'pip install ".[cpu]" && sdopt generate "a red apple on a blue background" -o apple.png'
-    assert blocks[1].strip() == 'pip install ".[cpu,export,test]" && pytest'
-    assert f"\n{blocks[1].strip()}\n" in (ROOT / ".ci/run").read_text()
+    first, second = (block.strip() for block in blocks("README.md", "sh")[:2])
+    assert first == 'pip install ".[cpu]" && sdopt generate "a red apple on a blue background" -o apple.png'
+    assert second == 'pip install ".[cpu,export,test]" && pytest'
+    assert f"\n{second}\n" in page(".ci/run")
 
 
-def test_the_python_example_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
-    monkeypatch.chdir(tmp_path)
-    exec(code.replace('"sd15"', repr(str(EMOJI_BUNDLE))), {})
-    assert (tmp_path / "astronaut.png").exists()
-    assert capsys.readouterr().out.startswith("1/20  sigma ")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_page_of_the_command_line_has_every_option(command: str) -> None:
+    name = "sdopt/cli/README.md"
+    assert f"[`sdopt {command}`](#" in page(name)
+    section = re.search(rf"^## `sdopt {command}.*?(?=^## |\Z)", page(name), re.DOTALL | re.MULTILINE)[0]
+    words = [[command, "run"], [command, "compare"], [command, "report"]] if command == "bench" else [[command]]
+    there = {option for word in words for option in options(sdopt(*word, "--help").stdout)} - {"--help"}
+    assert options(section) == there
 
 
-def test_every_command_and_option_it_names_exists() -> None:
-    for command in COMMANDS:
-        assert f"`sdopt {command}" in README
-        row = next(line for line in README.splitlines() if line.startswith(f"| `sdopt {command}"))
-        for option in re.findall(r"--[a-z-]+", row):
-            assert option in sdopt(command, "--help").stdout
+def options(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z0-9][a-z0-9-]*", re.sub(r"```.*?```", "", text, flags=re.DOTALL)))
+
+
+def test_the_page_of_engines_has_every_option_of_a_build() -> None:
+    assert options(sdopt("build", "--help").stdout) - {"--help"} <= options(page("engines/README.md")) | {"--backend"}
+
+
+def test_the_page_of_the_house_has_every_keyword_and_every_room() -> None:
+    text = page("sdopt/README.md")
+    assert {name for name in KEYWORDS if f"`{name}`" not in text} == set()
+    rows = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", text.split("## The rooms")[1], re.MULTILINE)
+    assert sorted(rows) == sorted(set(ARROWS) - {"sdopt", "__main__"})
+    for i, room in enumerate(rows):  # the table is in the order of imports
+        assert not set(ARROWS[room].split()) & set(rows[:i]), room
 
 
 def test_the_format_it_specifies_is_the_format_of_the_shipped_bundle() -> None:
     manifest = json.loads((EMOJI_BUNDLE / "manifest.json").read_text())
     assert "(sdopt/bundle/README.md)" in README
-    specification = (ROOT / "sdopt/bundle/README.md").read_text()
+    specification = page("sdopt/bundle/README.md")
     component = manifest["components"]["unet"]
     for keys in (
         manifest,
@@ -60,7 +241,7 @@ def test_the_format_it_specifies_is_the_format_of_the_shipped_bundle() -> None:
 def test_the_format_it_specifies_names_every_field() -> None:
     from sdopt.bundle import format
 
-    specification = (ROOT / "sdopt/bundle/README.md").read_text()
+    specification = page("sdopt/bundle/README.md")
     assert f"format, version {format.FORMAT_VERSION}" in specification
     classes = [kind for kind in vars(format).values() if dataclasses.is_dataclass(kind) and isinstance(kind, type)]
     names = {f.name for kind in classes if kind is not format.Rule for f in dataclasses.fields(kind)}
@@ -71,7 +252,7 @@ def test_the_format_it_specifies_names_every_field() -> None:
 def test_the_exit_codes_it_lists_are_those_of_the_errors() -> None:
     from sdopt import errors
 
-    text = re.search(r"Exit codes: (.*)", README)[1]
+    text = re.search(r"Exit codes: (.*)", page("sdopt/cli/README.md"))[1]
     codes = {int(code) for code in re.findall(r"(?:^|, )(\d+) ", text)}
     kinds = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.SdoptError)]
     assert {kind.exit_code for kind in kinds} | {0, 130} == codes

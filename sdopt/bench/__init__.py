@@ -8,5 +8,5 @@ cold       fresh processes: start, import, load, first picture, and their peak m
 machine    processor, versions, GPU: what a record has to tell
 record     the JSON file, with a versioned schema; raw timings, nothing derived
 compare    two records, and a gate
-report     tables and plots, from records alone
+report     tables and plots, from records alone; overview: one small table and one plot of them
 """

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdopt.bench import overview
 from sdopt.bench.curves import AXES, costs
 from sdopt.bench.record import Record, replace_text
 from sdopt.bench.sides import COMPONENTS
@@ -19,7 +20,6 @@ from sdopt.bench.stats import paired_ratio, summary
 from sdopt.bench.svg import Bar, bars
 from sdopt.errors import UsageError
 
-START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 TITLES = {
     "text_encoder": "text encoder",
     "unet": "UNet, one call",
@@ -74,28 +74,62 @@ def _file(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip(".-")
 
 
+def short_report(
+    records: Sequence[Record], stem: str = "bench", folder: str = "", more: Sequence[Record] = ()
+) -> tuple[str, dict[str, str]]:
+    """The same for a page with room for one small table and one plot; `more` has no place in it."""
+    file, drawn = f"{stem}-overview.svg", overview.svg(records)
+    shown = [f"![{Path(file).stem}]({Path(folder, file).as_posix()})"] if drawn else []
+    parts = [_markdown(overview.rows(records)), f"<sub>{overview.note(records)}.</sub>", *shown]
+    return "\n\n".join(parts) + "\n", {file: drawn} if drawn else {}
+
+
+SECTIONS = {"bench": report, "bench-overview": short_report}  # what is written between the marks of this name
+
+
 def write(path: Path, records: Sequence[Record], plots: Path | None = None, more: Sequence[Record] = ()) -> list[Path]:
     """Write the report to `path` and its plots to the folder `plots` (beside it, unless given); the files written.
 
     A file that has the marks `<!-- bench:start -->` and `<!-- bench:end -->` is kept, and only what is between them
-    is replaced.
-    Raises: UsageError for a file with one of the marks alone.
+    is replaced. Between `<!-- bench-overview:start -->` and `<!-- bench-overview:end -->` comes the short report.
+    Raises: UsageError for a file with one of two marks alone.
     """
     folder = plots or path.parent
     stem = "bench" if plots else path.stem
-    text, drawn = report(records, stem, os.path.relpath(folder, path.parent), more)
+    place = os.path.relpath(folder, path.parent)
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    names = [name for name in SECTIONS if _is_marked(path, text, name)]
+    drawn = dict[str, str]()
+    for name in names:
+        section, own = SECTIONS[name](records, stem, place, more)
+        text, drawn = _replaced(text, name, section), drawn | own
+    if not names:
+        text, drawn = report(records, stem, place, more)
     folder.mkdir(parents=True, exist_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
-    if (START in old) != (END in old) or old.find(START) > old.find(END):
-        raise UsageError(f"{path}: it has to have both {START} and {END}, in this order, or neither")
-    if START in old:
-        before, rest = old.split(START, 1)
-        text = f"{before}{START}\n\n{text}\n{END}{rest.split(END, 1)[1]}"
     written = {path: text, **{folder / file: svg for file, svg in drawn.items()}}
     for target, content in written.items():
         replace_text(target, content)
     return list(written)
+
+
+def _marks(name: str) -> tuple[str, str]:
+    return f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+
+
+def _is_marked(path: Path, text: str, name: str) -> bool:
+    """Whether a text has both marks of a section. Raises: UsageError where it has one, or the second one first."""
+    start, end = _marks(name)
+    if (start in text) != (end in text) or text.find(start) > text.find(end):
+        raise UsageError(f"{path}: it has to have both {start} and {end}, in this order, or neither")
+    return start in text
+
+
+def _replaced(text: str, name: str, section: str) -> str:
+    """The text with another section between the marks."""
+    start, end = _marks(name)
+    before, rest = text.split(start, 1)
+    return f"{before}{start}\n\n{section}\n{end}{rest.split(end, 1)[1]}"
 
 
 # ------------------------------------------------------------------------------------------------------ tables

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sdopt.bench.report import report
+from sdopt.bench.report import report, short_report
 from sdopt.cli.main import main
 from tests.bench.records import CASE, record, side, steady
 
@@ -151,3 +151,46 @@ def test_a_single_mark_is_refused_and_the_file_is_kept(results: Path, tmp_path: 
     assert main(["bench", "report", str(results), "-o", str(readme)]) == 2
     assert readme.read_text() == "<!-- bench:end --> mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "run.json"]
+
+
+def overview(*records: dict[str, Any]) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """(the rows of the short report, its plots)"""
+    text, plots = short_report(list(records))
+    return rows(text), plots
+
+
+def test_the_short_report_compares_with_diffusers_and_with_the_fastest_that_makes_the_same_picture() -> None:
+    fast = {"name": "fast", "kind": "peer", "seconds": {"picture": [0.4] * 5}}
+    entry = run()
+    entry["results"][0]["sides"].append({**side("slow", {"picture": [0.45] * 5}), **fast})
+    entry["results"][0]["sides"][2]["name"] = "another picture"
+    table, plots = overview(entry)
+    assert table["emoji 128x128, 20 steps"] == [
+        "500 ms", "800 ms", "1.60x [1.60, 1.60]", "fast 0.80x [0.80, 0.80]", "100.0",
+    ]  # fmt: skip
+    assert table["emoji, cold start to first picture"] == ["2 s", "6 s", "3.00x [2.97, 3.03]", "-", "100.0"]
+    words = "".join(ET.fromstring(plots["bench-overview.svg"]).itertext())
+    assert "500 ms" in words
+    assert "another picture *" in words
+    assert "broken" not in words
+
+
+def test_the_short_report_quotes_nothing_below_the_floor_and_leaves_out_single_cold_starts() -> None:
+    entry = run(picture_db=31.0)
+    entry["results"][0]["sides"][0]["seconds"]["cold_start"] = [2.0]
+    table, plots = overview(entry)
+    assert table["emoji 128x128, 20 steps"] == ["500 ms", "800 ms", "not quoted", "-", "31.0"]
+    assert len(table) == 2  # the head is the other one
+    assert plots == {}
+
+
+def test_the_marks_of_a_page_say_which_report_it_wants(results: Path, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("# Before\n<!-- bench-overview:start -->\nold\n<!-- bench-overview:end -->\nafter\n")
+    assert main(["bench", "report", str(results), "-o", str(readme), "--plots", str(tmp_path / "plots")]) == 0
+    text = readme.read_text()
+    assert text.startswith("# Before\n<!-- bench-overview:start -->")
+    assert text.endswith("<!-- bench-overview:end -->\nafter\n")
+    assert "(case `one`)" not in text
+    assert "](plots/bench-overview.svg)" in text
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["bench-overview.svg"]

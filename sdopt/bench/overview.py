@@ -1,0 +1,118 @@
+"""The figures of every case in one small table and one plot, for the page that a newcomer reads first.
+
+A row is one picture from end to end, or a cold start that was measured often enough. Its speed-up is against
+diffusers in float32, and against the fastest other side that makes the same picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sdopt.bench.baseline import REFERENCE
+from sdopt.bench.record import Record
+from sdopt.bench.sides import OURS
+from sdopt.bench.stats import paired_ratio, summary
+from sdopt.bench.svg import Bar, bars
+
+COLD_ROUNDS = 3  # fewer cold starts are in the full tables alone
+HEAD = [
+    "one picture, end to end",
+    OURS,
+    f"diffusers ({REFERENCE})",
+    "faster than diffusers by",
+    "faster than the fastest other by",
+    "parity, dB",
+]
+TITLE = "one picture, end to end: median and p10-p90 (* is another picture)"
+Result = Mapping[str, Any]
+Side = Mapping[str, Any]
+
+
+def rows(records: Sequence[Record]) -> list[list[str]]:
+    """The table, with its head."""
+    table = [HEAD]
+    for result in _results(records):
+        table.append(_row(_label(result["case"]), "picture", result))
+        if len(result["sides"][0]["seconds"].get("cold_start", ())) >= COLD_ROUNDS:
+            table.append(_row(f"{result['case']['model']}, cold start to first picture", "cold_start", result))
+    return table
+
+
+def svg(records: Sequence[Record]) -> str:
+    """The plot: a group of bars for each case whose speed may be quoted; empty where there is none."""
+    shown = [result for result in _results(records) if result["sides"][0]["quotable"]]
+    names = dict.fromkeys(side["name"] for result in shown for side in _with(result, "picture"))
+    colours = {name: colour for colour, name in enumerate(names)}
+    groups = [
+        (_label(result["case"]), [_bar(side, colours[side["name"]]) for side in _with(result, "picture")])
+        for result in shown
+    ]
+    return bars(TITLE, groups) if groups else ""
+
+
+def note(records: Sequence[Record]) -> str:
+    """The machines and the days of the records, in one line."""
+    machines = [record["machine"] for record in records]
+    places = [f"{m['cpu']}, {m['cores']} cores, {m['memory_bytes'] / 1e9:.0f} GB" for m in machines]
+    places += [record["gpu"]["name"] for record in records if record["gpu"]]
+    days = sorted({record["created"][:10] for record in records})
+    return "; ".join([*dict.fromkeys(places), *days])
+
+
+def _results(records: Sequence[Record]) -> list[Result]:
+    return [result for record in records for result in record["results"]]
+
+
+def _label(case: Mapping[str, Any]) -> str:
+    """A case in words; what is everybody's default is left out."""
+    words = [f"{case['model']} {case['width']}x{case['height']}", f"{case['steps']} step{'s' * (case['steps'] > 1)}"]
+    if case["batch"] > 1:
+        words.append(f"{case['batch']} images")
+    if case["precision"] not in ("auto", "float32", "fp32"):
+        words.append(case["precision"])
+    if case["memory"] != "fast":
+        words.append(f"{case['memory']} memory")
+    return ", ".join(words)
+
+
+def _with(result: Result, part: str) -> list[Side]:
+    """The sides of a result that were measured in this part."""
+    return [side for side in result["sides"] if side["failed"] is None and part in side["seconds"]]
+
+
+def _row(label: str, part: str, result: Result) -> list[str]:
+    measured = _with(result, part)
+    if not measured or measured[0]["name"] != OURS:
+        return [label, *["-"] * (len(HEAD) - 1)]
+    ours, others = measured[0], measured[1:]
+    base = next((side for side in others if side["name"] == REFERENCE), None)
+    rivals = [side for side in others if side["name"] != REFERENCE and side["quotable"]]
+    fastest = min(rivals, key=lambda side: summary(side["seconds"][part]).median, default=None)
+    parity = ours["parity"]["picture_db"]
+    return [
+        label,
+        _time(ours, part),
+        "-" if base is None else _time(base, part),
+        "-" if base is None else _ratio(ours, base, part),
+        "-" if fastest is None else f"{fastest['name']} {_ratio(ours, fastest, part)}",
+        "-" if parity is None else f"{parity:.1f}",
+    ]
+
+
+def _ratio(ours: Side, other: Side, part: str) -> str:
+    return str(paired_ratio(other["seconds"][part], ours["seconds"][part])) if ours["quotable"] else "not quoted"
+
+
+def _time(side: Side, part: str) -> str:
+    return _text(summary(side["seconds"][part]).median)
+
+
+def _text(seconds: float) -> str:
+    return f"{1e3 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def _bar(side: Side, colour: int) -> Bar:
+    times = summary(side["seconds"]["picture"])
+    mark = "" if side["quotable"] else " *"
+    return Bar(side["name"] + mark, _text(times.median), times.median, times.p10, times.p90, colour)
