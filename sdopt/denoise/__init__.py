@@ -1,6 +1,9 @@
 """The denoising loop.
 
-start  the sample that the loop begins with: noise, a picture, a masked picture
-model  the UNet with guidance
-loop   the steps, on the host or on a device
+start    the sample that the loop begins with: noise, a picture, a masked picture
+model    the seam to the network, and what wraps it: guidance, further channels
+program  what each call launches, chosen before the loop begins
+board    the named tensors of a request, on the host or on a device
+loop     one loop for every engine
+batch    requests at different steps, in the same calls of the network
 """

@@ -1,6 +1,6 @@
 """A step is a program: the launches of every call of a request, chosen before the loop begins.
 
-    program = compile_program(plan, canvas, guided=True, joins=False)
+    program = compile_program(plan, canvas, guided=True)
     program.launches[k]      [Predict, Advance]            on the host: the UNet, then the sampler's row in NumPy
                              [Fused("unet_step")]          on a device: one engine that does both
                              [..., Restore]                and a mask puts back what it keeps
