@@ -19,6 +19,7 @@ import sdopt
 from sdopt import graph
 from sdopt.build.checks import size_warning
 from sdopt.build.derive import derive
+from sdopt.build.lock import one_builder
 from sdopt.build.options import Options, exceptions, part_options
 from sdopt.build.plan import build
 from sdopt.build.recipe import Part, part_profile, read_recipe, user_profiles
@@ -360,25 +361,30 @@ def test_a_damaged_engine_is_built_again(bundle: Bundle) -> None:
     assert (folder / "graph.onnx.data").stat().st_size
 
 
-def _build_slowly(path: Path, told: Any) -> None:
+def _build_and_tell(path: Path, told: Any) -> None:
     build(Bundle.open(path, verify=False), "ort", components=["vae_encoder"], report=told.put)
+    told.put("done")
 
 
 def test_two_processes_build_an_engine_once(bundle: Bundle) -> None:
+    (folder,) = build(bundle, "ort", components=["vae_encoder"], report=lambda line: None)
+    shutil.rmtree(folder)
     context = multiprocessing.get_context("spawn")
     told = context.Queue()
-    processes = [context.Process(target=_build_slowly, args=(bundle.path, told)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    lines = [told.get(timeout=120) for _ in range(2)]
+    processes = [context.Process(target=_build_and_tell, args=(bundle.path, told)) for _ in range(2)]
+    with one_builder(folder, pytest.fail):
+        for process in processes:
+            process.start()
+        waiting = [told.get(timeout=120) for _ in processes]
+        assert waiting == [f"{folder.name}: another process is building it; waiting"] * 2
+    lines: list[str] = []
+    while lines.count("done") < 2:
+        lines.append(told.get(timeout=120))
     for process in processes:
         process.join(120)
         assert process.exitcode == 0
-    while not told.empty():
-        lines.append(told.get())
-    assert sum("already built" in line for line in lines) == 1
-    assert len(stored(bundle, "ort")) == 1
-    assert not list((bundle.path / "engines").glob(".*tmp*"))
+    assert lines.count(f"vae_encoder: already built, {folder}") == 1
+    assert [path.name for path in (bundle.path / "engines").iterdir()] == [folder.name]
 
 
 def test_a_build_that_fails_leaves_nothing(bundle: Bundle) -> None:
