@@ -31,9 +31,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from models import CACHE
 
 from sdopt.bench.machine import machine
-from sdopt.bench.record import replace_text
 from sdopt.build.options import Options
 from sdopt.build.plan import build
+from sdopt.bundle.disk import write_whole
 from sdopt.bundle.files import Bundle
 from sdopt.engine.plans import PLAN, stored
 from sdopt.errors import SdoptError
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         entry = {**asdict(case), **in_own_process(case, args)}
         failures += "error" in entry
         found["builds"] = [b for b in found["builds"] if b is not known] + [entry]
-        replace_text(args.output, json.dumps(found, indent=1) + "\n")
+        write_whole(args.output, json.dumps(found, indent=1) + "\n")
         print(json.dumps(entry))
     return 1 if failures else 0
 

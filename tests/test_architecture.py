@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 ARROWS = {
     "errors": "",
     "bundle": "errors",
-    "metrics": "bundle",
+    "metrics": "bundle errors",
     "engine": "bundle errors",
     "graph": "bundle errors",
     "samplers": "bundle errors",

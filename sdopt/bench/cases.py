@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import json
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from sdopt.bundle.disk import parse_json, parse_toml
 from sdopt.bundle.files import Bundle
 from sdopt.errors import UsageError, choices
 
@@ -121,7 +119,7 @@ def read_cases(path: Path) -> dict[str, Case]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        tables: Any = json.loads(text) if path.suffix == ".json" else _toml(text)
+        tables: Any = parse_json(text) if path.suffix == ".json" else parse_toml(text)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: no cases can be read from it: {error}") from error
     if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in cast(dict[str, Any], tables).values()):
@@ -138,13 +136,3 @@ def pick(cases: Mapping[str, Case], names: list[str]) -> list[Case]:
         if name not in cases:
             raise UsageError(f"case {name!r} is not known; there are {choices(name, cases)}")
     return [cases[name] for name in names]
-
-
-def _toml(text: str) -> Any:
-    try:
-        reader: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    except ImportError as error:
-        raise UsageError(
-            "TOML needs Python 3.11; on 3.10 pip install tomli, or give the cases as a .json file of the same shape"
-        ) from error
-    return reader.loads(text)

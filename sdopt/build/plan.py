@@ -26,9 +26,9 @@ from sdopt.build.recipe import Part, Recipe, part_profile, read_recipe, user_pro
 from sdopt.build.target import Target
 from sdopt.build.trt_build import Builder, Progress, check_options
 from sdopt.build.trt_types import half_products, inspected, types_of
+from sdopt.bundle.disk import user_folder
 from sdopt.bundle.files import Bundle, new_folder
 from sdopt.bundle.specs import Profile
-from sdopt.bundle.stamps import user_folder
 from sdopt.engine.cuda import bytes_text
 from sdopt.engine.device import shared_device
 from sdopt.engine.plans import (

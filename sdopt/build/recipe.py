@@ -6,16 +6,15 @@ unet     batch=1:1:4 latent_height=64:64:96 latent_width=64 tokens=77
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
+from sdopt.bundle.disk import parse_toml
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.specs import Profile, Range, TensorSpec, short
-from sdopt.errors import BackendError, UsageError, choices
+from sdopt.errors import UsageError, choices
 
 HOMES = (Path(__file__).parent.parent / "recipe.toml", Path(__file__).parents[2] / "engines/recipe.toml")
 NAMES = ("batch", "height", "width", "tokens")
@@ -75,12 +74,11 @@ def read_recipe(path: Path | None = None) -> Recipe:
     Raises: UsageError for a file that is no recipe.
     """
     path = path or next((home for home in HOMES if home.is_file()), HOMES[0])
-    toml = _toml()
     try:
-        entry = cast(dict[str, Any], toml.loads(path.read_text(encoding="utf-8")))
+        entry = cast(dict[str, Any], parse_toml(path.read_text(encoding="utf-8")))
         parts = {name: _part(name, part) for name, part in entry["engine"].items()}
         return Recipe(Profile.parse(entry["profile"]), parts)
-    except (OSError, KeyError, TypeError, AttributeError, toml.TOMLDecodeError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise UsageError(f"{path} is not a recipe ({error!r}); see engines/recipe.toml of sdopt") from error
 
 
@@ -100,13 +98,6 @@ def _part(name: str, entry: Mapping[str, Any]) -> Part:
             words = choices(str(given), filter(None, allowed))
             raise UsageError(f"recipe, engine {name}: {field} = {given!r}; allowed are {words}, or leave it out")
     return Part(name=name, **values)
-
-
-def _toml() -> Any:
-    try:
-        return importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    except ImportError as error:
-        raise BackendError(f"{error}; on Python 3.10 the builder needs it: pip install tomli") from error
 
 
 def user_profiles(bundle: Bundle, recipe: Recipe, texts: Sequence[str], static: bool) -> tuple[Profile, ...]:

@@ -28,6 +28,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from sdopt.bundle.decode import DecodeError
+from sdopt.bundle.disk import parse_json
 from sdopt.bundle.format import FORMAT_VERSION, File, Manifest, Parity, decode_manifest, to_json
 from sdopt.bundle.specs import TensorSpec
 from sdopt.bundle.stamps import known_sha256, sha256
@@ -128,8 +129,8 @@ def read_manifest(folder: Path) -> Manifest:
     if path.is_symlink() or path.stat().st_size > MAX_MANIFEST_BYTES:
         raise BundleError(f"{path} is a link or larger than {MAX_MANIFEST_BYTES} bytes; refusing to read it")
     try:
-        entry: Any = json.loads(path.read_bytes(), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        entry: Any = parse_json(path.read_bytes())
+    except ValueError as error:
         raise BundleError(f"{path} is not valid JSON: {error}") from error
     if isinstance(entry, dict):
         _check_version(folder, cast("dict[str, Any]", entry).get("format_version"))
@@ -150,17 +151,6 @@ def _check_version(folder: Path, version: Any) -> None:
 
 def _export_again(folder: Path) -> str:
     return f"export it again: `sdopt export CHECKPOINT -o {folder} --force`"
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        raise ValueError("a key is given twice")
-    return entries
-
-
-def _no_constant(text: str) -> float:
-    raise ValueError(f"{text} is not a number")
 
 
 def _check_file(folder: Path, name: str, entry: File) -> None:

@@ -11,28 +11,14 @@ import hashlib
 import json
 import os
 import time
-import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sdopt.bundle.disk import user_folder, write_cached
 from sdopt.errors import BackendError
 
 FRESH_NS = 2_000_000_000  # some file systems note times in steps of two seconds
-
-
-def user_folder(variable: str, below_home: str) -> Path:
-    """This user's folder of state or cache, as the XDG base directories name it.
-
-    Raises: BackendError where this user has none: no home folder, and no variable that names another.
-    """
-    base = os.environ.get(variable) or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
-    try:
-        return (Path(base) if base else Path.home() / below_home) / "sdopt"
-    except RuntimeError as error:
-        raise BackendError(
-            f"this user has no home folder ({error}): set HOME, or {variable}, to a folder that can be written"
-        ) from error
 
 
 def sha256(path: Path) -> str:
@@ -87,19 +73,4 @@ def _stamp(path: Path) -> Path | None:
 def _write(stamp: Path, entry: dict[str, Any]) -> None:
     """A stamp that cannot be written costs time at the next start, and nothing else."""
     with suppress(OSError):
-        write_whole(stamp, json.dumps(entry).encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file of a cache by one rename, whoever else writes it meanwhile; its folder is made.
-
-    Raises: OSError, and nothing half-written stays.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        write_cached(stamp, json.dumps(entry).encode())

@@ -43,7 +43,6 @@ def findings() -> dict[str, Any]:
 
     A backend that is not installed has `install`, one that cannot be used `broken`, one that lacks something `lacks`.
     """
-    import os
     import platform
 
     from sdopt import __version__
@@ -58,7 +57,7 @@ def findings() -> dict[str, Any]:
         "sdopt": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cores": usable_cores() or os.cpu_count(),
+        "cores": usable_cores(),
         "embedded_model": embedded().is_dir(),
         "cache": _cache(),
         "backends": backends,

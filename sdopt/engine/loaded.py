@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sdopt.bundle.stamps import user_folder, write_whole
+from sdopt.bundle.disk import user_folder, write_cached
 from sdopt.engine.cuda import OutOfMemoryError
 from sdopt.engine.device import Device
 from sdopt.engine.lane import Lane
@@ -167,7 +167,7 @@ class Compiled:
             return
         self._kept = blob
         with suppress(OSError):
-            write_whole(self._path, blob)
+            write_cached(self._path, blob)
 
 
 def _compiled_path(record: Record, device: Device) -> Path | None:

@@ -11,11 +11,11 @@ from typing import Any, cast
 import numpy as np
 import onnxruntime
 
+from sdopt.bundle.disk import user_folder
 from sdopt.bundle.files import Bundle, Component
 from sdopt.bundle.specs import Array, TensorSpec, check_begin, check_inputs
-from sdopt.bundle.stamps import user_folder
 from sdopt.engine import How, cache
-from sdopt.engine.cores import usable_cores
+from sdopt.engine.cores import thread_limit
 from sdopt.engine.cuda import sees_gpu
 from sdopt.engine.plans import GRAPH, built_components, usable
 from sdopt.errors import BackendError, BundleError, UsageError
@@ -274,7 +274,7 @@ def _session(
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads or usable_cores()
+    options.intra_op_num_threads = threads or thread_limit()
     # Else the threads of the component that ran last go on spinning, and take the cores from the one that runs next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # A plan for all tensors of a call comes with its second run, beside what the first one took, and saves no time.

@@ -25,9 +25,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+from sdopt.bundle.disk import user_folder
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.specs import Profile, TensorSpec, short
-from sdopt.bundle.stamps import known_sha256, sha256, user_folder
+from sdopt.bundle.stamps import known_sha256, sha256
 from sdopt.errors import BackendError, BundleError
 
 RECORD = "record.json"

@@ -132,7 +132,8 @@ def _floats(name: str, entry: Mapping[str, Any]) -> Float32:
     dtype = entry["dtype"]
     if dtype not in STORED:
         raise ValueError(f"{name} is {dtype}; read are {', '.join(STORED)}")
-    array: Array = np.frombuffer(entry["data"], STORED[dtype]).reshape(entry["shape"])
+    shape: list[int] = entry["shape"]
+    array = np.frombuffer(entry["data"], np.dtype(STORED[dtype])).reshape(shape)
     if dtype == "BF16":
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float32)
