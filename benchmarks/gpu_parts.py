@@ -119,7 +119,7 @@ def _engines(folder: Path, library: str) -> Result:
     records = [entry.record for entry in stored(Bundle.open(folder, verify=False), library)]
     return {
         record.component: {
-            "bytes": sum(file["bytes"] for file in record.files.values()),
+            "bytes": sum(file.bytes for file in record.files.values()),
             "precision": record.options["precision"],
             "profiles": [str(profile) for profile in record.profiles],
             "environment": dict(record.environment),

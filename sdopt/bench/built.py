@@ -91,7 +91,7 @@ class BuiltSide(SdoptSide):
         engine = self._pipe.engine(name)
         gpu = getattr(engine, "device", None)
         self.note += f"; on {gpu.cuda.gpu.name}" if gpu is not None else ""
-        self.engine_bytes = {n: sum(f["bytes"] for f in r.files.values()) for n, r in records.items()}
+        self.engine_bytes = {n: sum(file.bytes for file in r.files.values()) for n, r in records.items()}
         self._noted, self._plain = Noted(engine), self._pipe
         how: dict[str, Any] = {"precision": precision_for(case), "threads": threads}
         self._pipe = Pipeline(EnginePool(self.bundle, case.backend, **how, given={self.step_name: self._noted}))

@@ -7,75 +7,108 @@ the parity beside it is refused.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 from sdopt.bench.cases import Case
 from sdopt.bench.sides import OURS
-from sdopt.bundle.disk import write_whole
+from sdopt.bundle.decode import DecodeError, Json, Lines, Rule, decode, one_of
+from sdopt.bundle.disk import parse_json, write_whole
 from sdopt.errors import UsageError
 
 SCHEMA = 1
 MAX_BYTES = 64 << 20
 
 
+Seconds = Annotated[
+    tuple[Annotated[float, Rule("a number above 0", lambda value: value > 0)], ...],
+    Rule("a list of one timing or more", lambda value: len(value) > 0),
+]
+
+
 @dataclass(frozen=True)
-class Maybe:
-    """A shape, or null."""
+class Parity:
+    """How near a side's outputs are to those of eager PyTorch in fp32; None: they cannot be compared."""
 
-    shape: Any
+    picture_db: float | None
+    unet_db: float | None
 
 
 @dataclass(frozen=True)
-class Map:
-    """An object with any keys, whose values are of one shape."""
+class Memory:
+    """Bytes; None: not measured."""
 
-    shape: Any
+    peak_rss_bytes: int | None
+    peak_device_bytes: int | None
+    engine_bytes: Mapping[str, int]
 
 
-# A shape is a type, a list of one shape, an object with exactly these keys, or one of the two above.
-SIDE: dict[str, Any] = {
-    "name": str,
-    "kind": str,  # sdopt, diffusers or peer
-    "backend": str,
-    "precision": str,
-    "note": str,
-    "versions": Map(str),
-    "failed": Maybe(str),  # why there are no timings
-    "parity": {"picture_db": Maybe(float), "unet_db": Maybe(float)},  # against eager-float32; null: cannot be compared
-    "quotable": bool,  # all that can be compared is above the case's floors, and the picture can
-    "seconds": Map([float]),  # by component, round by round
-    "parts": Map([float]),  # "unet.device": by CUDA events; "cold_start.import": of the whole
-    "memory": {"peak_rss_bytes": Maybe(int), "peak_device_bytes": Maybe(int), "engine_bytes": Map(int)},
-}
-RESULT: dict[str, Any] = {
-    "case": Map((str, int, float)),
-    "bundle": {"digest": str, "family": str},
-    "threads": int,
-    "device": str,
-    "sides": [SIDE],
-}
-RECORD: dict[str, Any] = {
-    "schema": int,
-    "created": str,
-    "command": str,
-    "commit": Maybe(str),
-    "machine": {
-        "cpu": str,
-        "cores": int,
-        "memory_bytes": int,
-        "system": str,
-        "release": str,
-        "architecture": str,
-        "load_before": float,
-    },
-    "gpu": Maybe(Map(str)),
-    "versions": Map(str),
-    "results": [RESULT],
-}
+@dataclass(frozen=True)
+class SideEntry:
+    """What was measured of one side."""
+
+    name: str
+    kind: Annotated[str, one_of("sdopt", "diffusers", "peer", "")]
+    backend: str
+    precision: str
+    note: Lines
+    versions: Mapping[str, str]
+    failed: Lines | None  # why there are no timings
+    parity: Parity
+    quotable: bool  # all that can be compared is above the case's floors, and the picture can
+    seconds: Mapping[str, Seconds]  # by component, round by round
+    parts: Mapping[str, Seconds]  # "unet.device": by CUDA events; "cold_start.import": of the whole
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class BundleEntry:
+    """Which bundle it was."""
+
+    digest: str
+    family: str
+
+
+@dataclass(frozen=True)
+class ResultEntry:
+    """One case on every side."""
+
+    case: Mapping[str, Json]
+    bundle: BundleEntry
+    threads: int
+    device: str
+    sides: tuple[SideEntry, ...]
+
+
+@dataclass(frozen=True)
+class MachineEntry:
+    """The machine, as `sdopt.bench.machine` tells."""
+
+    cpu: str
+    cores: int
+    memory_bytes: int
+    system: str
+    release: str
+    architecture: str
+    load_before: float
+
+
+@dataclass(frozen=True)
+class RecordFile:
+    """All of the file."""
+
+    schema: int
+    created: str
+    command: Lines
+    commit: str | None
+    machine: MachineEntry
+    gpu: Mapping[str, str] | None
+    versions: Mapping[str, str]
+    results: tuple[ResultEntry, ...]
+
+
 Record = Mapping[str, Any]
 
 
@@ -93,55 +126,20 @@ def check(record: Any) -> Record:
     schema = cast(dict[str, Any], record).get("schema") if isinstance(record, dict) else None
     if schema != SCHEMA:
         raise UsageError(f"schema {schema!r}; this sdopt reads records of schema {SCHEMA}. Measure again.")
-    _check(record, RECORD, "record")
-    checked = cast(Record, record)
-    for i, result in enumerate(cast(list[Record], checked["results"])):
-        case = Case.from_json(result["case"])
-        sides: list[Record] = result["sides"]
-        names = [side["name"] for side in sides]
+    try:
+        file: RecordFile = decode(RecordFile, record, "record")
+    except DecodeError as error:
+        raise UsageError(str(error)) from error
+    for i, result in enumerate(file.results):
+        case = Case.from_json(result.case, f"record.results[{i}].case")
+        names = [side.name for side in result.sides]
         if names[:1] != [OURS] or len(set(names)) != len(names):
             raise UsageError(f"record.results[{i}]: its sides are {names}; sdopt comes first, and each once")
-        for side in sides:
-            where = f"record.results[{i}], side {side['name']}"
-            series: list[list[float]] = [*side["seconds"].values(), *side["parts"].values()]
-            if not all(taken and min(taken) > 0 for taken in series):
-                raise UsageError(f"{where}: a timing is not positive, or a component has none")
-            if side["quotable"] != (side["failed"] is None and quotable(side["parity"], case)):
-                raise UsageError(f"{where}: quotable is {side['quotable']}, its parity {side['parity']} says otherwise")
-    return checked
-
-
-def _check(value: Any, shape: Any, where: str) -> None:
-    if isinstance(shape, Maybe):
-        if value is not None:
-            _check(value, shape.shape, where)
-    elif isinstance(shape, Map):
-        _expect(isinstance(value, dict), where, "an object", value)
-        for key, entry in value.items():
-            _check(entry, shape.shape, f"{where}.{key}")
-    elif isinstance(shape, dict):
-        keys = cast(dict[str, Any], shape)
-        _expect(isinstance(value, dict), where, "an object", value)
-        _expect(set(value) == set(keys), where, f"an object with {', '.join(sorted(keys))}", sorted(value))
-        for key, inner in keys.items():
-            _check(value[key], inner, f"{where}.{key}")
-    elif isinstance(shape, list):
-        _expect(isinstance(value, list), where, "a list", value)
-        for i, entry in enumerate(value):
-            _check(entry, cast(Sequence[Any], shape)[0], f"{where}[{i}]")
-    else:
-        kinds = (int, float) if shape is float else shape
-        _expect(isinstance(value, kinds) and isinstance(value, bool) == (shape is bool), where, _names(kinds), value)
-        _expect(not isinstance(value, float) or math.isfinite(value), where, "a finite number", value)
-
-
-def _expect(right: bool, where: str, wanted: str, value: Any) -> None:
-    if not right:
-        raise UsageError(f"{where} is {str(value)[:80]!r}; it has to be {wanted}")
-
-
-def _names(kinds: Any) -> str:
-    return " or ".join(k.__name__ for k in cast("tuple[type, ...]", kinds if isinstance(kinds, tuple) else (kinds,)))
+        for side in result.sides:
+            if side.quotable != (side.failed is None and quotable(vars(side.parity), case)):
+                where = f"record.results[{i}], side {side.name}"
+                raise UsageError(f"{where}: quotable is {side.quotable}, its parity {side.parity} says otherwise")
+    return cast(Record, record)
 
 
 def read(path: Path) -> Record:
@@ -152,8 +150,8 @@ def read(path: Path) -> Record:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"larger than {MAX_BYTES} bytes")
-        record = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        record = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path}: no record of a benchmark: {error}") from error
     try:
         return check(record)

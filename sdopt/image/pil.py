@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from sdopt.bundle.disk import write_whole
+from sdopt.bundle.disk import parse_json, write_whole
 from sdopt.bundle.specs import Array, Float32
 from sdopt.errors import UsageError
 
@@ -221,7 +221,10 @@ def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
             text = image.info.get("sdopt")
         if not isinstance(text, str) or len(text) > MAX_CHUNK_BYTES:
             raise ValueError("no 'sdopt' text in it")
-        return dict(json.loads(text))
+        parameters = parse_json(text)
+        if not isinstance(parameters, dict):
+            raise ValueError("its 'sdopt' text is no object")
+        return cast(dict[str, Any], parameters)
     except (OSError, ValueError, SyntaxError) as error:
         raise UsageError(f"{path} does not tell how it was made ({error}); give a PNG that sdopt wrote") from error
 

@@ -91,6 +91,9 @@ def test_the_memory_of_a_process_is_its_own_and_not_its_parents(tmp_path: Path) 
     [
         ("sys.exit('it has no library')", "ended without an answer.\nit has no library"),
         ("def load(message): raise ValueError('no such model')", "ValueError: no such model"),
+        ("def load(message): return {'parts': {}}", "to 'load': answer.backend is missing; allowed is text"),
+        ("def load(message): return {'colour': 1}", "to 'load': answer.colour is unknown; answer has parts"),
+        ("def load(message): return [1]", "which is no object"),
     ],
 )
 def test_a_peer_that_fails_says_why(fault: str, message: str, tmp_path: Path) -> None:
