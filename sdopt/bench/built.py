@@ -82,7 +82,7 @@ class BuiltSide(SdoptSide):
         record = records.get(name)
         if record is not None:
             self.precision = str(record.options["precision"])
-            if case.precision != self.precision and not (case.precision == "float32" and self.precision == "fp32"):
+            if case.precision != self.precision:
                 raise BackendError(
                     f"case {case.name!r} is of {case.precision}, and {name} of {bundle} was built in "
                     f"{self.precision}: sdopt build {bundle} --backend {self._library} --precision {case.precision}"

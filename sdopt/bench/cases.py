@@ -12,9 +12,10 @@ from sdopt.bundle.decode import DecodeError, Lines, decode, one_of, within
 from sdopt.bundle.disk import parse_json, parse_toml
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.format import Positive
+from sdopt.bundle.precision import precision_word
 from sdopt.errors import UsageError, choices
 
-PRECISIONS = ("float32", "bf16", "fp16", "fp32")  # of sdopt's engines; the last two of those that are built
+PRECISIONS = ("fp32", "bf16", "fp16")  # of sdopt's engines
 MEMORY = ("fast", "low")
 # Precision -> floors in dB: (the picture, one call of the UNet); what a rounding costs decides them.
 # The emoji's engines, computed by `sdopt.build.rounded` on a processor, guidance 4: fp16 70.8 and 66.3 (the UNet's
@@ -23,12 +24,12 @@ MEMORY = ("fast", "low")
 # errors add like a random walk), a guidance of 7.5 in place of 4 makes them larger by at most 6 dB, and a loop lets
 # them grow. A defect (a lost bias, a wrong layout, an overflow) ends below 20 dB.
 # TF32 rounds what a product reads to the 11 bits of fp16 and nothing else, so fp16's floors hold for it.
-FLOORS = {"float32": (60.0, 80.0), "tf32": (45.0, 50.0), "fp16": (45.0, 50.0), "bf16": (27.0, 32.0)}
+FLOORS = {"fp32": (60.0, 80.0), "tf32": (45.0, 50.0), "fp16": (45.0, 50.0), "bf16": (27.0, 32.0)}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One picture to be made, and how near to PyTorch's in float32 it has to be for its speed to be quoted.
+    """One picture to be made, and how near to PyTorch's in fp32 it has to be for its speed to be quoted.
 
     Units: pixels; floors in dB, of the picture and of one call of the UNet: those of `FLOORS` where a file gives none.
     """
@@ -42,7 +43,7 @@ class Case:
     batch: Positive = 1
     prompt: Lines = "a red apple on a blue background"
     backend: str = "auto"
-    precision: Annotated[str, one_of(*PRECISIONS)] = "float32"
+    precision: Annotated[str, one_of(*PRECISIONS)] = "fp32"
     memory: Annotated[str, one_of(*MEMORY)] = "fast"
     picture_floor_db: float = 60.0
     unet_floor_db: float = 80.0
@@ -67,7 +68,7 @@ class Case:
         Raises: UsageError for a field that is missing, unknown or of the wrong type.
         """
         try:
-            case: Case = decode(Case, entry, where)
+            case: Case = decode(Case, _with_precision_word(entry), where)
         except DecodeError as error:
             raise UsageError(str(error)) from error
         given = {name: getattr(case, name) for name in ("picture_floor_db", "unet_floor_db") if name in entry}
@@ -81,14 +82,20 @@ class Case:
         return Case("default", model, d.width, d.height, d.num_inference_steps, d.guidance_scale)
 
 
+def _with_precision_word(entry: Any) -> Any:
+    """A case as it is written, its precision in the words of sdopt."""
+    if not isinstance(entry, dict) or "precision" not in entry:
+        return cast(Any, entry)
+    fields = cast("dict[str, Any]", entry)
+    return {**fields, "precision": precision_word(str(fields["precision"]))}
+
+
 def floors(backend: str, precision: str) -> tuple[float, float]:
     """The floors in dB of the picture and of one call of the UNet.
 
-    TensorRT's "fp32" is TF32 in convolutions and products, which it leaves on; other backends compute in float32.
+    TensorRT leaves TF32 on, so that its "fp32" is TF32 in convolutions and products; no other backend does.
     """
-    if precision == "fp32":
-        return FLOORS["tf32" if backend.startswith("tensorrt") else "float32"]
-    return FLOORS[precision]
+    return FLOORS["tf32" if precision == "fp32" and backend.startswith("tensorrt") else precision]
 
 
 def read_cases(path: Path) -> dict[str, Case]:

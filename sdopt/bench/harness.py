@@ -43,8 +43,7 @@ class Setup:
     cache: Path = Path("build-out/peers")
 
     def __post_init__(self) -> None:
-        for name in self.baselines:
-            Baseline.parse(name)
+        object.__setattr__(self, "baselines", [Baseline.parse(name).name for name in self.baselines])
         names = [OURS, *self.baselines, *self.peers]
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:

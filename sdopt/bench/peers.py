@@ -19,6 +19,7 @@ from sdopt.bench.protocol import Program
 from sdopt.bench.sides import Inputs
 from sdopt.bench.timing import Call, Sample
 from sdopt.bundle.decode import DecodeError, Lines, decode
+from sdopt.bundle.precision import precision_word
 from sdopt.errors import BackendError
 
 ROOT = Path(__file__).parents[2]  # of this very sdopt, whichever is in the working folder
@@ -85,7 +86,7 @@ class PeerSide:
         except BaseException:
             self._program.close()
             raise
-        self.backend, self.precision, self.note = loaded.backend, loaded.precision, loaded.note
+        self.backend, self.precision, self.note = loaded.backend, precision_word(loaded.precision), loaded.note
         self.takes_latents, self.half_level, self.versions = loaded.takes_latents, loaded.half_level, loaded.versions
         self._folder = tempfile.TemporaryDirectory(prefix="sdopt-bench-")
 

@@ -1,11 +1,12 @@
 """The JSON file of a run: machine, versions, and every single timing. What can be computed from it is not in it.
 
-It is read as strictly as it is written: schema 1 below, no key more or less, and a verdict that does not follow from
-the parity beside it is refused.
+It is read as strictly as it is written: the classes below, no key more or less, and a verdict that does not follow from
+the parity beside it is refused. Schema 1 had other words for precision; it is read as schema 2.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from sdopt.bench.cases import Case
 from sdopt.bench.sides import OURS
 from sdopt.bundle.decode import DecodeError, Json, Lines, Rule, decode, one_of
 from sdopt.bundle.disk import parse_json, write_whole
+from sdopt.bundle.precision import with_precision_words
 from sdopt.errors import UsageError
 
-SCHEMA = 1
+SCHEMA = 2
 MAX_BYTES = 64 << 20
 
 
@@ -154,9 +156,32 @@ def read(path: Path) -> Record:
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: no record of a benchmark: {error}") from error
     try:
-        return check(record)
+        return check(_upgraded(record))
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
+
+
+def _upgraded(record: Any) -> Any:
+    """A record of schema 1 as one of schema 2, in the places where a precision is named."""
+    if not isinstance(record, dict) or cast("dict[str, Any]", record).get("schema") != 1:
+        return cast(Any, record)
+    changed = copy.deepcopy(cast("dict[str, Any]", record))
+    for result in _objects(changed.get("results")):
+        _rename(result.get("case"), "precision")
+        for side in _objects(result.get("sides")):
+            _rename(side, "name", "precision")
+    return {**changed, "schema": SCHEMA}
+
+
+def _rename(entry: Any, *names: str) -> None:
+    for fields in _objects([entry]):
+        fields.update({name: with_precision_words(str(fields[name])) for name in names if name in fields})
+
+
+def _objects(entries: Any) -> list[dict[str, Any]]:
+    """The objects of a list; what is something else is refused when the record is checked."""
+    items = cast("list[Any]", entries) if isinstance(entries, list) else []
+    return [item for item in items if isinstance(item, dict)]
 
 
 def write(path: Path, record: Record) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from sdopt import __version__
 from sdopt.build.recipe import Part
 from sdopt.bundle.files import Bundle
-from sdopt.bundle.specs import short
+from sdopt.bundle.precision import precision_word
 from sdopt.errors import UsageError, choices
 
 PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": ""}  # what `half` calls them
@@ -32,7 +32,7 @@ class Options:
     weight_streaming: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "precision", short(self.precision))  # "float16" is "fp16" in an engine's key
+        object.__setattr__(self, "precision", precision_word(self.precision))
         if self.precision not in (AUTO, *PRECISIONS):
             raise UsageError(
                 f"precision {self.precision!r}; allowed are {choices(self.precision, [AUTO, *PRECISIONS])}"

@@ -14,7 +14,8 @@ from typing import Annotated, Any
 from sdopt.bundle.decode import Json, Rule, decode, integer, within
 from sdopt.bundle.disk import parse_toml
 from sdopt.bundle.files import Bundle
-from sdopt.bundle.specs import Name, Profile, Range, TensorSpec, short
+from sdopt.bundle.precision import precision_word
+from sdopt.bundle.specs import Name, Profile, Range, TensorSpec
 from sdopt.errors import UsageError, choices
 
 HOMES = (Path(__file__).parent.parent / "recipe.toml", Path(__file__).parents[2] / "engines/recipe.toml")
@@ -92,7 +93,7 @@ def read_recipe(path: Path | None = None) -> Recipe:
 def _part(name: str, entry: Mapping[str, Any]) -> Part:
     given = {**entry, "name": name}
     if isinstance(given.get("precision"), str):
-        given["precision"] = short(given["precision"])
+        given["precision"] = precision_word(given["precision"])
     return decode(Part, given, within("engine", name))
 
 

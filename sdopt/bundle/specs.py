@@ -17,7 +17,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
 Scalar = Any  # a Python float: NumPy keeps float32 * float in float32, its type stubs do not
 
-SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # precision in NumPy's words -> in `sdopt build`'s
 DTYPES = ("float32", "float16", "int32", "int64", "bool")
 Name = Annotated[str, matching(r"[A-Za-z_][A-Za-z0-9_.-]{0,99}", "a name of letters, digits, '_', '.' and '-'")]
 Length = Annotated[int, integer(1, 1 << 20)]
@@ -62,11 +61,6 @@ class TensorSpec:
     def sized(self, dims: Mapping[str, int]) -> tuple[int, ...]:
         """The shape where the named dimensions have these lengths."""
         return tuple(dims[d] if isinstance(d, str) else d for d in self.shape)
-
-
-def short(precision: str) -> str:
-    """The precision as `sdopt build` calls it, "fp16" for "float16"; another word as it is."""
-    return SHORT.get(precision, precision)
 
 
 def check_inputs(owner: str, specs: Sequence[TensorSpec], arrays: Mapping[str, Array]) -> dict[str, int]:

@@ -53,7 +53,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("bundle", type=Path, metavar="BUNDLE", help="what is measured")
     add("--baseline", type=Path, required=True, metavar="CHECKPOINT", help="the diffusers folder that it came from")
-    add("--baselines", type=names, metavar="NAMES", help="eager-float32,eager-bf16-nhwc,... (default: by the device)")
+    add("--baselines", type=names, metavar="NAMES", help="eager-fp32,eager-bf16-nhwc,... (default: by the device)")
     add("--peer", type=peer, action="append", default=[], metavar="NAME=COMMAND", help="see benchmarks/peers/README.md")
     add(
         "--case", action="append", default=[], metavar="NAME", help="of --cases (default: what the bundle makes itself)"

@@ -1,4 +1,4 @@
-"""OpenVINO: the fast engine on CPUs, in float32 or, where the processor multiplies it natively, in bfloat16."""
+"""OpenVINO: the fast engine on CPUs, in fp32 or, where the processor multiplies it natively, in bf16."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sdopt.engine import How, cache
 from sdopt.errors import BackendError, BundleError, UsageError
 
 ov = cast(Any, openvino)  # its bindings are not typed
-PRECISIONS = {"float32": "f32", "bf16": "bf16"}
+PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 DEVICES = {"cpu": "CPU", "gpu": "GPU"}
 
 
@@ -38,7 +38,7 @@ def _source(component: Component) -> dict[str, Any]:
 def describe(backend: str) -> dict[str, Any]:
     """Version, precisions and devices, for `sdopt doctor`."""
     devices = [name.lower() for name in ov.Core().available_devices]
-    precisions = [name for name in PRECISIONS if name == "float32" or native_bf16()]
+    precisions = [name for name in PRECISIONS if name == "fp32" or native_bf16()]
     return {"version": ov.__version__.partition("-")[0], "precisions": precisions, "devices": devices}
 
 
@@ -53,12 +53,12 @@ class OpenVinoEngine:
         component: Component,
         threads: int | None = None,
         device: str = "cpu",
-        precision: str = "float32",
+        precision: str = "fp32",
         kept: Path | None = None,
     ) -> None:
         self.name, self.inputs, self.outputs = component.name, component.inputs, component.outputs
         if precision == "bf16" and not native_bf16(device):
-            raise BackendError(f"precision bf16: {device} here does not compute in bfloat16 itself; use float32")
+            raise BackendError(f"precision bf16: {device} here does not compute in bf16 itself; use fp32")
         compiled = _compiled(component, _properties(threads, precision, kept), _device(device))
         _check_signature(component, compiled)
         self._request: Any = compiled.create_infer_request()
@@ -84,7 +84,7 @@ class OpenVinoEngine:
 
 
 def native_bf16(device: str = "cpu") -> bool:
-    """Whether the processor multiplies bfloat16 itself; elsewhere it only costs accuracy."""
+    """Whether the processor multiplies bf16 itself; elsewhere it only costs accuracy."""
     return "BF16" in ov.Core().get_property(_device(device), "OPTIMIZATION_CAPABILITIES")
 
 

@@ -124,7 +124,7 @@ def describe(backend: str) -> dict[str, Any]:
     """Version, precisions and devices, for `sdopt doctor`."""
     available: list[str] = ort.get_available_providers()
     devices = [device for device, (provider, _) in PROVIDERS.items() if provider in available]
-    return {"version": ort.__version__, "precisions": ["float32"], "devices": devices}
+    return {"version": ort.__version__, "precisions": ["fp32"], "devices": devices}
 
 
 class OrtEngine:

@@ -29,7 +29,7 @@ from sdopt.bundle.decode import Json, decode, encode
 from sdopt.bundle.disk import parse_json, user_folder
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.format import File
-from sdopt.bundle.specs import Profile, TensorSpec, short
+from sdopt.bundle.specs import Profile, TensorSpec
 from sdopt.bundle.stamps import known_sha256, sha256
 from sdopt.errors import BackendError, BundleError
 
@@ -172,7 +172,7 @@ def usable(
         raise NoEnginesError(f"{bundle.path} has no {backend} engines. Build them: {build}")
     build = f"{build} --component {component}"
     candidates = [s for s in every if s.record.component == component]
-    candidates = [s for s in candidates if s.precision == short(precision)] or candidates
+    candidates = [s for s in candidates if s.precision == precision] or candidates
     if not candidates:
         raise BackendError(f"{bundle.path} has no {backend} engine of {component}. Build it: {build}")
     allowed = [s for s in candidates if trust or s.ours]
@@ -207,7 +207,7 @@ def built_components(bundle: Bundle, backend: str, provider: str = "", precision
     `precision`: only engines in this one count.
     """
     found = [(s.record.component, s.precision) for s in _for_provider(stored(bundle, backend), provider)]
-    return {name: own for name, own in reversed(found) if short(precision) in ("", own)}
+    return {name: own for name, own in reversed(found) if precision in ("", own)}
 
 
 def _for_provider(found: list[Stored], provider: str) -> list[Stored]:

@@ -50,7 +50,7 @@ def test_a_case_survives_json(tmp_path: Path) -> None:
 def test_floors_are_those_of_the_precision_unless_they_are_given(changes: dict, floors: tuple[int, int]) -> None:
     case = Case.from_json({"name": "any", **FIELDS, **changes})
     assert (case.picture_floor_db, case.unet_floor_db) == floors
-    assert case.on(case.backend, "float32").unet_floor_db == 80
+    assert case.on("ort", "fp32").unet_floor_db == 80
 
 
 @pytest.mark.parametrize(

@@ -106,14 +106,14 @@ def test_a_program_that_is_not_there_is_named() -> None:
         Program(["no/such/python"])
 
 
-@pytest.mark.parametrize("name", ["eager", "eager-float64", "lazy-float32", "eager-bf16-nchw", ""])
+@pytest.mark.parametrize("name", ["eager", "eager-float64", "lazy-fp32", "eager-bf16-nchw", ""])
 def test_an_unknown_baseline_is_refused_with_what_there_is(name: str) -> None:
-    with pytest.raises(UsageError, match="it is eager or compile, then -float32, -bf16, -fp16"):
+    with pytest.raises(UsageError, match="it is eager or compile, then -fp32, -bf16, -fp16"):
         Baseline.parse(name)
 
 
 def test_a_baselines_name_is_how_it_runs() -> None:
-    assert Baseline.parse("compile-bf16-nhwc") == Baseline("compile-bf16-nhwc", True, "bfloat16", True)
+    assert Baseline.parse("compile-bf16-nhwc") == Baseline("compile-bf16-nhwc", True, "bf16", True)
 
 
 def test_a_peer_that_does_not_start_again_keeps_what_it_has(tmp_path: Path) -> None:
@@ -128,8 +128,8 @@ def test_a_peer_that_does_not_start_again_keeps_what_it_has(tmp_path: Path) -> N
 
 
 def test_a_compiled_side_is_not_started_cold_and_says_so() -> None:
-    entry = side("compile-float32", {"picture": [1.0]})
+    entry = side("compile-fp32", {"picture": [1.0]})
     assert not starts_cold(entry)
     assert "not started cold" in entry["note"]
-    assert starts_cold(side("eager-float32", {"picture": [1.0]}))
+    assert starts_cold(side("eager-fp32", {"picture": [1.0]}))
     assert not starts_cold(side("peer", {}, kind="peer", failed="it broke", quotable=False))

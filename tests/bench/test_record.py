@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 
 
 def complete() -> dict[str, Any]:
-    return record(side("sdopt", {"picture": steady(1.0)}), side("eager-float32", {"picture": steady(2.0)}))
+    return record(side("sdopt", {"picture": steady(1.0)}), side("eager-fp32", {"picture": steady(2.0)}))
 
 
 def test_a_record_survives_its_file(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def first(entry: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda r: r.update(schema=2), "schema 2; this sdopt reads records of schema 1"),
+        (lambda r: r.update(schema=3), "schema 3; this sdopt reads records of schema 2"),
         (lambda r: r.pop("schema"), "schema None"),
         (lambda r: r.update(extra=1), "record.extra is unknown; record has schema, created"),
         (lambda r: r["machine"].pop("cpu"), "record.machine"),
@@ -82,3 +82,16 @@ def test_the_records_that_are_kept_can_be_read() -> None:
     for path in (ROOT / "benchmarks/results").glob("*.json"):
         if path.name not in ("loop.json", "rtx-builds.json"):  # of other scripts, with no side to compare
             assert read(path)["results"]
+
+
+def test_a_record_of_schema_1_is_read_in_the_words_of_today(tmp_path: Path) -> None:
+    path, old = tmp_path / "one.json", {**complete(), "schema": 1}
+    old["results"][0]["case"]["precision"] = "float32"
+    for entry, name in zip(old["results"][0]["sides"], ("sdopt", "eager-float32"), strict=True):
+        entry.update(name=name, precision="float32")
+    path.write_text(json.dumps(old))
+    assert read(path) == complete()
+    old["results"][0]["sides"] = [7]
+    path.write_text(json.dumps(old))
+    with pytest.raises(UsageError, match=r"sides\[0\] is 7; allowed is an object"):
+        read(path)

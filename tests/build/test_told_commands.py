@@ -115,13 +115,13 @@ def test_half_graphs_do_not_replace_float32_on_a_cpu(bundle: Bundle) -> None:
     build(bundle, "ort", components=["unet_step"], options=Options(precision="fp16"), report=quiet)
     for how in ({}, {"precision": "float32"}, {"precision": "fp32"}):
         told, found = picture(**how)
-        assert told == own == "float32"
+        assert told == own == "fp32"
         np.testing.assert_array_equal(found, expected)
     told, found = picture(precision="float16")
-    assert told.startswith("fp16 (text_encoder float32")
+    assert told.startswith("fp16 (text_encoder fp32")
     assert np.abs(found - expected).max() > 0
     build(bundle, "ort", components=["unet_step"], options=EXACT, report=quiet)
-    assert picture()[0] == "float32"
+    assert picture()[0] == "fp32"
 
 
 def test_of_two_precisions_the_one_that_is_asked_for_is_used_and_told(
