@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import sys
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
     Raises: OSError, and no incomplete file stays.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)

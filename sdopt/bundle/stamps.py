@@ -34,19 +34,28 @@ def known_sha256(path: Path, paranoid: bool = False) -> str:
     """The hex digest of a file, from its stamp if there is one and the file is the same."""
     if paranoid:
         return sha256(path)
-    identity = _identity(path)
-    stamp = _stamp(path)
-    if stamp is not None:
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            kept = json.loads(stamp.read_bytes())
-            if kept["file"] == identity:
-                return str(kept["sha256"])
-    began = time.time_ns()
+    digest = stamped_sha256(path)
+    if digest is not None:
+        return digest
+    identity, began = _identity(path), time.time_ns()
     digest = sha256(path)
     changed = max(identity["mtime_ns"], identity["ctime_ns"])
+    stamp = _stamp(path)
     if stamp is not None and identity == _identity(path) and began - changed > FRESH_NS:
         _write(stamp, {"file": identity, "sha256": digest})
     return digest
+
+
+def stamped_sha256(path: Path) -> str | None:
+    """The hex digest that a stamp has for a file; None without a stamp, or where the file is another one by now."""
+    stamp = _stamp(path)
+    if stamp is None:
+        return None
+    try:
+        kept = json.loads(stamp.read_bytes())
+        return str(kept["sha256"]) if kept["file"] == _identity(path) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _identity(path: Path) -> dict[str, Any]:
