@@ -49,7 +49,7 @@ from sdopt.bundle.specs import Array
 from sdopt.engine import BACKENDS, describe, installed_backends, open_engine
 from sdopt.engine.cores import usable_cores
 from sdopt.engine.device import shared_device
-from sdopt.engine.plans import stored
+from sdopt.engine.store import stored
 from sdopt.errors import BackendError, SdoptError
 
 CAPTURABLE = "sdopt.engine.trt_api.Context.capturable"

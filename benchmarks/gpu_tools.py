@@ -29,8 +29,8 @@ from sdopt.bundle.files import Bundle
 from sdopt.bundle.specs import Array, Float32
 from sdopt.engine.cores import usable_cores
 from sdopt.engine.device import shared_device
-from sdopt.engine.plans import FOLDER
 from sdopt.engine.pool import EnginePool
+from sdopt.engine.store import FOLDER
 from sdopt.errors import BackendError
 from sdopt.image.pil import to_pil
 from sdopt.pipeline import Pipeline

@@ -25,8 +25,8 @@ from sdopt.denoise.loop import Step, fused_component, fused_steps, host_steps
 from sdopt.denoise.model import Denoiser
 from sdopt.denoise.start import begin
 from sdopt.engine import Engine
-from sdopt.engine.plans import NoEnginesError
 from sdopt.engine.pool import EnginePool
+from sdopt.engine.store import NoEnginesError
 from sdopt.errors import BackendError, UsageError, choices
 from sdopt.image import pil as pictures
 from sdopt.image import preview as previews

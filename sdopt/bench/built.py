@@ -27,8 +27,8 @@ from sdopt.bench.timing import Call, Sample, timed
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.specs import Array, Float32, Scalar, TensorSpec
 from sdopt.engine import Carrying, Engine, Run, built_components, choose_backend
-from sdopt.engine.plans import stored
 from sdopt.engine.pool import EnginePool
+from sdopt.engine.store import stored
 from sdopt.errors import BackendError, UsageError
 from sdopt.pipeline import Pipeline
 from sdopt.samplers.packed import SCALARS

@@ -18,7 +18,7 @@ from sdopt.errors import UsageError, choices
 PRECISIONS = ("fp32", "bf16", "fp16")  # of sdopt's engines
 MEMORY = ("fast", "low")
 # Precision -> floors in dB: (the picture, one call of the UNet); what a rounding costs decides them.
-# The emoji's engines, computed by `sdopt.build.rounded` on a processor, guidance 4: fp16 70.8 and 66.3 (the UNet's
+# The emoji's engines, computed by `sdopt.build.simulate` on a processor, guidance 4: fp16 70.8 and 66.3 (the UNet's
 # worst of three timesteps, after guidance), bf16 51.5 and 47.7: 18 dB lower, 6 for each of the 3 bits that it lacks.
 # The floors of fp16 lie 26 and 16 dB below: a UNet of Stable Diffusion rounds several times as often (about 5 dB, as
 # errors add like a random walk), a guidance of 7.5 in place of 4 makes them larger by at most 6 dB, and a loop lets

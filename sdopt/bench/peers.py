@@ -25,7 +25,7 @@ from sdopt.errors import BackendError
 ROOT = Path(__file__).parents[2]  # of this very sdopt, whichever is in the working folder
 CHILD = "import sys; sys.path.insert(0, {root!r}); from sdopt.bench.child import main; main({name!r})"
 T = TypeVar("T")
-Request = Mapping[str, Any]  # what `prepare` and `load` carry
+CaseMessage = Mapping[str, Any]  # what `prepare` and `load` carry
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class PeerSide:
     kind = "peer"
     engine_bytes: Mapping[str, int] = {}
 
-    def __init__(self, name: str, command: Sequence[str], request: Request) -> None:
+    def __init__(self, name: str, command: Sequence[str], request: CaseMessage) -> None:
         with Program(command) as converter:
             converter.ask(do="prepare", **request)
         self.name, self.command = name, command
@@ -108,7 +108,7 @@ def command_of(name: str, peers: Mapping[str, Sequence[str]]) -> list[str]:
     return list(peers[name]) if name in peers else [sys.executable, "-c", CHILD.format(root=str(ROOT), name=name)]
 
 
-def cold_start(command: Sequence[str], request: Request) -> tuple[Sample, int | None]:
+def cold_start(command: Sequence[str], request: CaseMessage) -> tuple[Sample, int | None]:
     """A fresh process up to its first picture, and the most memory it had resident (bytes).
 
     Parts: `start` (the interpreter), `import`, `load`, `picture`.

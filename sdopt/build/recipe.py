@@ -29,7 +29,7 @@ def _word(*words: str) -> Rule:
 
 
 @dataclass(frozen=True)
-class Part:
+class EngineSpec:
     """One engine of a recipe; `engines/recipe.toml` says what the fields mean."""
 
     name: Name
@@ -56,9 +56,9 @@ class Recipe:
     """The engines, and the profile where none is given."""
 
     profile: Profile
-    parts: Mapping[str, Part]
+    parts: Mapping[str, EngineSpec]
 
-    def chosen(self, bundle: Bundle, names: Sequence[str] | None) -> list[Part]:
+    def chosen(self, bundle: Bundle, names: Sequence[str] | None) -> list[EngineSpec]:
         """The engines that `names` ask for, or those that this bundle runs with.
 
         Raises: UsageError for a name that the recipe or the bundle does not have.
@@ -90,11 +90,11 @@ def read_recipe(path: Path | None = None) -> Recipe:
     return Recipe(file.profile, parts)
 
 
-def _part(name: str, entry: Mapping[str, Any]) -> Part:
+def _part(name: str, entry: Mapping[str, Any]) -> EngineSpec:
     given = {**entry, "name": name}
     if isinstance(given.get("precision"), str):
         given["precision"] = precision_word(given["precision"])
-    return decode(Part, given, within("engine", name))
+    return decode(EngineSpec, given, within("engine", name))
 
 
 def user_profiles(bundle: Bundle, recipe: Recipe, texts: Sequence[str], static: bool) -> tuple[Profile, ...]:
@@ -128,7 +128,7 @@ def user_profiles(bundle: Bundle, recipe: Recipe, texts: Sequence[str], static: 
     return tuple({str(profile): profile for profile in profiles}.values())
 
 
-def part_profile(bundle: Bundle, part: Part, inputs: Sequence[TensorSpec], profile: Profile) -> Profile:
+def part_profile(bundle: Bundle, part: EngineSpec, inputs: Sequence[TensorSpec], profile: Profile) -> Profile:
     """The ranges of the named dimensions of one engine's inputs."""
     factor = bundle.manifest.latents.factor
     batch, tokens = profile.ranges["batch"], profile.ranges["tokens"]

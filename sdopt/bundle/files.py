@@ -175,8 +175,11 @@ def _check_hashes(folder: Path, files: Mapping[str, File], paranoid: bool) -> No
     if unknown:
         from concurrent.futures import ThreadPoolExecutor  # late: a bundle that has not changed needs none
 
+        def hashed(name: str) -> str:
+            return known_sha256(folder / name, paranoid)
+
         with ThreadPoolExecutor(max_workers=4) as pool:
-            digests |= zip(unknown, pool.map(lambda name: known_sha256(folder / name, paranoid), unknown), strict=True)
+            digests |= zip(unknown, pool.map(hashed, unknown), strict=True)
     for name, entry in files.items():
         if digests[name] != entry.sha256:
             raise BundleError(

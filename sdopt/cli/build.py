@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        from sdopt.build.plan import Options, build
+        from sdopt.build.jobs import BuildOptions, build
         from sdopt.build.recipe import read_recipe
     except ImportError as error:
         raise BackendError(f"{error}; {EXTRA}") from error
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     _refuse_for_ort(args)
     if args.workspace is not None and args.workspace < 1 / 1024:
         raise UsageError(f"--workspace {args.workspace:g}; allowed are GiB from 0.001 on, e.g. --workspace 4")
-    options = Options(
+    options = BuildOptions(
         precision=args.precision,
         opt_level=args.opt_level,
         workspace=None if args.workspace is None else int(args.workspace * (1 << 30)),

@@ -21,7 +21,7 @@ from typing import Any, Protocol, runtime_checkable
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.precision import precision_word
 from sdopt.bundle.specs import Array, TensorSpec
-from sdopt.engine import plans
+from sdopt.engine import store
 from sdopt.errors import BackendError, UsageError, choices
 
 
@@ -73,7 +73,7 @@ class Carrying(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """One row of the table; `module` has `open_component(bundle, name, how)` and `describe(backend)`.
+    """One row of the table; `module` has `open_component(bundle, name, options)` and `describe(backend)`.
 
     Without `precisions` a backend runs engines that `sdopt build` made, in the precision that they were built in.
     """
@@ -85,7 +85,7 @@ class Backend:
 
 
 @dataclass(frozen=True)
-class How:
+class EngineOptions:
     """How a component is opened: the backend's name, device and precision, threads, and whose engines to trust.
 
     `cache`: keep what the library makes of the graph for the next process (see `sdopt.engine.cache`). `built`: the
@@ -158,7 +158,7 @@ def _is_built(bundle: Bundle | None, backend: str, precision: str) -> bool:
     name = backend.partition(":")[0]
     if bundle is None or name not in installed_backends():
         return False
-    return bool(plans.built_components(bundle, name, _provider(backend), precision))
+    return bool(store.built_components(bundle, name, _provider(backend), precision))
 
 
 def _not_in(backend: str, precision: str, bundle: Bundle | None) -> str:
@@ -168,7 +168,7 @@ def _not_in(backend: str, precision: str, bundle: Bundle | None) -> str:
     path = "BUNDLE" if bundle is None else shlex.quote(str(bundle.path))
     build = f"sdopt build {path} --backend {backend} --precision {precision}"
     if not entry.precisions:
-        there = () if bundle is None else sorted({*plans.built_components(bundle, name).values()})
+        there = () if bundle is None else sorted({*store.built_components(bundle, name).values()})
         told = f"there is {', '.join(there)}" if there else "there is none"
         return (
             f"precision {precision!r}: {backend} runs what was built, and in {precision} nothing is; {told}. "
@@ -224,7 +224,7 @@ def open_engine(
     """The engine of one component; `threads=None` takes what the machine gives to this process.
 
     In bf16, text encoders stay in fp32. `trust` also loads engines that somebody else built; for `cache` see
-    `How`.
+    `EngineOptions`.
     """
     if threads is not None and threads < 1:
         raise UsageError(f"threads = {threads}; allowed is 1 or more, or None for all that this process may use")
@@ -232,8 +232,8 @@ def open_engine(
     name, _, device = chosen.partition(":")
     module = _module(name)
     own = "fp32" if component in IN_FP32 else exact
-    how = How(name, device or None, own, threads, trust, cache, _wanted(chosen, precision))
-    engine: Engine = module.open_component(bundle, component, how)
+    options = EngineOptions(name, device or None, own, threads, trust, cache, _wanted(chosen, precision))
+    engine: Engine = module.open_component(bundle, component, options)
     return engine
 
 
@@ -245,8 +245,8 @@ def built_components(bundle: Bundle, backend: str, precision: str = "auto") -> d
     """
     name = backend.partition(":")[0]
     provider, wanted = _provider(backend), _wanted(backend, precision)
-    found = plans.built_components(bundle, name, provider, wanted)
-    return found if BACKENDS[name].precisions else {**plans.built_components(bundle, name, provider), **found}
+    found = store.built_components(bundle, name, provider, wanted)
+    return found if BACKENDS[name].precisions else {**store.built_components(bundle, name, provider), **found}
 
 
 def told_precision(bundle: Bundle, built: Mapping[str, str], own: str) -> str:

@@ -11,7 +11,7 @@ import openvino
 
 from sdopt.bundle.files import Bundle, Component
 from sdopt.bundle.specs import Array, check_inputs
-from sdopt.engine import How, cache
+from sdopt.engine import EngineOptions, cache
 from sdopt.errors import BackendError, BundleError, UsageError
 
 ov = cast(Any, openvino)  # its bindings are not typed
@@ -19,14 +19,14 @@ PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 DEVICES = {"cpu": "CPU", "gpu": "GPU"}
 
 
-def open_component(bundle: Bundle, name: str, how: How) -> OpenVinoEngine:
-    """The engine of component `name` on `how.device`, computing in `how.precision`."""
-    component, device = bundle.component(name), how.device or "cpu"
-    opened = partial(OpenVinoEngine, component, how.threads, device, how.precision)
-    if not how.cache or device != "cpu" or not cache.available():
+def open_component(bundle: Bundle, name: str, options: EngineOptions) -> OpenVinoEngine:
+    """The engine of component `name` on `options.device`, computing in `options.precision`."""
+    component, device = bundle.component(name), options.device or "cpu"
+    opened = partial(OpenVinoEngine, component, options.threads, device, options.precision)
+    if not options.cache or device != "cpu" or not cache.available():
         return opened()
-    options = {"openvino": ov.__version__, "precision": how.precision, "threads": how.threads, **_source(component)}
-    folder = cache.entry(bundle, component, "openvino", options)
+    made_from = {"openvino": ov.__version__, "precision": options.precision, "threads": options.threads}
+    folder = cache.entry(bundle, component, "openvino", {**made_from, **_source(component)})
     return cache.load(folder, 2 * bundle.nbytes(name), kept=opened, new=opened)
 
 

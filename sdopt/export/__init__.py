@@ -29,7 +29,7 @@ from sdopt.engine import choose_backend
 from sdopt.errors import CheckpointError
 from sdopt.export import components, families, parity, presets, preview, schedule, trace, weights
 from sdopt.export.source import Checkpoint, open_checkpoint
-from sdopt.graph.ort_ops import tailored
+from sdopt.graph.ort_ops import write_ort_graph
 
 HEADER = f"{'component':<14}{'seconds':>9}{'MB':>9}  {'weights':<8}{'parity dB':>10}{'max error':>11}"
 Report = Callable[[str], None]
@@ -128,7 +128,7 @@ def _component(
     weights.prove(part, graph)
     part = part.released()
     results = parity.measure(part, graph, references) if floor_db is not None else []
-    own = tailored(graph)
+    own = write_ort_graph(graph)
     theirs = parity.measure(part, own, references) if own is not None and floor_db is not None else []
     size = sum(p.stat().st_size for p in folder.glob(f"{part.name}.*")) / 1e6
     worst = min((r.psnr_db for r in (*results, *theirs)), default=None)

@@ -15,7 +15,7 @@ from sdopt import engine as engines
 from sdopt.bundle.files import Bundle, new_folder
 from sdopt.engine import BACKENDS, Engine, choose_backend, cuda, installed_backends, open_engine
 from sdopt.engine import ort as ort_engine
-from sdopt.engine.plans import Record, engines_folder, write_record
+from sdopt.engine.store import Record, engines_folder, write_record
 from sdopt.errors import BackendError, BundleError, UsageError
 from tests.conftest import EMOJI_BUNDLE, ROOT
 from tests.engine.contract import CONTRACT, unet_inputs

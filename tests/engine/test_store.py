@@ -11,8 +11,8 @@ import pytest
 
 from sdopt.bundle.files import Bundle, new_folder
 from sdopt.bundle.specs import Profile
-from sdopt.engine import plans
-from sdopt.engine.plans import RECORD, Record, built_components, engines_folder, stored, usable, write_record
+from sdopt.engine import store
+from sdopt.engine.store import RECORD, Record, built_components, engines_folder, stored, usable, write_record
 from sdopt.errors import BackendError, BundleError
 
 HERE = {"tensorrt": "10.13.3.9", "GPU": "Fake GPU", "driver": "CUDA 13"}
@@ -223,12 +223,12 @@ def test_an_engine_that_another_process_removes_meanwhile_is_passed_over(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone, kept = put(bundle), put(bundle, options={"precision": "fp32"})
-    read = plans._read  # pyright: ignore[reportPrivateUsage]
+    read = store._read  # pyright: ignore[reportPrivateUsage]
 
     def slow(path: Path) -> object:
         found = read(path)
         shutil.rmtree(gone, ignore_errors=True)
         return found
 
-    monkeypatch.setattr(plans, "_read", slow)
+    monkeypatch.setattr(store, "_read", slow)
     assert [s.folder for s in stored(bundle, "tensorrt")] == [kept]

@@ -74,7 +74,7 @@ class Record:
         return f"{self.component}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     @property
-    def again(self) -> str:
+    def rebuild_command(self) -> str:
         """The command that builds it again."""
         return self.building(self.asked)
 
@@ -107,12 +107,13 @@ class Stored:
     def checked(self, name: str) -> Path:
         """The path of one file of the engine, after its size and hash were found to be those of the record."""
         path, entry = self.folder / name, self.record.files.get(name)
+        rebuild = f"build it again: {self.record.rebuild_command}"
         if entry is None:
-            raise BackendError(f"{path} is not listed in its record; build it again: {self.record.again}")
+            raise BackendError(f"{path} is not listed in its record; {rebuild}")
         if path.is_symlink() or not path.is_file() or path.stat().st_size != entry.bytes:
-            raise BackendError(f"{path} is missing, truncated or a link; build it again: {self.record.again}")
+            raise BackendError(f"{path} is missing, truncated or a link; {rebuild}")
         if known_sha256(path, self.paranoid) != entry.sha256:
-            raise BackendError(f"{path} is damaged: its SHA-256 is another one; build it again: {self.record.again}")
+            raise BackendError(f"{path} is damaged: its SHA-256 is another one; {rebuild}")
         return path
 
 
@@ -185,7 +186,8 @@ def usable(
     fresh = [s for s, change in changes if not change]
     if not fresh:
         newest, change = changes[0]
-        raise BackendError(f"the {backend} engine of {component} is stale: {change}. Build it: {newest.record.again}")
+        rebuild = newest.record.rebuild_command
+        raise BackendError(f"the {backend} engine of {component} is stale: {change}. Build it: {rebuild}")
     return fresh
 
 
