@@ -32,7 +32,7 @@ class Part:
 
 STEP, REST = ("unet_step",), ("text_encoder", "vae_decoder")
 REST_XL, ALONE = (*REST, "text_encoder_2"), "unet_step_alone"
-TIMED = ("eager-float32", "eager-fp16", "eager-fp16-nhwc")
+TIMED = ("eager-fp32", "eager-fp16", "eager-fp16-nhwc")
 LADDER = (
     # the first minute: does it work at all, and is it right?
     Part("facts", "facts", "emoji", 5, 40),
@@ -65,18 +65,18 @@ LADDER = (
     Part("turbo-build", "build", "sdxl-turbo", 220, 480, needs=("turbo-weights",), components=(ALONE, *REST_XL)),
     Part("turbo-picture", "picture", "sdxl-turbo", 25, 90, needs=("turbo-build",)),
     Part("turbo-eager", "torch", "sdxl-turbo", 120, 300, env="torch", baselines=("eager-fp16-nhwc",)),
-    Part("sd15-ort", "ort", "sd15", 60, 180, env="torch", needs=("sd15-weights",), precision="float32",
+    Part("sd15-ort", "ort", "sd15", 60, 180, env="torch", needs=("sd15-weights",), precision="fp32",
          backend="ort:cuda"),
     Part("emoji-beside", "beside", "emoji", 60, 180, needs=("emoji-build",), baselines=TIMED),
     Part("sd15-beside", "beside", "sd15", 200, 600, needs=("sd15-build-step", "sd15-build-rest"), baselines=TIMED),
 )  # fmt: skip
 CPU = (  # what a machine without a GPU can do of it: the same code on other engines
     Part("facts", "facts", "emoji", 5, 60),
-    Part("emoji-ort", "ort", "emoji", 5, 120, precision="float32", backend="ort:cpu"),
-    Part("emoji-eager", "torch", "emoji", 10, 180, env="torch", backend="ort:cpu", precision="float32",
-         baselines=("eager-float32",)),
-    Part("emoji-beside", "beside", "emoji", 15, 240, env="torch", backend="ort:cpu", precision="float32",
-         baselines=("eager-float32",)),
+    Part("emoji-ort", "ort", "emoji", 5, 120, precision="fp32", backend="ort:cpu"),
+    Part("emoji-eager", "torch", "emoji", 10, 180, env="torch", backend="ort:cpu", precision="fp32",
+         baselines=("eager-fp32",)),
+    Part("emoji-beside", "beside", "emoji", 15, 240, env="torch", backend="ort:cpu", precision="fp32",
+         baselines=("eager-fp32",)),
 )  # fmt: skip
 QUICK = {"width": 64, "height": 64, "steps": 3}  # of the emoji model, with --smoke
 

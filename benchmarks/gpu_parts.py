@@ -47,8 +47,9 @@ from sdopt.bench.sides import Inputs, SdoptSide, latents_of
 from sdopt.bundle.files import Bundle, new_folder
 from sdopt.bundle.specs import Array
 from sdopt.engine import BACKENDS, describe, installed_backends, open_engine
+from sdopt.engine.cores import usable_cores
 from sdopt.engine.device import shared_device
-from sdopt.engine.plans import stored
+from sdopt.engine.store import stored
 from sdopt.errors import BackendError, SdoptError
 
 CAPTURABLE = "sdopt.engine.trt_api.Context.capturable"
@@ -118,7 +119,7 @@ def _engines(folder: Path, library: str) -> Result:
     records = [entry.record for entry in stored(Bundle.open(folder, verify=False), library)]
     return {
         record.component: {
-            "bytes": sum(file["bytes"] for file in record.files.values()),
+            "bytes": sum(file.bytes for file in record.files.values()),
             "precision": record.options["precision"],
             "profiles": [str(profile) for profile in record.profiles],
             "environment": dict(record.environment),
@@ -203,7 +204,7 @@ def vae(o: Options) -> Result:
 
 def ort(o: Options) -> Result:
     """ONNX Runtime on the bundle's own graphs."""
-    side = SdoptSide(o.case, o.source, machine.usable_cores())
+    side = SdoptSide(o.case, o.source, usable_cores())
     found: Result = {"device": (machine.gpu() or {}).get("name", o.case.backend), "weights": o.weights}
     try:
         calls = side.calls(random_inputs(side.bundle, o.case))
@@ -222,7 +223,7 @@ def torch(o: Options) -> Result:
     device = find_device("cpu" if o.case.backend == "ort:cpu" else "cuda")
     checkpoint = _checkpoint(o)
     started = time.perf_counter()
-    side = DiffusersSide(o.baselines[0], o.case, checkpoint, machine.usable_cores(), device)
+    side = DiffusersSide(o.baselines[0], o.case, checkpoint, usable_cores(), device)
     found: Result = {"load_seconds": time.perf_counter() - started, "note": side.note, "versions": versions()}
     try:
         latents = latents_of(o.case, Bundle.open(EMOJI / "bundle", verify=False))  # 4 channels, an eighth of the size
@@ -263,9 +264,7 @@ def beside(o: Options) -> Result:
     emoji = (EMOJI / "checkpoint", EMOJI / "bundle")
     checkpoint, bundle = emoji if o.case.model == "emoji" else models.prepared(o.case.model, o.models)
     bundle = bundle if on_cpu else prepared(o)
-    setup = Setup(
-        bundle, checkpoint, machine.usable_cores(), o.baselines, rounds=o.rounds, cold_rounds=0, device=device
-    )
+    setup = Setup(bundle, checkpoint, usable_cores(), o.baselines, rounds=o.rounds, cold_rounds=0, device=device)
     found = run_case(o.case, setup, lambda line: print(line, file=sys.stderr, flush=True))
     path = o.output / f"record-{o.part}.json"
     record.write(path, new_record("python benchmarks/gpu.py", [found]))

@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 
 from sdopt import metrics as likeness
-from sdopt.bench import machine
 from sdopt.bench.built import BuiltSide
 from sdopt.bench.cases import Case
 from sdopt.bench.sides import Inputs, latents_of
@@ -28,9 +27,10 @@ from sdopt.bench.sides import picture as picture_of
 from sdopt.bench.timing import Call
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.specs import Array, Float32
+from sdopt.engine.cores import usable_cores
 from sdopt.engine.device import shared_device
-from sdopt.engine.plans import FOLDER
 from sdopt.engine.pool import EnginePool
+from sdopt.engine.store import FOLDER
 from sdopt.errors import BackendError
 from sdopt.image.pil import to_pil
 from sdopt.pipeline import Pipeline
@@ -195,7 +195,7 @@ def measured(o: Options) -> Generator[Measured]:
     """The fused engines of a part, open."""
     with Watch() as watch:
         started = time.perf_counter()
-        side = BuiltSide(o.case, o.engines, machine.usable_cores())
+        side = BuiltSide(o.case, o.engines, usable_cores())
         m = Measured(side, watch, {"device": watch.device, "load_seconds": time.perf_counter() - started})
         m.found |= {"weights": o.weights, "precision": side.precision, "note": side.note}
         try:

@@ -27,8 +27,8 @@ from sdopt.bundle.files import Bundle, embedded
 from sdopt.bundle.specs import Profile, TensorSpec
 from sdopt.engine.cuda import CudaBindings
 from sdopt.engine.device import Device
-from sdopt.engine.plans import Record
 from sdopt.engine.pool import EnginePool
+from sdopt.engine.store import Record
 from sdopt.engine.trt import TrtEngine
 from sdopt.pipeline import Pipeline
 from sdopt.request.plan import make_plan

@@ -31,11 +31,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from models import CACHE
 
 from sdopt.bench.machine import machine
-from sdopt.bench.record import replace_text
-from sdopt.build.options import Options
-from sdopt.build.plan import build
+from sdopt.build.jobs import build
+from sdopt.build.options import BuildOptions
+from sdopt.bundle.disk import write_whole
 from sdopt.bundle.files import Bundle
-from sdopt.engine.plans import PLAN, stored
+from sdopt.engine.store import PLAN, stored
 from sdopt.errors import SdoptError
 
 BACKEND = "tensorrt-rtx"
@@ -68,7 +68,7 @@ def built(case: Case, cache: Path, opt_level: int) -> dict[str, Any]:
     started = time.perf_counter()
     (folder,) = build(
         bundle, BACKEND, components=[case.component], profiles=case.profiles(bundle), static=case.shapes == "static",
-        options=Options(precision=case.precision, opt_level=opt_level),
+        options=BuildOptions(precision=case.precision, opt_level=opt_level),
         report=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     seconds = time.perf_counter() - started
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         entry = {**asdict(case), **in_own_process(case, args)}
         failures += "error" in entry
         found["builds"] = [b for b in found["builds"] if b is not known] + [entry]
-        replace_text(args.output, json.dumps(found, indent=1) + "\n")
+        write_whole(args.output, json.dumps(found, indent=1) + "\n")
         print(json.dumps(entry))
     return 1 if failures else 0
 

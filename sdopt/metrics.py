@@ -5,13 +5,17 @@ from __future__ import annotations
 import numpy as np
 
 from sdopt.bundle.specs import Array
+from sdopt.errors import UsageError
 
 
 def psnr(reference: Array, other: Array, peak: float | None = None) -> float:
     """Peak signal-to-noise ratio in dB, 20 log10(peak / RMSE); 200 where they are equal.
 
-    `peak` is the largest |reference| unless given. NaN or infinity anywhere is no likeness at all: -inf.
+    `peak` is the largest |reference| unless given. With NaN or infinity anywhere it is -inf.
+    Raises: UsageError for different shapes.
     """
+    if reference.shape != other.shape:
+        raise UsageError(f"arrays of {list(reference.shape)} and {list(other.shape)} cannot be compared")
     with np.errstate(invalid="ignore", over="ignore"):
         error = float(np.sqrt(np.mean(np.square(np.subtract(other, reference, dtype=np.float64)))))
     if not np.isfinite(error):

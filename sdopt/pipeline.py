@@ -70,9 +70,9 @@ def load(
 ) -> Pipeline:
     """The pipeline of the bundle at `path`; the embedded text-to-emoji model if None.
 
-    `precision`: "float32" (or "fp32"), or "bf16" where the processor has it; "auto" is float32, so that pictures are
+    `precision`: "fp32", or "bf16" where the processor has it; "auto" is fp32, so that pictures are
     diffusers'. Of engines that `sdopt build` made, those in this precision are taken; with "auto" the newest, but on a
-    CPU those in float32.
+    CPU those in fp32.
     `memory`: "fast" keeps every component that was loaded; "low" frees it when another one is needed.
     `cache`: keep what the engine library makes of the graphs in this user's cache folder (for Stable Diffusion 1.5
     about 4 GB), so that the next process starts sooner and takes less memory.
@@ -99,7 +99,7 @@ class Pipeline:
 
     @property
     def precision(self) -> str:
-        """What pictures are computed in, e.g. "float32" or "fp16 (vae_decoder bf16)"."""
+        """What pictures are computed in, e.g. "fp32" or "fp16 (vae_decoder bf16)"."""
         return self.pool.precision
 
     def __call__(

@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 ARROWS = {
     "errors": "",
     "bundle": "errors",
-    "metrics": "bundle",
+    "metrics": "bundle errors",
     "engine": "bundle errors",
     "graph": "bundle errors",
     "samplers": "bundle errors",
@@ -123,6 +123,12 @@ def test_a_process_that_makes_a_picture_never_imports_the_export_side(tmp_path: 
 def test_import_sdopt_loads_nothing_else() -> None:
     loaded = modules_after("import sdopt; dir(sdopt)")
     assert not {m for m in loaded if m.split(".")[0] in (*NOT_AT_RUN_TIME, "numpy", "PIL", "tokenizers", "onnxruntime")}
+
+
+def test_a_pipeline_loads_no_library_that_only_some_calls_need() -> None:
+    loaded = modules_after("import sdopt; sdopt.load().close()")
+    assert "sdopt.text.textual_inversion" in loaded  # it reads safetensors
+    assert not loaded & {"safetensors", "filelock"}
 
 
 def test_every_public_name_is_there_and_listed() -> None:

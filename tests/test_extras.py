@@ -26,7 +26,7 @@ tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 GRAPHS = ("sdopt.graph", "sdopt.build")  # packages with all that is in them
 ONNX_RUNTIME = ("sdopt.engine.ort",)
-BOTH = ("sdopt.build.diagnose", "sdopt.build.rounded")  # need onnx-ir and ONNX Runtime
+BOTH = ("sdopt.build.diagnose", "sdopt.build.simulate")  # need onnx-ir and ONNX Runtime
 # extra -> what imports with it, beside what imports without any
 ALONE: dict[str, tuple[str, ...]] = {
     "": (),

@@ -39,7 +39,7 @@ def load(model: Path, message: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             height=case["height"], width=case["width"], latents=latents, output_type="np",
         ).images  # fmt: skip
 
-    return draw, {"backend": provider, "precision": "float32", "takes_latents": True}
+    return draw, {"backend": provider, "precision": "fp32", "takes_latents": True}
 
 
 if __name__ == "__main__":

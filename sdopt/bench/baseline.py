@@ -23,11 +23,12 @@ import numpy as np
 from sdopt.bench.cases import Case
 from sdopt.bench.sides import Inputs
 from sdopt.bench.timing import Call, Sample, timed
+from sdopt.bundle.precision import precision_word
 from sdopt.bundle.specs import Array, Float32
 from sdopt.errors import BackendError, CheckpointError, UsageError
 
-REFERENCE = "eager-float32"
-DTYPES = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+REFERENCE = "eager-fp32"
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 COMPILE_MODES = {"cpu": ("default",), "cuda": ("max-autotune", "default")}  # the first that works
 DEFAULTS = {
     "cpu": (REFERENCE, "eager-bf16-nhwc"),
@@ -37,24 +38,26 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Baseline:
-    """MODE-DTYPE or MODE-DTYPE-nhwc: "eager-float32", "compile-bf16-nhwc" (channels last)."""
+    """MODE-PRECISION or MODE-PRECISION-nhwc: "eager-fp32", "compile-bf16-nhwc" (channels last)."""
 
     name: str
     compiled: bool
-    dtype: str
+    precision: str
     nhwc: bool
 
     @staticmethod
     def parse(name: str) -> Baseline:
         """Raises: UsageError for another name."""
         mode, _, rest = name.partition("-")
-        dtype, _, layout = rest.partition("-")
-        if mode not in ("eager", "compile") or dtype not in DTYPES or layout not in ("", "nhwc"):
+        typed, _, layout = rest.partition("-")
+        precision = precision_word(typed)
+        if mode not in ("eager", "compile") or precision not in DTYPES or layout not in ("", "nhwc"):
             raise UsageError(
                 f"baseline {name!r} is not known; it is eager or compile, then -{', -'.join(DTYPES)}, "
-                "then nothing or -nhwc (channels last): eager-float32, compile-bf16-nhwc"
+                "then nothing or -nhwc (channels last): eager-fp32, compile-bf16-nhwc"
             )
-        return Baseline(name, mode == "compile", DTYPES[dtype], layout == "nhwc")
+        name = "-".join(filter(None, (mode, precision, layout)))
+        return Baseline(name, mode == "compile", precision, layout == "nhwc")
 
 
 def find_device(device: str = "auto") -> str:
@@ -79,15 +82,15 @@ class DiffusersSide:
 
     def __init__(self, name: str, case: Case, checkpoint: Path, threads: int, device: str = "cpu") -> None:
         self._baseline, self._case, self._device = Baseline.parse(name), case, device
-        self.name, self.precision, self.note = name, self._baseline.dtype, ""
+        self.name, self.precision, self.note = self._baseline.name, self._baseline.precision, ""
         self.backend = f"diffusers {device}"
         self.versions: Mapping[str, str] = {}
         self.engine_bytes: Mapping[str, int] = {}
         self._torch = _torch()
         self._torch.set_num_threads(threads)
-        if device == "cuda" and name == REFERENCE:
+        if device == "cuda" and self.name == REFERENCE:
             self.note = "timed with TF32 as PyTorch sets it; parity is against the same pipeline with TF32 off"
-        self._dtype = getattr(self._torch, self._baseline.dtype)
+        self._dtype = getattr(self._torch, DTYPES[self._baseline.precision])
         self._pipe = _load(checkpoint, self._dtype).to(device)
         if self._baseline.nhwc:
             for module in (self._pipe.unet, self._pipe.vae):

@@ -27,8 +27,8 @@ from sdopt.bench.timing import Call, Sample, timed
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.specs import Array, Float32, Scalar, TensorSpec
 from sdopt.engine import Carrying, Engine, Run, built_components, choose_backend
-from sdopt.engine.plans import stored
 from sdopt.engine.pool import EnginePool
+from sdopt.engine.store import stored
 from sdopt.errors import BackendError, UsageError
 from sdopt.pipeline import Pipeline
 from sdopt.samplers.packed import SCALARS
@@ -82,7 +82,7 @@ class BuiltSide(SdoptSide):
         record = records.get(name)
         if record is not None:
             self.precision = str(record.options["precision"])
-            if case.precision != self.precision and not (case.precision == "float32" and self.precision == "fp32"):
+            if case.precision != self.precision:
                 raise BackendError(
                     f"case {case.name!r} is of {case.precision}, and {name} of {bundle} was built in "
                     f"{self.precision}: sdopt build {bundle} --backend {self._library} --precision {case.precision}"
@@ -91,7 +91,7 @@ class BuiltSide(SdoptSide):
         engine = self._pipe.engine(name)
         gpu = getattr(engine, "device", None)
         self.note += f"; on {gpu.cuda.gpu.name}" if gpu is not None else ""
-        self.engine_bytes = {n: sum(f["bytes"] for f in r.files.values()) for n, r in records.items()}
+        self.engine_bytes = {n: sum(file.bytes for file in r.files.values()) for n, r in records.items()}
         self._noted, self._plain = Noted(engine), self._pipe
         how: dict[str, Any] = {"precision": precision_for(case), "threads": threads}
         self._pipe = Pipeline(EnginePool(self.bundle, case.backend, **how, given={self.step_name: self._noted}))

@@ -3,66 +3,50 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import json
-import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
+from sdopt.bundle.decode import DecodeError, Lines, decode, one_of, within
+from sdopt.bundle.disk import parse_json, parse_toml
 from sdopt.bundle.files import Bundle
+from sdopt.bundle.format import Positive
+from sdopt.bundle.precision import precision_word
 from sdopt.errors import UsageError, choices
 
-PRECISIONS = ("float32", "bf16", "fp16", "fp32")  # of sdopt's engines; the last two of those that are built
+PRECISIONS = ("fp32", "bf16", "fp16")  # of sdopt's engines
 MEMORY = ("fast", "low")
 # Precision -> floors in dB: (the picture, one call of the UNet); what a rounding costs decides them.
-# The emoji's engines, computed by `sdopt.build.rounded` on a processor, guidance 4: fp16 70.8 and 66.3 (the UNet's
+# The emoji's engines, computed by `sdopt.build.simulate` on a processor, guidance 4: fp16 70.8 and 66.3 (the UNet's
 # worst of three timesteps, after guidance), bf16 51.5 and 47.7: 18 dB lower, 6 for each of the 3 bits that it lacks.
 # The floors of fp16 lie 26 and 16 dB below: a UNet of Stable Diffusion rounds several times as often (about 5 dB, as
 # errors add like a random walk), a guidance of 7.5 in place of 4 makes them larger by at most 6 dB, and a loop lets
 # them grow. A defect (a lost bias, a wrong layout, an overflow) ends below 20 dB.
 # TF32 rounds what a product reads to the 11 bits of fp16 and nothing else, so fp16's floors hold for it.
-FLOORS = {"float32": (60.0, 80.0), "tf32": (45.0, 50.0), "fp16": (45.0, 50.0), "bf16": (27.0, 32.0)}
-KINDS = {"str": (str,), "int": (int,), "float": (int, float)}  # what a field of this type may be
+FLOORS = {"fp32": (60.0, 80.0), "tf32": (45.0, 50.0), "fp16": (45.0, 50.0), "bf16": (27.0, 32.0)}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One picture to be made, and how near to PyTorch's in float32 it has to be for its speed to be quoted.
+    """One picture to be made, and how near to PyTorch's in fp32 it has to be for its speed to be quoted.
 
     Units: pixels; floors in dB, of the picture and of one call of the UNet: those of `FLOORS` where a file gives none.
     """
 
     name: str
     model: str
-    width: int
-    height: int
-    steps: int
+    width: Positive
+    height: Positive
+    steps: Positive
     guidance: float
-    batch: int = 1
-    prompt: str = "a red apple on a blue background"
+    batch: Positive = 1
+    prompt: Lines = "a red apple on a blue background"
     backend: str = "auto"
-    precision: str = "float32"
-    memory: str = "fast"
+    precision: Annotated[str, one_of(*PRECISIONS)] = "fp32"
+    memory: Annotated[str, one_of(*MEMORY)] = "fast"
     picture_floor_db: float = 60.0
     unet_floor_db: float = 80.0
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, KINDS[str(field.type)]):
-                raise UsageError(f"case {self.name!r}: {field.name} = {value!r}; it takes {field.type}")
-        low = [n for n in ("width", "height", "steps", "batch") if getattr(self, n) < 1]
-        if low:
-            raise UsageError(f"case {self.name!r}: {low[0]} = {getattr(self, low[0])}; allowed is 1 or more")
-        if not all(map(math.isfinite, (self.guidance, self.picture_floor_db, self.unet_floor_db))):
-            raise UsageError(f"case {self.name!r}: guidance and floors are finite numbers")
-        for field, allowed in (("precision", PRECISIONS), ("memory", MEMORY)):
-            value = getattr(self, field)
-            if value not in allowed:
-                raise UsageError(f"case {self.name!r}: {field} = {value!r}; allowed: {choices(value, allowed)}")
 
     @property
     def guided(self) -> bool:
@@ -78,22 +62,16 @@ class Case:
         return dataclasses.asdict(self)
 
     @staticmethod
-    def from_json(entry: Mapping[str, Any]) -> Case:
-        """The case of an object with its fields.
+    def from_json(entry: Any, where: str = "case") -> Case:
+        """The case of an object with its fields; floors that it does not give are those of its precision.
 
         Raises: UsageError for a field that is missing, unknown or of the wrong type.
         """
-        fields = {f.name: f.default for f in dataclasses.fields(Case)}
-        for problem, given in (
-            ("unknown", set(entry) - set(fields)),
-            ("missing", {n for n, default in fields.items() if default is dataclasses.MISSING} - set(entry)),
-        ):
-            if given:
-                raise UsageError(
-                    f"case {entry.get('name')!r}: {problem} {', '.join(sorted(given))}; there are {', '.join(fields)}"
-                )
-        case = Case(**entry)
-        given = {name: entry[name] for name in ("picture_floor_db", "unet_floor_db") if name in entry}
+        try:
+            case: Case = decode(Case, _with_precision_word(entry), where)
+        except DecodeError as error:
+            raise UsageError(str(error)) from error
+        given = {name: getattr(case, name) for name in ("picture_floor_db", "unet_floor_db") if name in entry}
         return dataclasses.replace(case.on(case.backend, case.precision), **given)
 
     @staticmethod
@@ -104,14 +82,20 @@ class Case:
         return Case("default", model, d.width, d.height, d.num_inference_steps, d.guidance_scale)
 
 
+def _with_precision_word(entry: Any) -> Any:
+    """A case as it is written, its precision in the words of sdopt."""
+    if not isinstance(entry, dict) or "precision" not in entry:
+        return cast(Any, entry)
+    fields = cast("dict[str, Any]", entry)
+    return {**fields, "precision": precision_word(str(fields["precision"]))}
+
+
 def floors(backend: str, precision: str) -> tuple[float, float]:
     """The floors in dB of the picture and of one call of the UNet.
 
-    TensorRT's "fp32" is TF32 in convolutions and products, which it leaves on; other backends compute in float32.
+    TensorRT leaves TF32 on, so that its "fp32" is TF32 in convolutions and products; no other backend does.
     """
-    if precision == "fp32":
-        return FLOORS["tf32" if backend.startswith("tensorrt") else "float32"]
-    return FLOORS[precision]
+    return FLOORS["tf32" if precision == "fp32" and backend.startswith("tensorrt") else precision]
 
 
 def read_cases(path: Path) -> dict[str, Case]:
@@ -121,12 +105,19 @@ def read_cases(path: Path) -> dict[str, Case]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        tables: Any = json.loads(text) if path.suffix == ".json" else _toml(text)
+        tables: Any = parse_json(text) if path.suffix == ".json" else parse_toml(text)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: no cases can be read from it: {error}") from error
-    if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in cast(dict[str, Any], tables).values()):
+    if not isinstance(tables, dict):
         raise UsageError(f"{path}: a file of cases has one table for each, [NAME] with its fields")
-    return {name: Case.from_json({"name": name, **table}) for name, table in cast(dict[str, Any], tables).items()}
+    try:
+        return {name: _case(name, table) for name, table in cast(dict[str, Any], tables).items()}
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+def _case(name: str, table: Any) -> Case:
+    return Case.from_json({**table, "name": name} if isinstance(table, dict) else table, within("", name))
 
 
 def pick(cases: Mapping[str, Case], names: list[str]) -> list[Case]:
@@ -138,13 +129,3 @@ def pick(cases: Mapping[str, Case], names: list[str]) -> list[Case]:
         if name not in cases:
             raise UsageError(f"case {name!r} is not known; there are {choices(name, cases)}")
     return [cases[name] for name in names]
-
-
-def _toml(text: str) -> Any:
-    try:
-        reader: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    except ImportError as error:
-        raise UsageError(
-            "TOML needs Python 3.11; on 3.10 pip install tomli, or give the cases as a .json file of the same shape"
-        ) from error
-    return reader.loads(text)

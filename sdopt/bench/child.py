@@ -1,4 +1,4 @@
-"""`python -m sdopt.bench.child SIDE`: one side (sdopt, or a baseline such as eager-float32) that speaks `protocol`.
+"""`python -m sdopt.bench.child SIDE`: one side (sdopt, or a baseline such as eager-fp32) that speaks `protocol`.
 
 It serves the cold start, and an sdopt of another version beside this one: run it with that one's interpreter, as
 `OTHER/bin/python -P -m sdopt.bench.child sdopt` (-P: not the sdopt in the working folder).

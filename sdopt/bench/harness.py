@@ -18,11 +18,11 @@ from sdopt.bench.built import BuiltSide, open_side
 from sdopt.bench.cases import Case
 from sdopt.bench.peers import PeerSide, cold_start, command_of
 from sdopt.bench.sides import COMPONENTS, OURS, Inputs, Side, latents_of
-from sdopt.bench.stats import psnr
 from sdopt.bench.timing import Call, Sample, Series, interleaved
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.specs import Array, Float32
-from sdopt.errors import BackendError, UsageError
+from sdopt.errors import BackendError, NumericsError, UsageError
+from sdopt.metrics import psnr
 
 Report = Callable[[str], None]
 
@@ -43,8 +43,7 @@ class Setup:
     cache: Path = Path("build-out/peers")
 
     def __post_init__(self) -> None:
-        for name in self.baselines:
-            Baseline.parse(name)
+        object.__setattr__(self, "baselines", [Baseline.parse(name).name for name in self.baselines])
         names = [OURS, *self.baselines, *self.peers]
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
@@ -79,7 +78,7 @@ def run_case(case: Case, setup: Setup, report: Report = print) -> dict[str, Any]
         np.save(path, latents)
         request = _request(case, setup, path)
         entries = _together(case, setup, latents, request, report)
-        _cold([entry for entry in entries if _starts_cold(entry)], setup, request, report)
+        add_cold_starts([entry for entry in entries if starts_cold(entry)], setup, request, report)
     return {
         "case": case.to_json(),
         "bundle": {"digest": bundle.digest, "family": bundle.manifest.family},
@@ -163,8 +162,8 @@ def _prove(
         calls = side.calls(inputs)
         outputs = _outputs(calls)
         parity = {
-            "picture_db": _parity(expected, outputs, "picture", peak=1.0, half_level=side.half_level),
-            "unet_db": _parity(expected, outputs, "step" if "step" in outputs else "unet"),
+            "picture_db": parity_db(expected, outputs, "picture", peak=1.0, half_level=side.half_level),
+            "unet_db": parity_db(expected, outputs, "step" if "step" in outputs else "unet"),
         }
     except Exception as error:  # a library's own: what fails is told, and the others go on
         report(f"  {name} cannot be measured: {error}")
@@ -220,22 +219,29 @@ def _entry(p: _Proven, case: Case, warm: Mapping[str, Series]) -> dict[str, Any]
     }
 
 
-def _parity(
+def parity_db(
     expected: Mapping[str, Array | None],
     found: Mapping[str, Array | None],
     name: str,
     peak: float | None = None,
     half_level: float = 0.0,
 ) -> float | None:
-    """dB, or None where there is nothing to compare; a level stands for all within half a level of it."""
+    """dB, or None where there is nothing to compare.
+
+    `half_level`: outputs that were rounded to levels count as equal to what lies within half a level of them.
+    Raises: UsageError for different shapes; NumericsError for NaN or infinity.
+    """
     reference, output = expected.get(name), found.get(name)
     if reference is None or output is None:
         return None
     nearest = np.clip(reference, output - half_level, output + half_level) if half_level else output
-    return round(psnr(reference, nearest, peak), 2)
+    likeness = psnr(reference, nearest, peak)
+    if likeness == -np.inf:
+        raise NumericsError(f"{name}: an output has NaN or infinity, so it has no parity")
+    return round(likeness, 2)
 
 
-def _starts_cold(entry: dict[str, Any]) -> bool:
+def starts_cold(entry: dict[str, Any]) -> bool:
     """Whether a side is started in fresh processes; a compiled one is not, and its note says so."""
     compiled = entry["kind"] == "diffusers" and Baseline.parse(entry["name"]).compiled
     if compiled:
@@ -243,7 +249,9 @@ def _starts_cold(entry: dict[str, Any]) -> bool:
     return entry["failed"] is None and not compiled
 
 
-def _cold(entries: Sequence[dict[str, Any]], setup: Setup, request: Mapping[str, Any], report: Report) -> None:
+def add_cold_starts(
+    entries: Sequence[dict[str, Any]], setup: Setup, request: Mapping[str, Any], report: Report
+) -> None:
     """Add the cold starts and the memory of fresh processes to the entries."""
     if not setup.cold_rounds or not entries:
         return

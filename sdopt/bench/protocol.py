@@ -21,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sdopt.errors import BackendError
 
@@ -85,6 +85,8 @@ class Program:
             answer: Message = json.loads(self._process.stdout.readline())
         except (OSError, ValueError) as error:
             raise BackendError(f"{' '.join(self.command)}: ended without an answer.\n{self._tail()}") from error
+        if not isinstance(cast(Any, answer), dict):
+            raise BackendError(f"{' '.join(self.command)}: answered {answer!r}, which is no object")
         if "error" in answer:
             raise BackendError(f"{' '.join(self.command)}: {answer['error']}")
         return answer

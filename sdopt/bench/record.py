@@ -1,82 +1,116 @@
 """The JSON file of a run: machine, versions, and every single timing. What can be computed from it is not in it.
 
-It is read as strictly as it is written: schema 1 below, no key more or less, and a verdict that does not follow from
-the parity beside it is refused.
+It is read as strictly as it is written: the classes below, no key more or less, and a verdict that does not follow from
+the parity beside it is refused. Schema 1 had other words for precision; it is read as schema 2.
 """
 
 from __future__ import annotations
 
+import copy
 import json
-import math
-import os
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 from sdopt.bench.cases import Case
 from sdopt.bench.sides import OURS
+from sdopt.bundle.decode import DecodeError, Json, Lines, Rule, decode, one_of
+from sdopt.bundle.disk import parse_json, write_whole
+from sdopt.bundle.precision import with_precision_words
 from sdopt.errors import UsageError
 
-SCHEMA = 1
+SCHEMA = 2
 MAX_BYTES = 64 << 20
 
 
+Seconds = Annotated[
+    tuple[Annotated[float, Rule("a number above 0", lambda value: value > 0)], ...],
+    Rule("a list of one timing or more", lambda value: len(value) > 0),
+]
+
+
 @dataclass(frozen=True)
-class Maybe:
-    """A shape, or null."""
+class Parity:
+    """How near a side's outputs are to those of eager PyTorch in fp32; None: they cannot be compared."""
 
-    shape: Any
+    picture_db: float | None
+    unet_db: float | None
 
 
 @dataclass(frozen=True)
-class Map:
-    """An object with any keys, whose values are of one shape."""
+class Memory:
+    """Bytes; None: not measured."""
 
-    shape: Any
+    peak_rss_bytes: int | None
+    peak_device_bytes: int | None
+    engine_bytes: Mapping[str, int]
 
 
-# A shape is a type, a list of one shape, an object with exactly these keys, or one of the two above.
-SIDE: dict[str, Any] = {
-    "name": str,
-    "kind": str,  # sdopt, diffusers or peer
-    "backend": str,
-    "precision": str,
-    "note": str,
-    "versions": Map(str),
-    "failed": Maybe(str),  # why there are no timings
-    "parity": {"picture_db": Maybe(float), "unet_db": Maybe(float)},  # against eager-float32; null: cannot be compared
-    "quotable": bool,  # all that can be compared is above the case's floors, and the picture can
-    "seconds": Map([float]),  # by component, round by round
-    "parts": Map([float]),  # "unet.device": by CUDA events; "cold_start.import": of the whole
-    "memory": {"peak_rss_bytes": Maybe(int), "peak_device_bytes": Maybe(int), "engine_bytes": Map(int)},
-}
-RESULT: dict[str, Any] = {
-    "case": Map((str, int, float)),
-    "bundle": {"digest": str, "family": str},
-    "threads": int,
-    "device": str,
-    "sides": [SIDE],
-}
-RECORD: dict[str, Any] = {
-    "schema": int,
-    "created": str,
-    "command": str,
-    "commit": Maybe(str),
-    "machine": {
-        "cpu": str,
-        "cores": int,
-        "memory_bytes": int,
-        "system": str,
-        "release": str,
-        "architecture": str,
-        "load_before": float,
-    },
-    "gpu": Maybe(Map(str)),
-    "versions": Map(str),
-    "results": [RESULT],
-}
+@dataclass(frozen=True)
+class SideEntry:
+    """What was measured of one side."""
+
+    name: str
+    kind: Annotated[str, one_of("sdopt", "diffusers", "peer", "")]
+    backend: str
+    precision: str
+    note: Lines
+    versions: Mapping[str, str]
+    failed: Lines | None  # why there are no timings
+    parity: Parity
+    quotable: bool  # all that can be compared is above the case's floors, and the picture can
+    seconds: Mapping[str, Seconds]  # by component, round by round
+    parts: Mapping[str, Seconds]  # "unet.device": by CUDA events; "cold_start.import": of the whole
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class BundleEntry:
+    """Which bundle it was."""
+
+    digest: str
+    family: str
+
+
+@dataclass(frozen=True)
+class ResultEntry:
+    """One case on every side."""
+
+    case: Mapping[str, Json]
+    bundle: BundleEntry
+    threads: int
+    device: str
+    sides: tuple[SideEntry, ...]
+
+
+@dataclass(frozen=True)
+class MachineEntry:
+    """The machine, as `sdopt.bench.machine` tells."""
+
+    cpu: str
+    cores: int
+    memory_bytes: int
+    system: str
+    release: str
+    architecture: str
+    load_before: float
+
+
+@dataclass(frozen=True)
+class RecordFile:
+    """All of the file."""
+
+    schema: int
+    created: str
+    command: Lines
+    commit: str | None
+    machine: MachineEntry
+    gpu: Mapping[str, str] | None
+    versions: Mapping[str, str]
+    results: tuple[ResultEntry, ...]
+
+
 Record = Mapping[str, Any]
 
 
@@ -94,55 +128,20 @@ def check(record: Any) -> Record:
     schema = cast(dict[str, Any], record).get("schema") if isinstance(record, dict) else None
     if schema != SCHEMA:
         raise UsageError(f"schema {schema!r}; this sdopt reads records of schema {SCHEMA}. Measure again.")
-    _check(record, RECORD, "record")
-    checked = cast(Record, record)
-    for i, result in enumerate(cast(list[Record], checked["results"])):
-        case = Case.from_json(result["case"])
-        sides: list[Record] = result["sides"]
-        names = [side["name"] for side in sides]
+    try:
+        file: RecordFile = decode(RecordFile, record, "record")
+    except DecodeError as error:
+        raise UsageError(str(error)) from error
+    for i, result in enumerate(file.results):
+        case = Case.from_json(result.case, f"record.results[{i}].case")
+        names = [side.name for side in result.sides]
         if names[:1] != [OURS] or len(set(names)) != len(names):
             raise UsageError(f"record.results[{i}]: its sides are {names}; sdopt comes first, and each once")
-        for side in sides:
-            where = f"record.results[{i}], side {side['name']}"
-            series: list[list[float]] = [*side["seconds"].values(), *side["parts"].values()]
-            if not all(taken and min(taken) > 0 for taken in series):
-                raise UsageError(f"{where}: a timing is not positive, or a component has none")
-            if side["quotable"] != (side["failed"] is None and quotable(side["parity"], case)):
-                raise UsageError(f"{where}: quotable is {side['quotable']}, its parity {side['parity']} says otherwise")
-    return checked
-
-
-def _check(value: Any, shape: Any, where: str) -> None:
-    if isinstance(shape, Maybe):
-        if value is not None:
-            _check(value, shape.shape, where)
-    elif isinstance(shape, Map):
-        _expect(isinstance(value, dict), where, "an object", value)
-        for key, entry in value.items():
-            _check(entry, shape.shape, f"{where}.{key}")
-    elif isinstance(shape, dict):
-        keys = cast(dict[str, Any], shape)
-        _expect(isinstance(value, dict), where, "an object", value)
-        _expect(set(value) == set(keys), where, f"an object with {', '.join(sorted(keys))}", sorted(value))
-        for key, inner in keys.items():
-            _check(value[key], inner, f"{where}.{key}")
-    elif isinstance(shape, list):
-        _expect(isinstance(value, list), where, "a list", value)
-        for i, entry in enumerate(value):
-            _check(entry, cast(Sequence[Any], shape)[0], f"{where}[{i}]")
-    else:
-        kinds = (int, float) if shape is float else shape
-        _expect(isinstance(value, kinds) and isinstance(value, bool) == (shape is bool), where, _names(kinds), value)
-        _expect(not isinstance(value, float) or math.isfinite(value), where, "a finite number", value)
-
-
-def _expect(right: bool, where: str, wanted: str, value: Any) -> None:
-    if not right:
-        raise UsageError(f"{where} is {str(value)[:80]!r}; it has to be {wanted}")
-
-
-def _names(kinds: Any) -> str:
-    return " or ".join(k.__name__ for k in cast("tuple[type, ...]", kinds if isinstance(kinds, tuple) else (kinds,)))
+        for side in result.sides:
+            if side.quotable != (side.failed is None and quotable(vars(side.parity), case)):
+                where = f"record.results[{i}], side {side.name}"
+                raise UsageError(f"{where}: quotable is {side.quotable}, its parity {side.parity} says otherwise")
+    return cast(Record, record)
 
 
 def read(path: Path) -> Record:
@@ -153,26 +152,39 @@ def read(path: Path) -> Record:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"larger than {MAX_BYTES} bytes")
-        record = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        record = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path}: no record of a benchmark: {error}") from error
     try:
-        return check(record)
+        return check(_upgraded(record))
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
 
 
+def _upgraded(record: Any) -> Any:
+    """A record of schema 1 as one of schema 2, in the places where a precision is named."""
+    if not isinstance(record, dict) or cast("dict[str, Any]", record).get("schema") != 1:
+        return cast(Any, record)
+    changed = copy.deepcopy(cast("dict[str, Any]", record))
+    for result in _objects(changed.get("results")):
+        _rename(result.get("case"), "precision")
+        for side in _objects(result.get("sides")):
+            _rename(side, "name", "precision")
+    return {**changed, "schema": SCHEMA}
+
+
+def _rename(entry: Any, *names: str) -> None:
+    for fields in _objects([entry]):
+        fields.update({name: with_precision_words(str(fields[name])) for name in names if name in fields})
+
+
+def _objects(entries: Any) -> list[dict[str, Any]]:
+    """The objects of a list; what is something else is refused when the record is checked."""
+    items = cast("list[Any]", entries) if isinstance(entries, list) else []
+    return [item for item in items if isinstance(item, dict)]
+
+
 def write(path: Path, record: Record) -> None:
     """Write a record, checked; the file appears whole or not at all."""
-    replace_text(path, json.dumps(check(record), indent=1, allow_nan=False) + "\n")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file, which appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, json.dumps(check(record), indent=1, allow_nan=False) + "\n")

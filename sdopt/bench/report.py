@@ -14,10 +14,11 @@ from typing import Any
 
 from sdopt.bench import overview
 from sdopt.bench.curves import AXES, costs
-from sdopt.bench.record import Record, replace_text
+from sdopt.bench.record import Record
 from sdopt.bench.sides import COMPONENTS
 from sdopt.bench.stats import paired_ratio, summary
 from sdopt.bench.svg import Bar, bars
+from sdopt.bundle.disk import write_whole
 from sdopt.errors import UsageError
 
 TITLES = {
@@ -109,7 +110,7 @@ def write(path: Path, records: Sequence[Record], plots: Path | None = None, more
     path.parent.mkdir(parents=True, exist_ok=True)
     written = {path: text, **{folder / file: svg for file, svg in drawn.items()}}
     for target, content in written.items():
-        replace_text(target, content)
+        write_whole(target, content)
     return list(written)
 
 

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sdopt import metrics as likeness
 from sdopt.bundle.specs import Array
-from sdopt.errors import NumericsError, UsageError
+from sdopt.errors import UsageError
 
 RESAMPLES = 10_000
 
@@ -62,19 +61,6 @@ def slowdown(old: Sequence[float], new: Sequence[float], seed: int = 0) -> Estim
     rng = np.random.default_rng(seed)
     before, after = _checked(old), _checked(new)
     return _estimate(float(np.median(after) / np.median(before)), _medians(after, rng) / _medians(before, rng))
-
-
-def psnr(reference: Array, other: Array, peak: float | None = None) -> float:
-    """`sdopt.metrics.psnr` of outputs that can be compared.
-
-    Raises: UsageError for different shapes; NumericsError where either is not finite.
-    """
-    if reference.shape != other.shape:
-        raise UsageError(f"pictures of {list(reference.shape)} and {list(other.shape)} cannot be compared")
-    found = likeness.psnr(reference, other, peak)
-    if found == -np.inf:
-        raise NumericsError("an output has NaN or infinity, so it has no parity")
-    return found
 
 
 def _checked(series: Sequence[float]) -> Array:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
 WIDTH, LEFT, RIGHT, ROW, GAP, TITLE = 760, 190, 120, 24, 34, 44
 PLOT_HEIGHT, COLOURS = 300, 6
+NUMBERS = 20  # on the horizontal axis, at most
 # the same hue for both themes, lighter on a dark ground
 STYLE = """
 text { font: 13px sans-serif; fill: #1f2328 }
@@ -87,23 +88,52 @@ class Curve:
     colour: int
 
 
-def lines(title: str, x_label: str, y_label: str, curves: Sequence[Curve]) -> str:
-    """Curves from zero, with a dot at each point."""
+@dataclass(frozen=True)
+class _Heights:
+    """The vertical axis: the values that are marked on it, from the lowest to the highest, and its scale."""
+
+    marks: Sequence[float]
+    scale: Callable[[float], float]
+
+    def fraction(self, value: float) -> float:
+        """How high a value lies: 0 at the lowest mark, 1 at the highest."""
+        low, high = self.scale(self.marks[0]), self.scale(self.marks[-1])
+        return (self.scale(value) - low) / (high - low)
+
+
+def _from_zero(values: Sequence[float]) -> _Heights:
+    step = _step(max(values))
+    return _Heights([i * step for i in range(math.ceil(max(values) / step) + 1)], float)
+
+
+def _decades(values: Sequence[float]) -> _Heights:
+    low = math.floor(math.log10(min(values)))
+    high = max(math.ceil(math.log10(max(values))), low + 1)
+    return _Heights([10.0**power for power in range(low, high + 1)], math.log10)
+
+
+def lines(title: str, x_label: str, y_label: str, curves: Sequence[Curve], *, decades: bool = False) -> str:
+    """Curves with a dot at each point; x begins at zero, and so does y, unless it is marked in powers of ten.
+
+    The names of the curves stand at the left, or at the right where all curves fall.
+    """
     points = [p for c in curves for p in c.points]
-    x_most, y_step = max(x for x, _ in points), _step(max(y for _, y in points))
-    y_most = math.ceil(max(y for _, y in points) / y_step) * y_step
+    heights = (_decades if decades else _from_zero)([y for _, y in points])
+    x_most = max(x for x, _ in points) or 1
     width, left = WIDTH - 80 - RIGHT, 80
+    names_at = left + 16 + (width - RIGHT if all(c.points[0][1] > c.points[-1][1] for c in curves) else 0)
 
     def at(x: float, y: float) -> tuple[float, float]:
-        return left + x / x_most * width, TITLE + 16 + (1 - y / y_most) * PLOT_HEIGHT
+        return left + x / x_most * width, TITLE + 16 + (1 - heights.fraction(y)) * PLOT_HEIGHT
 
     body: list[str] = []
-    for i in range(round(y_most / y_step) + 1):
-        (x, y), (end, _) = at(0, i * y_step), at(x_most, 0)
+    for i, mark in enumerate(heights.marks):
+        (x, y), (end, _) = at(0, mark), at(x_most, mark)
         body.append(f'<line x1="{x:.1f}" x2="{end:.1f}" y1="{y:.1f}" y2="{y:.1f}" class="{"grid" if i else "axis"}"/>')
-        body.append(f'<text x="{x - 8:.1f}" y="{y + 4:.1f}" text-anchor="end" class="soft">{i * y_step:g}</text>')
-    for value in sorted({x for x, _ in points}):
-        x, y = at(value, 0)
+        body.append(f'<text x="{x - 8:.1f}" y="{y + 4:.1f}" text-anchor="end" class="soft">{mark:g}</text>')
+    numbers = sorted({x for x, _ in points})
+    for value in numbers[:: math.ceil(len(numbers) / NUMBERS)]:
+        x, y = at(value, heights.marks[0])
         body.append(f'<text x="{x:.1f}" y="{y + 18:.1f}" text-anchor="middle" class="soft">{value:g}</text>')
     for i, curve in enumerate(curves):
         placed = [at(*p) for p in sorted(curve.points)]
@@ -113,8 +143,8 @@ def lines(title: str, x_label: str, y_label: str, curves: Sequence[Curve]) -> st
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" class="dot c{curve.colour % COLOURS}"/>' for x, y in placed
         ]
         y = TITLE + 24 + 20 * i
-        body.append(f'<rect x="{left + 16}" y="{y - 9}" width="10" height="10" class="key c{curve.colour % COLOURS}"/>')
-        body.append(f'<text x="{left + 32}" y="{y}">{escape(curve.name)}</text>')
+        body.append(f'<rect x="{names_at}" y="{y - 9}" width="10" height="10" class="key c{curve.colour % COLOURS}"/>')
+        body.append(f'<text x="{names_at + 16}" y="{y}">{escape(curve.name)}</text>')
     bottom = TITLE + 16 + PLOT_HEIGHT + 38
     body.append(f'<text x="{left + width / 2}" y="{bottom}" text-anchor="middle" class="soft">{escape(x_label)}</text>')
     body.append(f'<text x="16" y="{TITLE + 6}" class="soft">{escape(y_label)}</text>')

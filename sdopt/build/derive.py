@@ -13,7 +13,7 @@ from sdopt.build.half import half
 from sdopt.build.halves import join_halves
 from sdopt.build.lower import OPSET, lower, lower_operators
 from sdopt.build.options import PRECISIONS
-from sdopt.build.recipe import Part
+from sdopt.build.recipe import EngineSpec
 from sdopt.build.trt_build import Builder
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.specs import Profile
@@ -21,7 +21,7 @@ from sdopt.graph.ort_ops import ort_ops
 
 
 def derive(
-    bundle: Bundle, part: Part, options: Mapping[str, Any], builder: Builder | None = None, device: str = ""
+    bundle: Bundle, part: EngineSpec, options: Mapping[str, Any], builder: Builder | None = None, device: str = ""
 ) -> tuple[ir.Model, dict[str, Any]]:
     """(the graph, what is noted about it); without a builder it is for ONNX Runtime on `device`."""
     model = graph.load(bundle.component(part.graph).graph)

@@ -1,7 +1,7 @@
 """Where a half graph leaves the float32 one: every value of both, compared on ONNX Runtime.
 
 Both graphs are lowered first, so that attention scores and the statistics of norms are values that can be seen, and the
-half one is run as `rounded`. Values are compared in topological order, in groups of some hundred to a run.
+half one is run as `simulate_half` makes it. Values are compared in topological order, some hundred to a run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from sdopt.build.half import MINUS_INFINITY, TYPES, HalfReport, half
 from sdopt.build.lower import lower
-from sdopt.build.rounded import outputs_of, rounded, session
+from sdopt.build.simulate import outputs_of, session, simulate_half
 from sdopt.bundle.specs import Array
 from sdopt.graph import BF16, F32, behind, is_float, load, name_of, save, weights
 from sdopt.metrics import psnr
@@ -79,7 +79,7 @@ def diagnose(
     exact, coarse = load(graph), load(graph)
     done = half(coarse, dtype=dtype, islands=islands, attention=attention)
     lower(exact)
-    rounded(lower(coarse))
+    simulate_half(lower(coarse))
     with tempfile.TemporaryDirectory(prefix="sdopt-diagnose-") as temporary:
         folder = Path(temporary)
         for name, model in (("exact", exact), ("coarse", coarse)):

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sdopt import __version__
-from sdopt.build.recipe import Part
+from sdopt.build.recipe import EngineSpec
 from sdopt.bundle.files import Bundle
-from sdopt.bundle.specs import short
+from sdopt.bundle.precision import precision_word
 from sdopt.errors import UsageError, choices
 
 PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": ""}  # what `half` calls them
@@ -17,7 +17,7 @@ AUTO = "auto"  # fp16; on a CPU, which computes in nothing else as fast, fp32
 
 
 @dataclass(frozen=True)
-class Options:
+class BuildOptions:
     """The options of a build, by name; all of them are in an engine's key.
 
     Raises: UsageError for a value that is not allowed.
@@ -32,7 +32,7 @@ class Options:
     weight_streaming: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "precision", short(self.precision))  # "float16" is "fp16" in an engine's key
+        object.__setattr__(self, "precision", precision_word(self.precision))
         if self.precision not in (AUTO, *PRECISIONS):
             raise UsageError(
                 f"precision {self.precision!r}; allowed are {choices(self.precision, [AUTO, *PRECISIONS])}"
@@ -42,12 +42,12 @@ class Options:
         if self.workspace is not None and self.workspace < 1 << 20:
             raise UsageError(f"workspace = {self.workspace} bytes; allowed is a MiB or more")
 
-    def resolved(self, default: str) -> Options:
+    def resolved(self, default: str) -> BuildOptions:
         """These options with `default` as the precision where none was asked for."""
         return replace(self, precision=default) if self.precision == AUTO else self
 
 
-def part_options(options: Options, part: Part, bundle: Bundle, bf16: bool = False) -> dict[str, Any]:
+def part_options(options: BuildOptions, part: EngineSpec, bundle: Bundle, bf16: bool = False) -> dict[str, Any]:
     """The options of one engine. `bf16`: the GPU that will run it is known, and computes in it."""
     precision = part.precision or options.resolved("fp16").precision
     if precision == "fp16" and part.graph in bundle.manifest.float16_unsafe:
@@ -57,7 +57,7 @@ def part_options(options: Options, part: Part, bundle: Bundle, bf16: bool = Fals
     return {**asdict(options), "precision": precision, **own}
 
 
-def exceptions(options: Mapping[str, Any], asked: str, part: Part, bundle: Bundle) -> list[str]:
+def exceptions(options: Mapping[str, Any], asked: str, part: EngineSpec, bundle: Bundle) -> list[str]:
     """What one engine gets other than it was asked for, in sentences."""
     found: list[str] = []
     if options["precision"] != asked and not part.precision:
@@ -67,5 +67,5 @@ def exceptions(options: Mapping[str, Any], asked: str, part: Part, bundle: Bundl
     return found
 
 
-def _attention_overflows(part: Part, bundle: Bundle) -> bool:
+def _attention_overflows(part: EngineSpec, bundle: Bundle) -> bool:
     return part.graph in bundle.manifest.float16_attention_unsafe

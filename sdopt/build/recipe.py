@@ -6,42 +6,49 @@ unet     batch=1:1:4 latent_height=64:64:96 latent_width=64 tokens=77
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any
 
+from sdopt.bundle.decode import Json, Rule, decode, integer, within
+from sdopt.bundle.disk import parse_toml
 from sdopt.bundle.files import Bundle
-from sdopt.bundle.specs import Profile, Range, TensorSpec, short
-from sdopt.errors import BackendError, UsageError, choices
+from sdopt.bundle.precision import precision_word
+from sdopt.bundle.specs import Name, Profile, Range, TensorSpec
+from sdopt.errors import UsageError, choices
 
 HOMES = (Path(__file__).parent.parent / "recipe.toml", Path(__file__).parents[2] / "engines/recipe.toml")
 NAMES = ("batch", "height", "width", "tokens")
-WORDS = {  # field of an engine -> what it may say
-    "fuse": ("", "guided", "alone"),
-    "when": ("", "guided", "unguided", "asked"),
-    "tokens": ("", "chunk"),
-    "precision": ("", "fp16", "bf16", "fp32"),
-}
 MAX_BATCH = 64  # pictures in one call of sdopt (`sdopt.request.options`)
 LEARNT_TOKENS = 128  # rows of textual inversions that a text encoder's engine takes at once
 
 
+def _word(*words: str) -> Rule:
+    return Rule(f"{', '.join(words)}, or leave it out", lambda value: value in ("", *words))
+
+
 @dataclass(frozen=True)
-class Part:
+class EngineSpec:
     """One engine of a recipe; `engines/recipe.toml` says what the fields mean."""
 
-    name: str
-    graph: str
-    fuse: str = ""
-    when: str = ""
-    rows: int = 1
-    tokens: str = ""
-    precision: str = ""
+    name: Name
+    graph: Name
+    fuse: Annotated[str, _word("guided", "alone")] = ""
+    when: Annotated[str, _word("guided", "unguided", "asked")] = ""
+    rows: Annotated[int, integer(1, 2)] = 1
+    tokens: Annotated[str, _word("chunk")] = ""
+    precision: Annotated[str, _word("fp16", "bf16", "fp32")] = ""
     attention: bool = False
     islands: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _File:
+    """A recipe as it is written: each engine has its name before it, as its table's."""
+
+    profile: Profile
+    engine: Mapping[Name, Mapping[str, Json]]
 
 
 @dataclass(frozen=True)
@@ -49,9 +56,9 @@ class Recipe:
     """The engines, and the profile where none is given."""
 
     profile: Profile
-    parts: Mapping[str, Part]
+    parts: Mapping[str, EngineSpec]
 
-    def chosen(self, bundle: Bundle, names: Sequence[str] | None) -> list[Part]:
+    def chosen(self, bundle: Bundle, names: Sequence[str] | None) -> list[EngineSpec]:
         """The engines that `names` ask for, or those that this bundle runs with.
 
         Raises: UsageError for a name that the recipe or the bundle does not have.
@@ -75,38 +82,19 @@ def read_recipe(path: Path | None = None) -> Recipe:
     Raises: UsageError for a file that is no recipe.
     """
     path = path or next((home for home in HOMES if home.is_file()), HOMES[0])
-    toml = _toml()
     try:
-        entry = cast(dict[str, Any], toml.loads(path.read_text(encoding="utf-8")))
-        parts = {name: _part(name, part) for name, part in entry["engine"].items()}
-        return Recipe(Profile.parse(entry["profile"]), parts)
-    except (OSError, KeyError, TypeError, AttributeError, toml.TOMLDecodeError) as error:
-        raise UsageError(f"{path} is not a recipe ({error!r}); see engines/recipe.toml of sdopt") from error
+        file: _File = decode(_File, parse_toml(path.read_text(encoding="utf-8")))
+        parts = {name: _part(name, entry) for name, entry in file.engine.items()}
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is not a recipe: {error}; see engines/recipe.toml of sdopt") from error
+    return Recipe(file.profile, parts)
 
 
-def _part(name: str, entry: Mapping[str, Any]) -> Part:
-    known = [f.name for f in fields(Part) if f.name != "name"]
-    unknown = [word for word in entry if word not in known]
-    if unknown:
-        raise UsageError(
-            f"recipe, engine {name}: {', '.join(unknown)} is unknown; there are {choices(unknown[0], known)}"
-        )
-    values: dict[str, Any] = {**entry, "islands": tuple(entry.get("islands", ()))}
-    if "precision" in values:
-        values["precision"] = short(str(values["precision"]))
-    for field, allowed in WORDS.items():
-        given = values.get(field, "")
-        if given not in allowed:
-            words = choices(str(given), filter(None, allowed))
-            raise UsageError(f"recipe, engine {name}: {field} = {given!r}; allowed are {words}, or leave it out")
-    return Part(name=name, **values)
-
-
-def _toml() -> Any:
-    try:
-        return importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    except ImportError as error:
-        raise BackendError(f"{error}; on Python 3.10 the builder needs it: pip install tomli") from error
+def _part(name: str, entry: Mapping[str, Any]) -> EngineSpec:
+    given = {**entry, "name": name}
+    if isinstance(given.get("precision"), str):
+        given["precision"] = precision_word(given["precision"])
+    return decode(EngineSpec, given, within("engine", name))
 
 
 def user_profiles(bundle: Bundle, recipe: Recipe, texts: Sequence[str], static: bool) -> tuple[Profile, ...]:
@@ -140,7 +128,7 @@ def user_profiles(bundle: Bundle, recipe: Recipe, texts: Sequence[str], static: 
     return tuple({str(profile): profile for profile in profiles}.values())
 
 
-def part_profile(bundle: Bundle, part: Part, inputs: Sequence[TensorSpec], profile: Profile) -> Profile:
+def part_profile(bundle: Bundle, part: EngineSpec, inputs: Sequence[TensorSpec], profile: Profile) -> Profile:
     """The ranges of the named dimensions of one engine's inputs."""
     factor = bundle.manifest.latents.factor
     batch, tokens = profile.ranges["batch"], profile.ranges["tokens"]

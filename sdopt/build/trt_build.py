@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sdopt.build.trt_types import keep_types, layer_types, product_types
+from sdopt.bundle.disk import write_cached
 from sdopt.bundle.specs import Profile, TensorSpec
-from sdopt.bundle.stamps import write_whole
 from sdopt.engine.cuda import bytes_text
 from sdopt.engine.trt_api import TensorRT
 from sdopt.errors import BackendError, UsageError
@@ -233,7 +233,7 @@ class Builder:
         if self.timing is None or cache is None:
             return
         with suppress(OSError):  # a build is not lost for a cache that cannot be written
-            write_whole(self.timing, bytes(cache.serialize()))
+            write_cached(self.timing, bytes(cache.serialize()))
 
 
 def check_options(lib: TensorRT, options: Mapping[str, Any]) -> None:

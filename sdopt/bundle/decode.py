@@ -7,9 +7,9 @@
 
     decode(Latents, {"channels": 0}, "latents")     # DecodeError: latents.channels is 0; allowed is a whole number ...
 
-An annotation may be bool, int, float, str, None, Json, a dataclass, `tuple[T, ...]`, a tuple of fixed length,
-`Mapping[K, V]`, a union of these that differ in their JSON type, and any of them with rules in `Annotated`. A field
-with a default may be left out; any other key is refused.
+An annotation may be bool, int, float, str, Lines, None, Json, a subclass of Text, a dataclass, `tuple[T, ...]`, a tuple
+of fixed length, `Mapping[K, V]`, a union of these that differ in their JSON type, and any of them with rules in
+`Annotated`. A field with a default may be left out; any other key is refused.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ import re
 import reprlib
 import types
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from dataclasses import MISSING, dataclass
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from sdopt.errors import SdoptError
 
 T = TypeVar("T")
 DEEPEST = 8  # lists and objects inside one another, where any JSON is allowed
@@ -40,7 +42,7 @@ class Rule:
     test: Callable[[Any], bool]
 
 
-def whole(low: int, high: int) -> Rule:
+def integer(low: int, high: int) -> Rule:
     return Rule(f"a whole number from {low} to {high}", lambda value: low <= value <= high)
 
 
@@ -56,18 +58,25 @@ def matching(pattern: str, allowed: str) -> Rule:
     return Rule(allowed, lambda value: re.fullmatch(pattern, value) is not None)
 
 
-class Json:
-    """An annotation for any JSON value that is not deeper than DEEPEST."""
+if TYPE_CHECKING:
+    Json = Any
+    Lines = str
+else:
+
+    class Json:
+        """An annotation for any JSON value that is not deeper than DEEPEST."""
+
+    class Lines:
+        """An annotation for text that may have several lines, or any other control character."""
 
 
-NAMES: Mapping[Any, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a finite number",
-    str: "text without control characters",
-    type(None): "null",
-    Json: f"JSON with finite numbers, at most {DEEPEST} lists or objects inside one another",
-}
+class Text:
+    """A value that JSON holds as text: `parse` reads it, `str` writes it."""
+
+    @classmethod
+    def parse(cls, text: str) -> Any:
+        """Raises: SdoptError for another text."""
+        raise NotImplementedError
 
 
 def decode(kind: type[T] | Any, value: Any, where: str = "") -> T:
@@ -75,14 +84,16 @@ def decode(kind: type[T] | Any, value: Any, where: str = "") -> T:
 
     Raises: DecodeError that names the path, the value and what is allowed.
     """
-    return cast(T, _decode(kind, value, (where,)))
+    return cast(T, _type(kind).decode(value, (where,)))
 
 
 def encode(value: Any) -> Any:
     """What json.dumps takes of a dataclass; optional fields that are None are left out."""
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, Text):
         fields = ((f.name, getattr(value, f.name), f.default) for f in dataclasses.fields(value))
         return {name: encode(own) for name, own, default in fields if own is not None or default is not None}
+    if isinstance(value, Text):
+        return str(value)
     if isinstance(value, Mapping):
         return {key: encode(own) for key, own in cast("Mapping[str, Any]", value).items()}
     if isinstance(value, (list, tuple)):
@@ -111,78 +122,131 @@ def _text(path: Path) -> str:
     return text
 
 
-def _decode(kind: Any, value: Any, path: Path) -> Any:
-    if not _fits(kind, value):
-        raise refusal(_text(path), value, _allowed(kind))
-    if isinstance(kind, type) and kind in NAMES:
-        if kind in _PLAIN and not _PLAIN[kind](value):
-            raise refusal(_text(path), value, NAMES[kind])
-        return float(value) if kind is float else value
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        return _ruled(args[0], cast("tuple[Rule, ...]", args[1:]), value, path)
-    if origin in (Union, types.UnionType):
-        return _decode(next(member for member in args if _fits(member, value)), value, path)
-    if origin is tuple:
-        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        return tuple(_decode(own, item, (*path, i)) for i, (own, item) in enumerate(zip(kinds, value, strict=True)))
-    if origin is Mapping:
-        return {_decode(args[0], k, (*path, k)): _decode(args[1], v, (*path, k)) for k, v in value.items()}
-    return _dataclass(cast(type[Any], kind), value, path)
+class _Type:
+    """An annotation, made ready: the JSON values that it takes, what they become, and the words for them."""
 
+    def __init__(self, fits: Callable[[Any], bool], read: Callable[[Any, Path], Any], allowed: str) -> None:
+        self.fits, self.read, self.allowed = fits, read, allowed
 
-def _ruled(kind: Any, rules: tuple[Rule, ...], value: Any, path: Path) -> Any:
-    decoded = _decode(kind, value, path)
-    for rule in rules:
-        if not rule.test(decoded):
-            raise refusal(_text(path), value, rule.allowed)
-    return decoded
-
-
-def _dataclass(kind: type[Any], value: Mapping[str, Any], path: Path) -> Any:
-    hints = _hints(kind)
-    for key in value:
-        if key not in hints:
-            where = _text(path)
-            raise DecodeError(f"{within(where, key)} is unknown; {where or 'the file'} has {', '.join(hints)}")
-    for f in dataclasses.fields(kind):
-        if f.name not in value and f.default is dataclasses.MISSING:
-            raise DecodeError(f"{_text((*path, f.name))} is missing; allowed is {_allowed(hints[f.name])}")
-    return kind(**{key: _decode(hints[key], own, (*path, key)) for key, own in value.items()})
-
-
-def _fits(kind: Any, value: Any) -> bool:
-    """Whether a value has the JSON type of a kind."""
-    if isinstance(kind, type) and kind in NAMES:
-        if kind is float:
-            return type(value) in (int, float)  # not bool
-        return kind is Json or type(value) is kind
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        return _fits(args[0], value)
-    if origin in (Union, types.UnionType):
-        return any(_fits(member, value) for member in args)
-    if origin is tuple:
-        return isinstance(value, list) and (args[-1] is Ellipsis or len(cast("list[Any]", value)) == len(args))
-    return isinstance(value, dict)  # a dataclass or a Mapping
-
-
-def _allowed(kind: Any) -> str:
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        return cast(Rule, args[-1]).allowed
-    if origin in (Union, types.UnionType):
-        return " or ".join(map(_allowed, args))
-    if origin is tuple:
-        return f"a list of {_allowed(args[0])}" if args[-1] is Ellipsis else f"a list of {len(args)} numbers"
-    if origin is Mapping:
-        return f"an object with {_allowed(args[1])} for each name"
-    return NAMES[kind] if kind in NAMES else f"an object with {', '.join(_hints(kind))}"
+    def decode(self, value: Any, path: Path) -> Any:
+        if not self.fits(value):
+            raise refusal(_text(path), value, self.allowed)
+        return self.read(value, path)
 
 
 @functools.cache
-def _hints(kind: type[Any]) -> dict[str, Any]:
-    return get_type_hints(kind, include_extras=True)
+def _type(kind: Any) -> _Type:
+    if kind in PLAIN:
+        return _plain(kind)
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _ruled(_type(args[0]), args[1:])
+    if origin in (Union, types.UnionType):
+        return _union([_type(member) for member in args])
+    if origin is tuple:
+        return _list(_type(args[0])) if args[-1] is Ellipsis else _fixed([_type(own) for own in args])
+    if origin is Mapping:
+        return _mapping(_type(args[0]), _type(args[1]))
+    return _parsed(kind) if issubclass(kind, Text) else _object(kind)
+
+
+def _plain(kind: Any) -> _Type:
+    fits, test, allowed = PLAIN[kind]
+
+    def read(value: Any, path: Path) -> Any:
+        if not test(value):
+            raise refusal(_text(path), value, allowed)
+        return float(value) if kind is float else value
+
+    return _Type(fits, read, allowed)
+
+
+def _ruled(inner: _Type, rules: tuple[Rule, ...]) -> _Type:
+    def read(value: Any, path: Path) -> Any:
+        decoded = inner.read(value, path)
+        for rule in rules:
+            if not rule.test(decoded):
+                raise refusal(_text(path), value, rule.allowed)
+        return decoded
+
+    return _Type(inner.fits, read, rules[-1].allowed)
+
+
+def _union(members: list[_Type]) -> _Type:
+    def read(value: Any, path: Path) -> Any:
+        return next(member for member in members if member.fits(value)).read(value, path)
+
+    def fits(value: Any) -> bool:
+        return any(member.fits(value) for member in members)
+
+    return _Type(fits, read, " or ".join(member.allowed for member in members))
+
+
+def _list(inner: _Type) -> _Type:
+    def read(value: Any, path: Path) -> Any:
+        return tuple([inner.decode(item, (*path, i)) for i, item in enumerate(value)])
+
+    return _Type(lambda value: isinstance(value, list), read, f"a list of {inner.allowed}")
+
+
+def _fixed(inner: list[_Type]) -> _Type:
+    def fits(value: Any) -> bool:
+        return isinstance(value, list) and len(cast("list[Any]", value)) == len(inner)
+
+    def read(value: Any, path: Path) -> Any:
+        return tuple([own.decode(item, (*path, i)) for i, (own, item) in enumerate(zip(inner, value, strict=True))])
+
+    return _Type(fits, read, f"a list of {len(inner)} numbers")
+
+
+def _mapping(key: _Type, inner: _Type) -> _Type:
+    def read(value: Any, path: Path) -> Any:
+        return {key.decode(k, (*path, k)): inner.decode(own, (*path, k)) for k, own in value.items()}
+
+    return _Type(_is_object, read, f"an object with {inner.allowed} for each name")
+
+
+def _parsed(kind: type[Text]) -> _Type:
+    def read(value: Any, path: Path) -> Any:
+        try:
+            return kind.parse(value)
+        except SdoptError as error:
+            raise DecodeError(f"{_text(path)}: {error}") from error
+
+    return _Type(lambda value: isinstance(value, str), read, f"the text of a {kind.__name__.lower()}")
+
+
+def _object(kind: type[Any]) -> _Type:
+    types_of = {name: _type(own) for name, own in _annotations(kind).items()}
+    needed = [f.name for f in dataclasses.fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+
+    def read(value: Any, path: Path) -> Any:
+        for key in value:
+            if key not in types_of:
+                where = _text(path)
+                raise DecodeError(f"{within(where, key)} is unknown; {where or 'the file'} has {', '.join(types_of)}")
+        for name in needed:
+            if name not in value:
+                raise DecodeError(f"{_text((*path, name))} is missing; allowed is {types_of[name].allowed}")
+        return kind(**{name: types_of[name].decode(own, (*path, name)) for name, own in value.items()})
+
+    return _Type(_is_object, read, f"an object with {', '.join(types_of)}")
+
+
+def _annotations(kind: type[Any]) -> Mapping[str, Any]:
+    """The fields of a dataclass with their annotations; as text, each of them is compiled first, which takes time."""
+    own: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(kind)}
+    if any(isinstance(annotation, str) for annotation in own.values()):
+        return get_type_hints(kind, include_extras=True)
+    return own
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)  # not bool
 
 
 def _is_finite(value: float) -> bool:
@@ -207,4 +271,21 @@ def _is_json(value: Any, depth: int = 0) -> bool:
     return value is None or _is_finite(value)
 
 
-_PLAIN: Mapping[Any, Callable[[Any], bool]] = {float: _is_finite, str: _is_text, Json: _is_json}
+def _always(value: Any) -> bool:
+    return True
+
+
+def _is_a(kind: type) -> Callable[[Any], bool]:
+    return lambda value: type(value) is kind
+
+
+# annotation -> (whether a JSON value is of its type, whether it is allowed, the words for it)
+PLAIN: Mapping[Any, tuple[Callable[[Any], bool], Callable[[Any], bool], str]] = {
+    bool: (_is_a(bool), _always, "true or false"),
+    int: (_is_a(int), _always, "a whole number"),
+    float: (_is_number, _is_finite, "a finite number"),
+    str: (_is_a(str), _is_text, "text without control characters"),
+    Lines: (_is_a(str), _always, "text"),
+    type(None): (_is_a(type(None)), _always, "null"),
+    Json: (_always, _is_json, f"JSON with finite numbers, at most {DEEPEST} lists or objects inside one another"),
+}

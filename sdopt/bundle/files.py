@@ -18,19 +18,17 @@ import os
 import reprlib
 import shutil
 import time
-import uuid
 from collections.abc import Generator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from sdopt.bundle.decode import DecodeError
+from sdopt.bundle.disk import parse_json
 from sdopt.bundle.format import FORMAT_VERSION, File, Manifest, Parity, decode_manifest, to_json
 from sdopt.bundle.specs import TensorSpec
-from sdopt.bundle.stamps import known_sha256, sha256
+from sdopt.bundle.stamps import known_sha256, sha256, stamped_sha256
 from sdopt.errors import BundleError, choices
 
 MANIFEST = "manifest.json"
@@ -128,8 +126,8 @@ def read_manifest(folder: Path) -> Manifest:
     if path.is_symlink() or path.stat().st_size > MAX_MANIFEST_BYTES:
         raise BundleError(f"{path} is a link or larger than {MAX_MANIFEST_BYTES} bytes; refusing to read it")
     try:
-        entry: Any = json.loads(path.read_bytes(), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        entry: Any = parse_json(path.read_bytes())
+    except ValueError as error:
         raise BundleError(f"{path} is not valid JSON: {error}") from error
     if isinstance(entry, dict):
         _check_version(folder, cast("dict[str, Any]", entry).get("format_version"))
@@ -152,17 +150,6 @@ def _export_again(folder: Path) -> str:
     return f"export it again: `sdopt export CHECKPOINT -o {folder} --force`"
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        raise ValueError("a key is given twice")
-    return entries
-
-
-def _no_constant(text: str) -> float:
-    raise ValueError(f"{text} is not a number")
-
-
 def _check_file(folder: Path, name: str, entry: File) -> None:
     """Refuse a file that is absent, truncated, behind a link, or anything but a plain file."""
     path = folder
@@ -183,15 +170,22 @@ def _check_file(folder: Path, name: str, entry: File) -> None:
 
 
 def _check_hashes(folder: Path, files: Mapping[str, File], paranoid: bool) -> None:
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        paths = [folder / name for name in files]
-        digests = pool.map(partial(known_sha256, paranoid=paranoid), paths)
-        for name, digest in zip(files, digests, strict=True):
-            if digest != files[name].sha256:
-                raise BundleError(
-                    f"{folder / name} does not match its SHA-256 in the manifest: it was changed or damaged. "
-                    "Copy or export the bundle again."
-                )
+    digests = {} if paranoid else {name: stamped_sha256(folder / name) for name in files}
+    unknown = [name for name in files if not digests.get(name)]
+    if unknown:
+        from concurrent.futures import ThreadPoolExecutor  # late: a bundle that has not changed needs none
+
+        def hashed(name: str) -> str:
+            return known_sha256(folder / name, paranoid)
+
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            digests |= zip(unknown, pool.map(hashed, unknown), strict=True)
+    for name, entry in files.items():
+        if digests[name] != entry.sha256:
+            raise BundleError(
+                f"{folder / name} does not match its SHA-256 in the manifest: it was changed or damaged. "
+                "Copy or export the bundle again."
+            )
 
 
 def refuse_existing(target: Path, force: bool) -> None:
@@ -216,13 +210,13 @@ def new_folder(target: Path, *, force: bool = False, needed_bytes: int = 0) -> G
     if free < 1.2 * needed_bytes:
         raise BundleError(f"{target.parent} has {free / 1e9:.1f} GB free, about {1.2 * needed_bytes / 1e9:.1f} needed")
     _remove_stale(target)
-    temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
+    temporary = target.with_name(f".{target.name}.tmp-{os.urandom(4).hex()}")
     temporary.mkdir()
     try:
         yield temporary
         for path in (*(p for p in temporary.rglob("*") if p.is_file()), temporary):
             _fsync(path)
-        old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
+        old = target.with_name(f".{target.name}.old-{os.urandom(4).hex()}")
         if target.exists():
             target.rename(old)
         temporary.rename(target)

@@ -3,7 +3,7 @@
 `decode_manifest` turns JSON into these classes, once, and checks that the fields agree; `to_json` is the way back.
 """
 
-from __future__ import annotations
+# no `from __future__ import annotations`: `decode` reads annotations, and as text each would be compiled first
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ from sdopt.bundle.decode import (
     between,
     decode,
     encode,
+    integer,
     matching,
     one_of,
     refusal,
-    whole,
     within,
 )
 from sdopt.bundle.specs import Name, TensorSpec
@@ -45,9 +45,9 @@ def _filled(what: str) -> Rule:
 
 FilePath = Annotated[str, Rule("a relative POSIX path that does not leave the bundle", _stays_inside)]
 Sha256 = Annotated[str, matching("[0-9a-f]{64}", "64 hexadecimal digits")]
-Count = Annotated[int, whole(0, 1 << 31)]
-Positive = Annotated[int, whole(1, 1 << 20)]
-Edge = Annotated[int, whole(1, MAX_EDGE)]
+Count = Annotated[int, integer(0, 1 << 31)]
+Positive = Annotated[int, integer(1, 1 << 20)]
+Edge = Annotated[int, integer(1, MAX_EDGE)]
 Fraction = Annotated[float, between(0, 1)]
 Factor = Annotated[float, Rule("a finite number other than 0", lambda value: value != 0)]
 
@@ -56,7 +56,7 @@ Factor = Annotated[float, Rule("a finite number other than 0", lambda value: val
 class File:
     """One file of the folder."""
 
-    bytes: Annotated[int, whole(0, 1 << 60)]
+    bytes: Annotated[int, integer(0, 1 << 60)]
     sha256: Sha256
 
 
@@ -98,11 +98,11 @@ class Latents:
     `patch`: how many latents one token of the denoiser spans on a side; 1 for a UNet.
     """
 
-    channels: Annotated[int, whole(1, 1024)]
-    factor: Annotated[int, whole(1, 1024)]
+    channels: Annotated[int, integer(1, 1024)]
+    factor: Annotated[int, integer(1, 1024)]
     scaling_factor: Factor | tuple[Factor, ...]
     shift_factor: float | tuple[float, ...]
-    patch: Annotated[int, whole(1, 64)] = 1
+    patch: Annotated[int, integer(1, 64)] = 1
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Defaults:
 
     height: Edge
     width: Edge
-    num_inference_steps: Annotated[int, whole(1, 1000)]
+    num_inference_steps: Annotated[int, integer(1, 1000)]
     guidance_scale: float
     strength: Fraction
     inpaint_strength: Fraction
@@ -125,7 +125,7 @@ class Encoder:
     component: Name
     tokenizer: Name
     output: Annotated[str, one_of("last_hidden_state", "hidden_states")]
-    skip: Annotated[int, whole(0, 100)]
+    skip: Annotated[int, integer(0, 100)]
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Conditioning:
     pooled: Name | None
     time_ids: tuple[Annotated[str, one_of(*TIME_IDS)], ...]
     zeros_for_empty: bool
-    guidance_embedding: Annotated[int, whole(0, 1 << 20)]
+    guidance_embedding: Annotated[int, integer(0, 1 << 20)]
 
 
 @dataclass(frozen=True)
@@ -144,11 +144,11 @@ class TokenizerEntry:
     """One tokenizer; ids from `vocab_size` on are rows of extra embeddings."""
 
     file: FilePath
-    max_length: Annotated[int, whole(3, 1 << 16)]
+    max_length: Annotated[int, integer(3, 1 << 16)]
     bos_token_id: Count
     eos_token_id: Count
     pad_token_id: Count
-    vocab_size: Annotated[int, whole(1, 1 << 31)] | None = None
+    vocab_size: Annotated[int, integer(1, 1 << 31)] | None = None
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Preview:
 class Manifest:
     """All of it. `files` is filled in when the manifest is written."""
 
-    format_version: Annotated[int, whole(FORMAT_VERSION, FORMAT_VERSION)] = FORMAT_VERSION
+    format_version: Annotated[int, integer(FORMAT_VERSION, FORMAT_VERSION)] = FORMAT_VERSION
     name: str | None = None
     family: Name
     source: Mapping[Name, str]
@@ -187,7 +187,7 @@ class Manifest:
 
 
 # those settings of a scheduler_config.json that a sampler reads; others are kept, and may be any JSON
-_Timesteps = Annotated[int, whole(1, 1 << 20)]
+_Timesteps = Annotated[int, integer(1, 1 << 20)]
 _Beta = Annotated[float, Rule("a number above 0 and below 1", lambda value: 0 < value < 1)]
 _Above0 = Annotated[float, Rule("a finite number above 0", lambda value: value > 0)]
 _Sigma = Annotated[float | None, Rule("null or a finite number above 0", lambda value: value is None or value > 0)]
@@ -210,8 +210,8 @@ SETTINGS: Mapping[str, Any] = {
     **dict.fromkeys(("rho", "sigma_data", "timestep_scaling", "flow_shift", "shift"), _Above0),
     **dict.fromkeys(("sigma_min", "sigma_max"), _Sigma),
     "trained_betas": _Betas,
-    "steps_offset": Annotated[int, whole(0, 1000)],
-    "solver_order": Annotated[int, whole(1, 4)],
+    "steps_offset": Annotated[int, integer(0, 1000)],
+    "solver_order": Annotated[int, integer(1, 4)],
     "lambda_min_clipped": float | Annotated[str, one_of(INFINITY)],
     "variance_type": Annotated[str | None, Rule("null or a name", lambda value: True)],
     "shift_terminal": float | None,

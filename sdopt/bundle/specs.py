@@ -1,6 +1,6 @@
 """What goes into and comes out of a component: names, dtypes and shapes with named dimensions."""
 
-from __future__ import annotations
+# no `from __future__ import annotations`: `decode` reads annotations, and as text each would be compiled first
 
 import math
 import re
@@ -10,17 +10,16 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from sdopt.bundle.decode import matching, one_of, whole
+from sdopt.bundle.decode import Text, integer, matching, one_of
 from sdopt.errors import UsageError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
 Scalar = Any  # a Python float: NumPy keeps float32 * float in float32, its type stubs do not
 
-SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # precision in NumPy's words -> in `sdopt build`'s
 DTYPES = ("float32", "float16", "int32", "int64", "bool")
 Name = Annotated[str, matching(r"[A-Za-z_][A-Za-z0-9_.-]{0,99}", "a name of letters, digits, '_', '.' and '-'")]
-Length = Annotated[int, whole(1, 1 << 20)]
+Length = Annotated[int, integer(1, 1 << 20)]
 
 
 @dataclass(frozen=True)
@@ -62,21 +61,6 @@ class TensorSpec:
     def sized(self, dims: Mapping[str, int]) -> tuple[int, ...]:
         """The shape where the named dimensions have these lengths."""
         return tuple(dims[d] if isinstance(d, str) else d for d in self.shape)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
-
-    @staticmethod
-    def from_json(entry: Mapping[str, Any]) -> TensorSpec:
-        name, dtype, shape = entry["name"], entry["dtype"], tuple(entry["shape"])
-        if not isinstance(name, str) or not isinstance(dtype, str) or not all(isinstance(d, str | int) for d in shape):
-            raise TypeError(f"{entry} is no tensor")
-        return TensorSpec(name, dtype, shape)
-
-
-def short(precision: str) -> str:
-    """The precision as `sdopt build` calls it, "fp16" for "float16"; another word as it is."""
-    return SHORT.get(precision, precision)
 
 
 def check_inputs(owner: str, specs: Sequence[TensorSpec], arrays: Mapping[str, Array]) -> dict[str, int]:
@@ -121,7 +105,7 @@ Range = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Profile:
+class Profile(Text):
     """A range per dimension name, {"batch": (1, 1, 4)}: smallest, best, largest; it shapes every tensor.
 
     Raises: UsageError for a range that is not 1 <= smallest <= best <= largest.
@@ -135,7 +119,7 @@ class Profile:
                 raise UsageError(f"profile: {name}={low}:{best}:{high}; allowed is 1 <= smallest <= best <= largest")
 
     @classmethod
-    def parse(cls, text: str) -> Profile:
+    def parse(cls, text: str) -> "Profile":
         """The profile of "batch=1:1:4 height=512"; one number is a fixed length."""
         ranges: dict[str, Range] = {}
         for word in text.split():
@@ -163,7 +147,7 @@ class Profile:
         far = 1000 * len(self.outside(dims))
         return far + sum(abs(math.log2(d / self.ranges[n][1])) for n, d in dims.items() if n in self.ranges)
 
-    def widened(self, dims: Mapping[str, int]) -> Profile:
+    def widened(self, dims: Mapping[str, int]) -> "Profile":
         """This profile, with ranges that take `dims` as well."""
         wide = {n: (min(a, dims.get(n, a)), b, max(c, dims.get(n, c))) for n, (a, b, c) in self.ranges.items()}
         return Profile(wide)

@@ -11,28 +11,14 @@ import hashlib
 import json
 import os
 import time
-import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sdopt.bundle.disk import user_folder, write_cached
 from sdopt.errors import BackendError
 
 FRESH_NS = 2_000_000_000  # some file systems note times in steps of two seconds
-
-
-def user_folder(variable: str, below_home: str) -> Path:
-    """This user's folder of state or cache, as the XDG base directories name it.
-
-    Raises: BackendError where this user has none: no home folder, and no variable that names another.
-    """
-    base = os.environ.get(variable) or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
-    try:
-        return (Path(base) if base else Path.home() / below_home) / "sdopt"
-    except RuntimeError as error:
-        raise BackendError(
-            f"this user has no home folder ({error}): set HOME, or {variable}, to a folder that can be written"
-        ) from error
 
 
 def sha256(path: Path) -> str:
@@ -48,19 +34,28 @@ def known_sha256(path: Path, paranoid: bool = False) -> str:
     """The hex digest of a file, from its stamp if there is one and the file is the same."""
     if paranoid:
         return sha256(path)
-    identity = _identity(path)
-    stamp = _stamp(path)
-    if stamp is not None:
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            kept = json.loads(stamp.read_bytes())
-            if kept["file"] == identity:
-                return str(kept["sha256"])
-    began = time.time_ns()
+    digest = stamped_sha256(path)
+    if digest is not None:
+        return digest
+    identity, began = _identity(path), time.time_ns()
     digest = sha256(path)
     changed = max(identity["mtime_ns"], identity["ctime_ns"])
+    stamp = _stamp(path)
     if stamp is not None and identity == _identity(path) and began - changed > FRESH_NS:
         _write(stamp, {"file": identity, "sha256": digest})
     return digest
+
+
+def stamped_sha256(path: Path) -> str | None:
+    """The hex digest that a stamp has for a file; None without a stamp, or where the file is another one by now."""
+    stamp = _stamp(path)
+    if stamp is None:
+        return None
+    try:
+        kept = json.loads(stamp.read_bytes())
+        return str(kept["sha256"]) if kept["file"] == _identity(path) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _identity(path: Path) -> dict[str, Any]:
@@ -87,19 +82,4 @@ def _stamp(path: Path) -> Path | None:
 def _write(stamp: Path, entry: dict[str, Any]) -> None:
     """A stamp that cannot be written costs time at the next start, and nothing else."""
     with suppress(OSError):
-        write_whole(stamp, json.dumps(entry).encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file of a cache by one rename, whoever else writes it meanwhile; its folder is made.
-
-    Raises: OSError, and nothing half-written stays.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        write_cached(stamp, json.dumps(entry).encode())

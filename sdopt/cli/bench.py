@@ -53,7 +53,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("bundle", type=Path, metavar="BUNDLE", help="what is measured")
     add("--baseline", type=Path, required=True, metavar="CHECKPOINT", help="the diffusers folder that it came from")
-    add("--baselines", type=names, metavar="NAMES", help="eager-float32,eager-bf16-nhwc,... (default: by the device)")
+    add("--baselines", type=names, metavar="NAMES", help="eager-fp32,eager-bf16-nhwc,... (default: by the device)")
     add("--peer", type=peer, action="append", default=[], metavar="NAME=COMMAND", help="see benchmarks/peers/README.md")
     add(
         "--case", action="append", default=[], metavar="NAME", help="of --cases (default: what the bundle makes itself)"
@@ -100,15 +100,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from sdopt.bench import baseline, harness, machine, record
+    from sdopt.bench import baseline, harness, record
     from sdopt.bench.cases import Case, pick, read_cases
     from sdopt.bundle.files import Bundle
+    from sdopt.engine.cores import usable_cores
 
     device = baseline.find_device(args.device)
     bundle = Bundle.open(args.bundle)
     cases = pick(read_cases(args.cases), args.case) if args.case else [Case.of_bundle(bundle)]
     setup = harness.Setup(
-        args.bundle, args.baseline, args.threads or machine.usable_cores(),
+        args.bundle, args.baseline, args.threads or usable_cores(),
         args.baselines or baseline.DEFAULTS[device], dict(args.peer), args.rounds, args.warmup, args.cold_rounds,
         device, args.cache,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sdopt.bundle.specs import short
+from sdopt.bundle.precision import precision_word
 from sdopt.errors import BackendError, UsageError
 
 EXTRA = 'the builder needs onnx-ir and onnx: pip install "sdopt[tensorrt]" (or "sdopt[tensorrt-rtx]", "sdopt[build]")'
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--component", action="append", metavar="NAME", help="build only this one; may be given again")
     add(
-        "--precision", default="auto", type=short,
+        "--precision", default="auto", type=precision_word,
         help="fp16, bf16 or fp32 (default: fp16, on a CPU fp32; what overflows in fp16 is built in bf16 or fp32)",
     )  # fmt: skip
     add(
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        from sdopt.build.plan import Options, build
+        from sdopt.build.jobs import BuildOptions, build
         from sdopt.build.recipe import read_recipe
     except ImportError as error:
         raise BackendError(f"{error}; {EXTRA}") from error
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     _refuse_for_ort(args)
     if args.workspace is not None and args.workspace < 1 / 1024:
         raise UsageError(f"--workspace {args.workspace:g}; allowed are GiB from 0.001 on, e.g. --workspace 4")
-    options = Options(
+    options = BuildOptions(
         precision=args.precision,
         opt_level=args.opt_level,
         workspace=None if args.workspace is None else int(args.workspace * (1 << 30)),

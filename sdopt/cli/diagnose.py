@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sdopt.bundle.specs import short
+from sdopt.bundle.precision import precision_word
 from sdopt.errors import BackendError
 
 PRECISIONS = {"fp16": "float16", "bf16": "bfloat16"}
@@ -19,7 +19,7 @@ PRECISIONS = {"fp16": "float16", "bf16": "bfloat16"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="default: the embedded model")
     parser.add_argument("--component", default="unet", help="default: unet")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp16", type=short)
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp16", type=precision_word)
     parser.add_argument("--floor", type=float, default=40.0, metavar="DB", help="a value is lost below it; default: 40")
     parser.add_argument("--island", action="append", default=[], metavar="PATTERN", help="nodes to leave in float32")
     parser.add_argument("--attention-float32", action="store_true", help="leave attention in float32 (SD 2.1)")

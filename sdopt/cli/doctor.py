@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdopt.bundle.specs import short
-
 PROBE = """
 import sys, onnxruntime
 options = onnxruntime.SessionOptions()
@@ -43,7 +41,6 @@ def findings() -> dict[str, Any]:
 
     A backend that is not installed has `install`, one that cannot be used `broken`, one that lacks something `lacks`.
     """
-    import os
     import platform
 
     from sdopt import __version__
@@ -58,7 +55,7 @@ def findings() -> dict[str, Any]:
         "sdopt": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cores": usable_cores() or os.cpu_count(),
+        "cores": usable_cores(),
         "embedded_model": embedded().is_dir(),
         "cache": _cache(),
         "backends": backends,
@@ -131,7 +128,7 @@ def _cache() -> dict[str, Any]:
 
 
 def _auto() -> dict[str, str]:
-    """The backend and precision that `auto` takes; nothing where no installed one computes in float32."""
+    """The backend and precision that `auto` takes; nothing where no installed one computes in fp32."""
     from sdopt.engine import choose_backend
     from sdopt.errors import BackendError
 
@@ -153,9 +150,9 @@ def _why(auto: Mapping[str, str], backends: Mapping[str, Mapping[str, Any]]) -> 
         return (
             f"nothing: {names} runs what `sdopt build` made, and only if asked: {ways}; or {backends['ort']['install']}"
         )
-    why = "float32 makes the picture that diffusers makes"
+    why = "fp32 makes the picture that diffusers makes"
     if "broken" in backends[auto["backend"]]:
-        others = [n for n in installed if "precisions" in backends[n] and "float32" in backends[n]["precisions"]]
+        others = [n for n in installed if "precisions" in backends[n] and "fp32" in backends[n]["precisions"]]
         ways = f"say --backend {others[0]}, or " if others else ""
         return f"{why}; but {auto['backend']} does not load here: {ways}install it again"
     able = [n for n, entry in backends.items() if BACKENDS[n].precisions and "bf16" in entry.get("precisions", ())]
@@ -185,7 +182,7 @@ def _told(entry: Mapping[str, Any]) -> str:
         return f"not installed: {entry['install']}"
     if "broken" in entry:
         return f"installed, but it cannot be used: {entry['broken']}"
-    known = {key: value if isinstance(value, str) else " ".join(map(short, value)) for key, value in entry.items()}
+    known = {key: value if isinstance(value, str) else " ".join(value) for key, value in entry.items()}
     lacks = known.pop("lacks", "")
     told = ", ".join(f"{key} {value}" for key, value in known.items() if value)
     return f"{told}; lacks: {lacks}" if lacks else told

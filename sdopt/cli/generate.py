@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdopt.bundle.precision import precision_word, with_precision_words
 from sdopt.errors import BundleError, UsageError
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--precision",
         default="auto",
-        help="float32, bf16 where the processor has it, or one that was built (default: float32, or what was built)",
+        type=precision_word,
+        help="fp32, bf16 where the processor has it, or one that was built (default: fp32, or what was built)",
     )
     add("--no-cache", action="store_true", help="keep nothing for the next start (see `sdopt doctor`)")
     add("--threads", type=int, help="threads of the engine (default: what this process may use)")
@@ -119,18 +121,16 @@ def _request(args: argparse.Namespace) -> tuple[Any, dict[str, Any] | None]:
     return {"prompt": "", **replayed(record), **given}, record
 
 
-def _as_made(args: argparse.Namespace, found: dict[str, Any]) -> tuple[str, str]:
+def _as_made(args: argparse.Namespace, record: dict[str, Any]) -> tuple[str, str]:
     """The backend and precision of --replay, unless others are named; that they differ is told."""
     from sdopt.engine import installed_backends
 
-    made, precision = str(found.get("backend", "auto")), str(found.get("precision", "auto")).partition(" ")[0]
-    backend = made if args.backend == "auto" and made.partition(":")[0] in installed_backends() else args.backend
-    if args.precision != "auto" or backend != made:
-        precision = args.precision
-    if "backend" in found and (backend, precision) != (made, str(found["precision"]).partition(" ")[0]):
-        print(
-            f"sdopt: {args.replay} was made by {made} in {found['precision']}; this picture may differ", file=sys.stderr
-        )
+    made_by, made_in = str(record.get("backend", "auto")), with_precision_words(str(record.get("precision", "auto")))
+    main = made_in.partition(" ")[0]  # "fp16" of "fp16 (vae_decoder bf16)"
+    backend = made_by if args.backend == "auto" and made_by.partition(":")[0] in installed_backends() else args.backend
+    precision = main if args.precision == "auto" and backend == made_by else args.precision
+    if "backend" in record and (backend, precision) != (made_by, main):
+        print(f"sdopt: {args.replay} was made by {made_by} in {made_in}; this picture may differ", file=sys.stderr)
     return backend, precision
 
 

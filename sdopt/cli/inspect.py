@@ -49,7 +49,7 @@ def _lines(bundle: Any, able: dict[str, Any]) -> list[str]:
         f"{able['max_clip_skip']}",
         f"previews   {_fitted(able['preview'])}",
         f"embeddings {_widths(able['embeddings'])}",
-        f"float16    unsafe in {', '.join(able['float16_unsafe']) or 'nothing'}",
+        f"fp16       unsafe in {', '.join(able['float16_unsafe']) or 'nothing'}",
         "",
         f"{'component':<14}{'MB':>9}{'parity dB':>11}  inputs -> outputs",
     ]

@@ -23,9 +23,6 @@ CONFIG = {
     "skip_prk_steps": True,
     "steps_offset": 1,
 }
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#000000")
-WIDTH, HEIGHT, MARGIN = 800, 480, 56
-Point = tuple[float, float]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help='samplers to plot, such as euler "DPM++ 2M Karras"; default: four')
     add("--print", dest="show", metavar="NAME", help="print one sampler's table")
-    add("--plot", type=Path, metavar="FILE", help="draw the noise level of every call into FILE (.svg or .png)")
+    add("--plot", type=Path, metavar="FILE.svg", help="draw the noise level of every call into it")
     add("--steps", type=int, default=20, metavar="N", help="default: 20")
     add("--schedule", help="karras, exponential, beta, lu, sgm_uniform, trailing, leading, linspace or normal")
     add("--strength", type=float, default=1.0, help="below 1: where image to image begins")
@@ -51,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(table.to_json()) if args.json else "\n".join(_rows(table)))
     elif args.plot:
         names = args.names or ["euler", "DPM++ 2M Karras", "ddim", "heun"]
-        _draw(args.plot, [(name, _table(args, name)) for name in names], args.steps)
+        _plot(args.plot, [(name, _table(args, name)) for name in names], args.steps)
         print(json.dumps({"path": str(args.plot)}) if args.json else args.plot)
     else:
         entries = [_entry(sampler, args.steps) for sampler in SAMPLERS.values()]
@@ -121,88 +118,23 @@ def _rows(table: SamplerTable) -> list[str]:
     return lines
 
 
-# ------------------------------------------------------------------------------------------------------- plots
+def _plot(path: Path, tables: Sequence[tuple[str, SamplerTable]], steps: int) -> None:
+    """Write the plot of sigma against calls; infinite and zero levels are left out.
 
-
-def _draw(path: Path, tables: Sequence[tuple[str, SamplerTable]], steps: int) -> None:
-    """Write the plot of sigma against calls.
-
-    Raises: UsageError for a suffix other than .svg and .png.
+    Raises: UsageError for a suffix other than .svg, or where no level is left.
     """
+    from sdopt.bench.svg import Curve, lines
+    from sdopt.bundle.disk import write_whole
     from sdopt.errors import UsageError
 
-    if path.suffix.lower() not in (".svg", ".png"):
-        raise UsageError(f"--plot {path}: the name must end in .svg or .png.")
-    lines, texts = _shapes(tables, steps)
-    if path.suffix.lower() == ".svg":
-        path.write_text(_svg(lines, texts))
-    else:
-        _png(path, lines, texts)
-
-
-Line = tuple[Sequence[Point], str, int]  # points, colour, width
-Text = tuple[Point, str, str, str]  # where, words, colour, anchor
-
-
-def _shapes(tables: Sequence[tuple[str, SamplerTable]], steps: int) -> tuple[list[Line], list[Text]]:
-    """Lines and words in pixels, y downwards; sigma on a logarithmic axis, infinite and zero levels left out."""
-    shown = [[(k, s) for k, s in enumerate(table.sigma.tolist()) if 0 < s < math.inf] for _, table in tables]
-    logs = [math.log10(s) for points in shown for _, s in points] or [0.0]
-    low, high = math.floor(min(logs)), max(math.ceil(max(logs)), math.floor(min(logs)) + 1)
-    calls = max(max(len(table) for _, table in tables) - 1, 1)
-
-    def at(call: float, log: float) -> Point:
-        x = MARGIN + call / calls * (WIDTH - 2 * MARGIN)
-        return x, MARGIN + (high - log) / (high - low) * (HEIGHT - 2 * MARGIN)
-
-    lines: list[Line] = [((at(0, log), at(calls, log)), "#dddddd", 1) for log in range(low, high + 1)]
-    texts: list[Text] = [
-        ((MARGIN - 8, at(0, log)[1] + 4), f"{10.0**log:g}", "#444444", "end") for log in range(low, high + 1)
-    ]
-    texts += [((at(c, low)[0], HEIGHT - MARGIN + 18), str(c), "#444444", "middle") for c in _ticks(calls)]
-    texts.append(((WIDTH / 2, HEIGHT - 12), "call of the denoiser", "#444444", "middle"))
-    texts.append(((MARGIN, 24), f"noise level sigma, {steps} steps", "#444444", "start"))
-    for i, (points, (name, _)) in enumerate(zip(shown, tables, strict=True)):
-        colour = COLOURS[i % len(COLOURS)]
-        lines.append(([at(k, math.log10(s)) for k, s in points], colour, 2))
-        texts.append(((WIDTH - MARGIN, MARGIN + 16 * (i + 1)), name, colour, "end"))
-    return lines, texts
-
-
-def _ticks(last: int) -> list[int]:
-    stride = max(1, round(last / 10))
-    return list(range(0, last + 1, stride))
-
-
-def _svg(lines: Sequence[Line], texts: Sequence[Text]) -> str:
-    from xml.sax.saxutils import escape
-
-    body = [
-        f'<polyline fill="none" stroke="{colour}" stroke-width="{width}" points="'
-        + " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        + '"/>'
-        for points, colour, width in lines
-    ]
-    body += [
-        f'<text x="{x:.1f}" y="{y:.1f}" fill="{colour}" text-anchor="{anchor}">{escape(words)}</text>'
-        for (x, y), words, colour, anchor in texts
-    ]
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        'font-family="sans-serif" font-size="13"><rect width="100%" height="100%" fill="#ffffff"/>\n'
-        + "\n".join(body)
-        + "\n</svg>\n"
-    )
-
-
-def _png(path: Path, lines: Sequence[Line], texts: Sequence[Text]) -> None:
-    from PIL import Image, ImageDraw
-
-    image = Image.new("RGB", (WIDTH, HEIGHT), "#ffffff")
-    draw = ImageDraw.Draw(image)
-    for points, colour, width in lines:
-        draw.line(list(points), fill=colour, width=width)
-    for (x, y), words, colour, anchor in texts:
-        shift = {"start": 0.0, "middle": 0.5, "end": 1.0}[anchor] * draw.textlength(words)
-        draw.text((x - shift, y - 11), words, fill=colour)
-    image.save(path)
+    if path.suffix.lower() != ".svg":
+        raise UsageError(f"--plot {path}: plots are written as SVG; name it {path.with_suffix('.svg')}")
+    curves: list[Curve] = []
+    for i, (name, table) in enumerate(tables):
+        levels = [(float(call), level) for call, level in enumerate(table.sigma.tolist()) if 0 < level < math.inf]
+        if levels:
+            curves.append(Curve(name, levels, i))
+    if not curves:
+        raise UsageError(f"--plot {path}: none of these samplers has a finite noise level; give more --steps")
+    title = f"noise level sigma, {steps} steps"
+    write_whole(path, lines(title, "call of the denoiser", "sigma", curves, decades=True))

@@ -19,8 +19,9 @@ from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
 from sdopt.bundle.files import Bundle
-from sdopt.bundle.specs import Array, TensorSpec, short
-from sdopt.engine import plans
+from sdopt.bundle.precision import precision_word
+from sdopt.bundle.specs import Array, TensorSpec
+from sdopt.engine import store
 from sdopt.errors import BackendError, UsageError, choices
 
 
@@ -81,7 +82,7 @@ class Carrying(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """One row of the table; `module` has `open_component(bundle, name, how)` and `describe(backend)`.
+    """One row of the table; `module` has `open_component(bundle, name, options)` and `describe(backend)`.
 
     Without `precisions` a backend runs engines that `sdopt build` made, in the precision that they were built in.
     """
@@ -93,7 +94,7 @@ class Backend:
 
 
 @dataclass(frozen=True)
-class How:
+class EngineOptions:
     """How a component is opened: the backend's name, device and precision, threads, and whose engines to trust.
 
     `cache`: keep what the library makes of the graph for the next process (see `sdopt.engine.cache`). `built`: the
@@ -102,7 +103,7 @@ class How:
 
     backend: str
     device: str | None = None
-    precision: str = "float32"
+    precision: str = "fp32"
     threads: int | None = None
     trust: bool = False
     cache: bool = True
@@ -115,9 +116,9 @@ BACKENDS = {  # best first
         "sdopt.engine.ort",
         "onnxruntime",
         'pip install "sdopt[cpu]" (or "sdopt[cuda]" with an NVIDIA GPU)',
-        ("float32",),
+        ("fp32",),
     ),
-    "openvino": Backend("sdopt.engine.openvino", "openvino", 'pip install "sdopt[openvino]"', ("float32", "bf16")),
+    "openvino": Backend("sdopt.engine.openvino", "openvino", 'pip install "sdopt[openvino]"', ("fp32", "bf16")),
     "tensorrt": Backend(
         TRT, "tensorrt", 'pip install "sdopt[tensorrt]", then `sdopt build BUNDLE --backend tensorrt`', ()
     ),
@@ -125,9 +126,9 @@ BACKENDS = {  # best first
         TRT, "tensorrt_rtx", 'pip install "sdopt[tensorrt-rtx]", then `sdopt build BUNDLE --backend tensorrt-rtx`', ()
     ),
 }
-PRECISIONS = ("auto", "float32", "bf16", "fp16")  # or in other words: see `sdopt.bundle.specs.SHORT`
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 UNETS = ("unet_step", "unet_step_alone", "unet")  # what is taken as the UNet, if it is built
-IN_FLOAT32 = ("text_encoder", "text_encoder_2")  # they run once a prompt: nothing to gain, and every step sees the loss
+IN_FP32 = ("text_encoder", "text_encoder_2")  # they run once a prompt: nothing to gain, and every step sees the loss
 
 
 def installed_backends() -> tuple[str, ...]:
@@ -138,11 +139,12 @@ def installed_backends() -> tuple[str, ...]:
 def choose_backend(backend: str = "auto", precision: str = "auto", bundle: Bundle | None = None) -> tuple[str, str]:
     """The backend and the precision that these words mean on this machine; "ort:cuda" also names the device.
 
-    Where both are "auto", pictures are exact: float32, on the first backend that is installed. bf16 has to be asked
+    Where both are "auto", pictures are exact: fp32, on the first backend that is installed. bf16 has to be asked
     for, and finds a backend that computes in it; so has what was built for `bundle` in another precision.
     Raises: UsageError for an unknown name; BackendError if the library is not installed.
     """
-    exact = {"auto": "float32", "fp32": "float32"}.get(short(precision), short(precision))
+    word = precision_word(precision)
+    exact = "fp32" if word == "auto" else word
     if exact not in PRECISIONS:
         raise UsageError(f"precision {precision!r} is not known; there are {choices(precision, PRECISIONS)}")
     if backend == "auto":
@@ -151,9 +153,9 @@ def choose_backend(backend: str = "auto", precision: str = "auto", bundle: Bundl
     if name not in BACKENDS:
         raise UsageError(f"backend {backend!r} is not known; there are auto, {choices(name, BACKENDS)}")
     entry = BACKENDS[name]
-    if name not in installed_backends() and (precision == "auto" or exact in entry.precisions):
+    if name not in installed_backends() and (word == "auto" or exact in entry.precisions):
         raise BackendError(f"backend {backend!r} needs {entry.library}: {entry.install}")
-    if precision == "auto" and not entry.precisions:
+    if word == "auto" and not entry.precisions:
         return backend, "auto"
     if exact not in entry.precisions and not _is_built(bundle, backend, exact):
         raise UsageError(_not_in(backend, exact, bundle))
@@ -165,27 +167,29 @@ def _is_built(bundle: Bundle | None, backend: str, precision: str) -> bool:
     name = backend.partition(":")[0]
     if bundle is None or name not in installed_backends():
         return False
-    return bool(plans.built_components(bundle, name, _provider(backend), precision))
+    return bool(store.built_components(bundle, name, _provider(backend), precision))
 
 
 def _not_in(backend: str, precision: str, bundle: Bundle | None) -> str:
     """What to do about a precision that a backend neither computes in nor has engines of, as a sentence."""
     name = backend.partition(":")[0]
-    entry, word = BACKENDS[name], short(precision)
+    entry = BACKENDS[name]
     path = "BUNDLE" if bundle is None else shlex.quote(str(bundle.path))
-    build = f"sdopt build {path} --backend {backend} --precision {word}"
+    build = f"sdopt build {path} --backend {backend} --precision {precision}"
     if not entry.precisions:
-        there = () if bundle is None else sorted({*plans.built_components(bundle, name).values()})
+        there = () if bundle is None else sorted({*store.built_components(bundle, name).values()})
         told = f"there is {', '.join(there)}" if there else "there is none"
         return (
-            f"precision {word!r}: {backend} runs what was built, and in {word} nothing is; {told}. Leave --precision "
-            f"out, or build it: {build}"
+            f"precision {precision!r}: {backend} runs what was built, and in {precision} nothing is; {told}. "
+            f"Leave --precision out, or build it: {build}"
         )
     able = [other for other, e in BACKENDS.items() if precision in e.precisions]
     ways = [*able, *([f"what is built: {build}"] if name == "ort" else [])] or [
-        f"what is built: sdopt build {path} --backend tensorrt --precision {word}"
+        f"what is built: sdopt build {path} --backend tensorrt --precision {precision}"
     ]
-    return f"backend {backend!r} computes in {', '.join(entry.precisions)}; for {word} there is {', or '.join(ways)}"
+    return (
+        f"backend {backend!r} computes in {', '.join(entry.precisions)}; for {precision} there is {', or '.join(ways)}"
+    )
 
 
 def _first_backend(precision: str) -> str:
@@ -228,30 +232,30 @@ def open_engine(
 ) -> Engine:
     """The engine of one component; `threads=None` takes what the machine gives to this process.
 
-    In bf16, text encoders stay in float32. `trust` also loads engines that somebody else built; for `cache` see
-    `How`.
+    In bf16, text encoders stay in fp32. `trust` also loads engines that somebody else built; for `cache` see
+    `EngineOptions`.
     """
     if threads is not None and threads < 1:
         raise UsageError(f"threads = {threads}; allowed is 1 or more, or None for all that this process may use")
     chosen, exact = choose_backend(backend, precision, bundle)
     name, _, device = chosen.partition(":")
     module = _module(name)
-    own = "float32" if component in IN_FLOAT32 else exact
-    how = How(name, device or None, own, threads, trust, cache, _wanted(chosen, precision))
-    engine: Engine = module.open_component(bundle, component, how)
+    own = "fp32" if component in IN_FP32 else exact
+    options = EngineOptions(name, device or None, own, threads, trust, cache, _wanted(chosen, precision))
+    engine: Engine = module.open_component(bundle, component, options)
     return engine
 
 
 def built_components(bundle: Bundle, backend: str, precision: str = "auto") -> dict[str, str]:
     """The components that are run as `sdopt build` made them, for this backend, each with its precision.
 
-    A backend that computes by itself takes those in the precision that is asked for, on a CPU in float32 unless
+    A backend that computes by itself takes those in the precision that is asked for, on a CPU in fp32 unless
     another is; one that runs nothing else takes what there is for a component that has none in it.
     """
     name = backend.partition(":")[0]
     provider, wanted = _provider(backend), _wanted(backend, precision)
-    found = plans.built_components(bundle, name, provider, wanted)
-    return found if BACKENDS[name].precisions else {**plans.built_components(bundle, name, provider), **found}
+    found = store.built_components(bundle, name, provider, wanted)
+    return found if BACKENDS[name].precisions else {**store.built_components(bundle, name, provider), **found}
 
 
 def told_precision(bundle: Bundle, built: Mapping[str, str], own: str) -> str:
@@ -264,16 +268,15 @@ def told_precision(bundle: Bundle, built: Mapping[str, str], own: str) -> str:
         return own
     unet = next((name for name in UNETS if name in built), "unet")
     found = {name: built.get(name, own) for name in (unet, *(n for n in bundle.components if n not in UNETS))}
-    words = {name: "float32" if word == "fp32" else word for name, word in found.items()}
-    main = words.pop(unet)
-    others = [f"{name} {word}" for name, word in words.items() if word not in ("auto", main)]
+    main = found.pop(unet)
+    others = [f"{name} {word}" for name, word in found.items() if word not in ("auto", main)]
     return f"{main} ({', '.join(others)})" if others else main
 
 
 def _wanted(backend: str, precision: str) -> str:
     """The precision that an engine of `sdopt build` must have to be taken; "" where any will do."""
     if precision != "auto":
-        return short(precision)
+        return precision_word(precision)
     return "fp32" if _provider(backend) == "CPU" else ""
 
 

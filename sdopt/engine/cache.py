@@ -21,8 +21,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sdopt.bundle.disk import user_folder
 from sdopt.bundle.files import Bundle, Component, new_folder
-from sdopt.bundle.stamps import user_folder
 from sdopt.errors import BackendError, SdoptError
 
 UNUSED_SECONDS = 30 * 24 * 3600

@@ -1,4 +1,4 @@
-"""How many threads an engine should start."""
+"""How many cores this process may use, and so how many threads an engine should start."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from pathlib import Path
 
 
 def usable_cores() -> int:
-    """How many cores this process may use: 0 (the library's own choice) unless affinity or a CPU quota limits it.
+    """The cores that this process may use: those of the machine, less what affinity or a CPU quota takes away."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(affinity, _cgroup_quota())
+
+
+def thread_limit() -> int:
+    """The threads that an engine may start: 0 (the library's own choice) unless affinity or a quota limits them.
 
     ONNX Runtime starts a thread per physical core of the machine; in a container with a quota that is too many.
     """
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limit = min(affinity, _cgroup_quota())
-    return limit if limit < (os.cpu_count() or 1) else 0
+    cores = usable_cores()
+    return cores if cores < (os.cpu_count() or 1) else 0
 
 
 def _cgroup_quota() -> int:

@@ -12,6 +12,6 @@ def refuse_nan(array: Float32, where: str) -> None:
     """Raises: NumericsError if `array`, which came from `where`, holds NaN or infinity."""
     if not np.isfinite(array).all():
         raise NumericsError(
-            f"{where}: the output has NaN or infinity. On a half-precision engine try float32 for this component; "
+            f"{where}: the output has NaN or infinity. On a half-precision engine try fp32 for this component; "
             "otherwise the weights or the inputs are damaged."
         )

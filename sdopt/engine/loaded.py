@@ -7,11 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sdopt.bundle.stamps import user_folder, write_whole
+from sdopt.bundle.disk import user_folder, write_cached
 from sdopt.engine.cuda import OutOfMemoryError
 from sdopt.engine.device import Device
 from sdopt.engine.lane import Lane
-from sdopt.engine.plans import Record
+from sdopt.engine.store import Record
 from sdopt.engine.trt_api import LoadedPlan, TensorRT
 from sdopt.errors import BackendError
 
@@ -64,12 +64,12 @@ class Loaded:
             if found != {s.name for s in specs}:
                 raise BackendError(
                     f"{self.name}: the engine has {sorted(found)}, its record says otherwise; build it again: "
-                    f"{self.record.again}"
+                    f"{self.record.rebuild_command}"
                 )
         if plan.profiles != len(self.record.profiles):
             raise BackendError(
                 f"{self.name}: the engine has {plan.profiles} profiles, its record {len(self.record.profiles)}; build "
-                f"it again: {self.record.again}"
+                f"it again: {self.record.rebuild_command}"
             )
 
     def take(self, profile: int, dims: Mapping[str, int]) -> Lane:
@@ -167,7 +167,7 @@ class Compiled:
             return
         self._kept = blob
         with suppress(OSError):
-            write_whole(self._path, blob)
+            write_cached(self._path, blob)
 
 
 def _compiled_path(record: Record, device: Device) -> Path | None:

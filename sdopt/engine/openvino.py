@@ -1,4 +1,4 @@
-"""OpenVINO: the fast engine on CPUs, in float32 or, where the processor multiplies it natively, in bfloat16."""
+"""OpenVINO: the fast engine on CPUs, in fp32 or, where the processor multiplies it natively, in bf16."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import openvino
 
 from sdopt.bundle.files import Bundle, Component
 from sdopt.bundle.specs import Array, check_inputs
-from sdopt.engine import How, cache
+from sdopt.engine import EngineOptions, cache
 from sdopt.errors import BackendError, BundleError, UsageError
 
 ov = cast(Any, openvino)  # its bindings are not typed
-PRECISIONS = {"float32": "f32", "bf16": "bf16"}
+PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 DEVICES = {"cpu": "CPU", "gpu": "GPU"}
 
 
-def open_component(bundle: Bundle, name: str, how: How) -> OpenVinoEngine:
-    """The engine of component `name` on `how.device`, computing in `how.precision`."""
-    component, device = bundle.component(name), how.device or "cpu"
-    opened = partial(OpenVinoEngine, component, how.threads, device, how.precision)
-    if not how.cache or device != "cpu" or not cache.available():
+def open_component(bundle: Bundle, name: str, options: EngineOptions) -> OpenVinoEngine:
+    """The engine of component `name` on `options.device`, computing in `options.precision`."""
+    component, device = bundle.component(name), options.device or "cpu"
+    opened = partial(OpenVinoEngine, component, options.threads, device, options.precision)
+    if not options.cache or device != "cpu" or not cache.available():
         return opened()
-    options = {"openvino": ov.__version__, "precision": how.precision, "threads": how.threads, **_source(component)}
-    folder = cache.entry(bundle, component, "openvino", options)
+    made_from = {"openvino": ov.__version__, "precision": options.precision, "threads": options.threads}
+    folder = cache.entry(bundle, component, "openvino", {**made_from, **_source(component)})
     return cache.load(folder, 2 * bundle.nbytes(name), kept=opened, new=opened)
 
 
@@ -38,7 +38,7 @@ def _source(component: Component) -> dict[str, Any]:
 def describe(backend: str) -> dict[str, Any]:
     """Version, precisions and devices, for `sdopt doctor`."""
     devices = [name.lower() for name in ov.Core().available_devices]
-    precisions = [name for name in PRECISIONS if name == "float32" or native_bf16()]
+    precisions = [name for name in PRECISIONS if name == "fp32" or native_bf16()]
     return {"version": ov.__version__.partition("-")[0], "precisions": precisions, "devices": devices}
 
 
@@ -53,12 +53,12 @@ class OpenVinoEngine:
         component: Component,
         threads: int | None = None,
         device: str = "cpu",
-        precision: str = "float32",
+        precision: str = "fp32",
         kept: Path | None = None,
     ) -> None:
         self.name, self.inputs, self.outputs = component.name, component.inputs, component.outputs
         if precision == "bf16" and not native_bf16(device):
-            raise BackendError(f"precision bf16: {device} here does not compute in bfloat16 itself; use float32")
+            raise BackendError(f"precision bf16: {device} here does not compute in bf16 itself; use fp32")
         compiled = _compiled(component, _properties(threads, precision, kept), _device(device))
         _check_signature(component, compiled)
         self._request: Any = compiled.create_infer_request()
@@ -84,7 +84,7 @@ class OpenVinoEngine:
 
 
 def native_bf16(device: str = "cpu") -> bool:
-    """Whether the processor multiplies bfloat16 itself; elsewhere it only costs accuracy."""
+    """Whether the processor multiplies bf16 itself; elsewhere it only costs accuracy."""
     return "BF16" in ov.Core().get_property(_device(device), "OPTIMIZATION_CAPABILITIES")
 
 

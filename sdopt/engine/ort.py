@@ -11,13 +11,13 @@ from typing import Any, cast
 import numpy as np
 import onnxruntime
 
+from sdopt.bundle.disk import user_folder
 from sdopt.bundle.files import Bundle, Component
 from sdopt.bundle.specs import Array, TensorSpec, check_begin, check_inputs
-from sdopt.bundle.stamps import user_folder
-from sdopt.engine import How, Run, cache
-from sdopt.engine.cores import usable_cores
+from sdopt.engine import EngineOptions, Run, cache
+from sdopt.engine.cores import thread_limit
 from sdopt.engine.cuda import sees_gpu
-from sdopt.engine.plans import GRAPH, built_components, usable
+from sdopt.engine.store import GRAPH, built_components, usable
 from sdopt.errors import BackendError, BundleError, UsageError
 
 ort = cast(Any, onnxruntime)  # its bindings are not typed
@@ -80,37 +80,40 @@ def find_device(device: str | None) -> Device:
     return Device(kind, int(number or 0))
 
 
-def open_component(bundle: Bundle, name: str, how: How) -> OrtEngine:
+def open_component(bundle: Bundle, name: str, options: EngineOptions) -> OrtEngine:
     """The engine of component `name`; its graph must take and give what the manifest says.
 
     A graph that `sdopt build --backend ort` derived for this kind of device, in the precision that is asked for, goes
     before the bundle's own.
     """
-    device = find_device(how.device)
-    if name not in built_components(bundle, how.backend, device.provider, how.built):
-        return _own_graph(bundle, name, how, device)
+    device = find_device(options.device)
+    if name not in built_components(bundle, options.backend, device.provider, options.built):
+        return _own_graph(bundle, name, options, device)
     here = {"provider": device.provider}
-    newest = usable(bundle, name, how.backend, lambda record: here, how.trust, device.provider, how.built)[0]
+    candidates = usable(
+        bundle, name, options.backend, lambda record: here, options.trust, device.provider, options.built
+    )
+    newest = candidates[0]
     for file in newest.record.files:
         newest.checked(file)
     component = Component(name, newest.folder / GRAPH, newest.record.inputs, newest.record.outputs)
-    return OrtEngine(component, how.threads, device, carry=newest.record.carry)
+    return OrtEngine(component, options.threads, device, carry=newest.record.carry)
 
 
-def _own_graph(bundle: Bundle, name: str, how: How, device: Device) -> OrtEngine:
+def _own_graph(bundle: Bundle, name: str, options: EngineOptions, device: Device) -> OrtEngine:
     """The engine of the bundle's own graph; on a CPU as ONNX Runtime optimised it for an earlier process.
 
     Kept are the fused nodes and the weights as float32, in the order that the kernels like. They are mapped from the
     file: nothing is converted again, and processes share them.
     """
     if device.kind != "cpu":
-        return OrtEngine(bundle.component(name), how.threads, device)
+        return OrtEngine(bundle.component(name), options.threads, device)
     component = bundle.component(name, "ort")
 
     def opened(component: Component, optimise: bool = True, keep: Path | None = None) -> OrtEngine:
-        return OrtEngine(component, how.threads, device, optimise=optimise, keep=keep)
+        return OrtEngine(component, options.threads, device, optimise=optimise, keep=keep)
 
-    if not how.cache or not cache.available():
+    if not options.cache or not cache.available():
         return opened(component)
     return cache.load(
         cache.entry(bundle, component, "ort", {"onnxruntime": ort.__version__}),
@@ -124,7 +127,7 @@ def describe(backend: str) -> dict[str, Any]:
     """Version, precisions and devices, for `sdopt doctor`."""
     available: list[str] = ort.get_available_providers()
     devices = [device for device, (provider, _) in PROVIDERS.items() if provider in available]
-    return {"version": ort.__version__, "precisions": ["float32"], "devices": devices}
+    return {"version": ort.__version__, "precisions": ["fp32"], "devices": devices}
 
 
 class OrtEngine:
@@ -282,7 +285,7 @@ def _session(
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads or usable_cores()
+    options.intra_op_num_threads = threads or thread_limit()
     # Else the threads of the component that ran last go on spinning, and take the cores from the one that runs next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # A plan for all tensors of a call comes with its second run, beside what the first one took, and saves no time.

@@ -81,9 +81,9 @@ class EnginePool:
 
     @property
     def precision(self) -> str:
-        """What pictures are computed in, e.g. "float32" or "fp16 (vae_decoder bf16)": what the engines really have."""
+        """What pictures are computed in, e.g. "fp32" or "fp16 (vae_decoder bf16)": what the engines really have."""
         able = BACKENDS[self.backend.partition(":")[0]].precisions
-        own = self._own if self._own in able or not able else "float32"  # where half is built, the other components
+        own = self._own if self._own in able or not able else "fp32"  # where half is built, the other components
         return told_precision(self.bundle, self._built, own)
 
     @property

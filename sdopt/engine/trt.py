@@ -23,12 +23,12 @@ import numpy as np
 
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.specs import Array, Profile, check_begin, check_inputs
-from sdopt.engine import How, Run
+from sdopt.engine import EngineOptions, Run
 from sdopt.engine.cuda import LostContextError, OutOfMemoryError
 from sdopt.engine.device import Device, shared_device
 from sdopt.engine.lane import Lane
 from sdopt.engine.loaded import Loaded
-from sdopt.engine.plans import PLAN, Record, Stored, Unsigned, usable
+from sdopt.engine.store import PLAN, Record, Stored, Unsigned, usable
 from sdopt.engine.trt_api import TensorRT, environment, imported
 from sdopt.engine.widen import widened
 from sdopt.errors import BackendError, UsageError
@@ -36,7 +36,7 @@ from sdopt.errors import BackendError, UsageError
 Plan = Stored | Unsigned
 
 
-def open_component(bundle: Bundle, name: str, how: How) -> TrtEngine:
+def open_component(bundle: Bundle, name: str, how: EngineOptions) -> TrtEngine:
     """The engine of component `name` that `sdopt build` made for this GPU; `how.device` is its index, "0" if None.
 
     Raises: BackendError for what is missing here: library, driver, GPU or engine.

@@ -12,7 +12,7 @@ from sdopt.errors import CheckpointError
 from sdopt.export import parity, trace, weights
 from sdopt.export.checkpoint import Checkpoint
 from sdopt.export.families.contract import Build
-from sdopt.graph.ort_ops import tailored
+from sdopt.graph.ort_ops import write_ort_graph
 
 HEADER = f"{'component':<14}{'seconds':>9}{'MB':>9}  {'weights':<8}{'parity dB':>10}{'max error':>11}"
 Report = Callable[[str], None]
@@ -38,7 +38,7 @@ def write_component(
     stored = trace.save(trace.trace(part, opset), graph)
     weights.prove(part, graph)
     part = part.released()
-    ort_graph = tailored(graph)
+    ort_graph = write_ort_graph(graph)
     results: list[Parity] = []
     ort_results: list[Parity] = []
     if floor_db is not None:

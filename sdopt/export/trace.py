@@ -19,7 +19,7 @@ from sdopt.errors import CheckpointError, UsageError
 from sdopt.export import weights
 from sdopt.export.guidance_prefix import share_guidance_prefix
 from sdopt.export.part import Part
-from sdopt.graph.linears import part_linears
+from sdopt.graph.linears import split_linears
 
 OPSETS = (18, 19, 20, 21, 22, 23)
 NARROW_ABOVE = 1024  # elements; a smaller tensor is not worth a Cast
@@ -58,7 +58,7 @@ def trace(part: Part, opset: int = 23) -> ir.Model:
     _name_dimensions(model, part)
     if part.shared:
         share_guidance_prefix(model, part.shared, part.name)
-    part_linears(model)
+    split_linears(model)
     return model
 
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from sdopt.bundle.specs import Array, TensorSpec
 from sdopt.errors import BundleError, UsageError
@@ -208,11 +209,5 @@ def redirect(old: ir.Value, new: ir.Value, unless: Callable[[ir.Node], bool] = l
 
 
 def drop_unused(model: ir.Model) -> None:
-    """Take out nodes and weights that nothing reads, last to first."""
-    kept = set(model.graph.outputs)
-    for node in reversed(list(model.graph)):
-        if not any(output.uses() or output in kept for output in node.outputs):
-            model.graph.remove(node, safe=True)
-    for name, value in list(model.graph.initializers.items()):
-        if not value.uses() and value not in kept:
-            del cast(Any, model.graph.initializers)[name]
+    """Take out nodes and weights that nothing reads."""
+    RemoveUnusedNodesPass()(model)

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from sdopt.graph import Writer, attribute, constant_of, drop_unused, name_of, names, rank, redirect
 
 
-def part_linears(model: ir.Model) -> int:
+def split_linears(model: ir.Model) -> int:
     """Take the weights of such layers apart, in place; the number of layers."""
     found = sum(_part(model, node) for node in list(model.graph) if node.op_type == "Split")
     drop_unused(model)

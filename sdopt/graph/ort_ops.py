@@ -24,7 +24,7 @@ DOMAIN = "com.microsoft"
 TO_HEADS = (0, 2, 1, 3)  # [batch, tokens, heads, features] <-> [batch, heads, tokens, features]
 
 
-def tailored(path: Path) -> Path | None:
+def write_ort_graph(path: Path) -> Path | None:
     """Write NAME.ort.onnx beside the graph NAME.onnx, reading the same weights; None where there is nothing to gain."""
     model = load(path)
     if not ort_ops(model):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from sdopt.bundle.disk import parse_json, write_whole
 from sdopt.bundle.specs import Array, Float32
 from sdopt.errors import UsageError
 
@@ -203,13 +204,9 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], parameters: Mappi
     if parameters is not None:
         info.add_text("parameters", a1111_text(parameters))
         info.add_text("sdopt", json.dumps(parameters, ensure_ascii=True, allow_nan=False))
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        image.save(temporary, format="PNG", pnginfo=info)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    content = io.BytesIO()
+    image.save(content, format="PNG", pnginfo=info)
+    write_whole(Path(path), content.getvalue())
 
 
 def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -224,7 +221,10 @@ def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
             text = image.info.get("sdopt")
         if not isinstance(text, str) or len(text) > MAX_CHUNK_BYTES:
             raise ValueError("no 'sdopt' text in it")
-        return dict(json.loads(text))
+        parameters = parse_json(text)
+        if not isinstance(parameters, dict):
+            raise ValueError("its 'sdopt' text is no object")
+        return cast(dict[str, Any], parameters)
     except (OSError, ValueError, SyntaxError) as error:
         raise UsageError(f"{path} does not tell how it was made ({error}); give a PNG that sdopt wrote") from error
 

@@ -20,7 +20,7 @@ import numpy as np
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.format import Encoder
 from sdopt.bundle.specs import Array, Float32
-from sdopt.engine.plans import NoEnginesError
+from sdopt.engine.store import NoEnginesError
 from sdopt.engine.pool import EnginePool
 from sdopt.errors import BackendError, NumericsError, UsageError
 from sdopt.request.plan import Plan, sizes_to_build

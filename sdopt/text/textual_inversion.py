@@ -5,17 +5,15 @@
     {"clip_l": [n, width], "clip_g": [n, width]}   SDXL: rows for each of its two text encoders
 
 Of n rows the first is the token itself, the others `<token>_1`, `<token>_2`, ...; a prompt needs only the token.
-The safetensors file is read here, strictly, with NumPy alone. Pickles, which can run code, are refused.
-Ref: Gal et al. 2022, arXiv:2208.01618; the format: github.com/huggingface/safetensors#format.
+Only small safetensors files are read. Pickles, which can run code, are refused.
+Ref: Gal et al. 2022, arXiv:2208.01618.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,8 +24,7 @@ from sdopt.bundle.specs import Array, Float32
 from sdopt.errors import UsageError
 
 MAX_BYTES = 64 << 20
-MAX_HEADER_BYTES = 1 << 20
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # NumPy has no bf16: its bits are the upper half of a float32's
 PARTS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}  # SDXL's names -> the bundle's
 KNOWN = "known are one tensor named by its token, 'emb_params', or 'clip_l' and 'clip_g' for SDXL"
 
@@ -121,52 +118,22 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Float32]:
             "Convert it where you trust it: load it with torch.load(..., weights_only=True), take the tensor, and "
             "safetensors.torch.save_file({'<token>': tensor}, 'NEW.safetensors')"
         )
+    import safetensors  # late: most prompts need no embedding
+
+    library = cast(Any, safetensors)  # it is not typed
     try:
-        return _tensors(data)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        return {name: _floats(name, entry) for name, entry in library.deserialize(data)}
+    except (library.SafetensorError, ValueError) as error:
         raise UsageError(f"{path} is not a sound safetensors file: {error}") from error
 
 
-def _tensors(data: bytes) -> dict[str, Float32]:
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, len(data) - 8):
-        raise ValueError(f"a header of {length} bytes in a file of {len(data)}")
-    header: Any = json.loads(data[8 : 8 + length], object_pairs_hook=_unique)
-    if not isinstance(header, dict):
-        raise ValueError("its header is not an object")
-    entries = cast(dict[str, Any], header)
-    entries.pop("__metadata__", None)
-    found: dict[str, Float32] = {}
-    end = 0
-    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, stop = entry["data_offsets"]
-        count = _count(entry["shape"])
-        if entry["dtype"] not in ITEM_BYTES:
-            raise ValueError(f"{name} is {entry['dtype']}; read are {', '.join(ITEM_BYTES)}")
-        if begin != end or stop - begin != count * ITEM_BYTES[entry["dtype"]] or 8 + length + stop > len(data):
-            raise ValueError(f"{name} is said to be at {begin}..{stop}, where it cannot be")
-        raw = data[8 + length + begin : 8 + length + stop]
-        found[name], end = _floats(raw, entry["dtype"]).reshape(entry["shape"]), stop
-    if 8 + length + end != len(data):
-        raise ValueError("there are bytes that belong to no tensor")
-    return found
-
-
-def _count(shape: Any) -> int:
-    lengths = cast(Sequence[Any], shape)
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in lengths):
-        raise ValueError(f"a shape of {shape!r}")
-    return math.prod(lengths)
-
-
-def _floats(raw: bytes, dtype: str) -> Float32:
-    if dtype == "BF16":  # the upper half of a float32
-        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
-    return np.frombuffer(raw, "<f4" if dtype == "F32" else "<f2").astype(np.float32)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        raise ValueError("a key is given twice")
-    return entries
+def _floats(name: str, entry: Mapping[str, Any]) -> Float32:
+    """A tensor as the library describes it: dtype, shape and bytes."""
+    dtype = entry["dtype"]
+    if dtype not in STORED:
+        raise ValueError(f"{name} is {dtype}; read are {', '.join(STORED)}")
+    shape: list[int] = entry["shape"]
+    array = np.frombuffer(entry["data"], np.dtype(STORED[dtype])).reshape(shape)
+    if dtype == "BF16":
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32)

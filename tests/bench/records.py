@@ -19,7 +19,7 @@ def side(
         "name": name,
         "kind": kind,
         "backend": "ort",
-        "precision": "float32",
+        "precision": "fp32",
         "note": "",
         "versions": {},
         "failed": None,
@@ -36,7 +36,7 @@ def record(*sides: dict[str, Any], case: Case = CASE, **machine: Any) -> dict[st
     """A record of one case."""
     return copy.deepcopy(
         {
-            "schema": 1,
+            "schema": 2,
             "created": "2026-01-02T03:04:05+00:00",
             "command": "sdopt bench BUNDLE --baseline CHECKPOINT",
             "commit": None,

@@ -50,29 +50,29 @@ def test_a_case_survives_json(tmp_path: Path) -> None:
 def test_floors_are_those_of_the_precision_unless_they_are_given(changes: dict, floors: tuple[int, int]) -> None:
     case = Case.from_json({"name": "any", **FIELDS, **changes})
     assert (case.picture_floor_db, case.unet_floor_db) == floors
-    assert case.on(case.backend, "float32").unet_floor_db == 80
+    assert case.on("ort", "fp32").unet_floor_db == 80
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"colour": "red"}, "unknown colour"),
-        ({"width": 0}, "width = 0; allowed is 1 or more"),
-        ({"steps": 2.5}, "steps = 2.5; it takes int"),
-        ({"batch": True}, "batch = True; it takes int"),
-        ({"guidance": "high"}, "guidance = 'high'; it takes float"),
-        ({"guidance": float("inf")}, "finite"),
-        ({"precision": "float31"}, "precision = 'float31'; allowed: float32"),
+        ({"colour": "red"}, "wrong.colour is unknown; wrong has name, model"),
+        ({"width": 0}, "wrong.width is 0; allowed is a whole number from 1"),
+        ({"steps": 2.5}, "steps is 2.5; allowed is a whole number"),
+        ({"batch": True}, "batch is True; allowed is a whole number"),
+        ({"guidance": "high"}, "guidance is 'high'; allowed is a finite number"),
+        ({"guidance": float("inf")}, "guidance is inf; allowed is a finite number"),
+        ({"precision": "float31"}, "precision is 'float31'; allowed is one of"),
     ],
 )
 def test_a_case_that_cannot_be_is_refused_with_its_field(changes: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        Case.from_json({"name": "wrong", **FIELDS, **changes})
+        Case.from_json({"name": "wrong", **FIELDS, **changes}, "wrong")
 
 
 def test_a_missing_field_is_named() -> None:
-    with pytest.raises(UsageError, match="missing height"):
-        Case.from_json({"name": "wrong", **{k: v for k, v in FIELDS.items() if k != "height"}})
+    with pytest.raises(UsageError, match="wrong.height is missing; allowed is a whole number"):
+        Case.from_json({"name": "wrong", **{k: v for k, v in FIELDS.items() if k != "height"}}, "wrong")
 
 
 def test_an_unknown_name_lists_the_nearest_first() -> None:

@@ -133,7 +133,7 @@ def test_sdopt_bench_says_what_to_build_and_measures_what_is_built(run: Run, tmp
     cases = tmp_path / "cases.json"
     half = {**fields, "backend": "tensorrt"}
     cases.write_text(json.dumps({"half": half, "exact": {**half, "precision": "fp32"}}))
-    words = ["-m", "sdopt", "bench", bundle, "--baseline", EMOJI_CHECKPOINT, "--baselines", "eager-float32"]
+    words = ["-m", "sdopt", "bench", bundle, "--baseline", EMOJI_CHECKPOINT, "--baselines", "eager-fp32"]
     words += ["--cases", cases, "--device", "cpu", "--rounds", 2, "--threads", 1, "--json", tmp_path / "run.json"]
     missing = run(*words, "--case", "half", "--cold-rounds", 0)
     assert missing.returncode != 0

@@ -27,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     cases = folder / "cases.json"
     case = {"model": "emoji", "width": 64, "height": 64, "steps": 2, "guidance": 2.0, "backend": "ort:cpu"}
     cases.write_text(json.dumps({"small": case}))
-    arguments = ["bench", EMOJI_BUNDLE, "--baseline", EMOJI_CHECKPOINT, "--baselines", "eager-float32"]
+    arguments = ["bench", EMOJI_BUNDLE, "--baseline", EMOJI_CHECKPOINT, "--baselines", "eager-fp32"]
     arguments += ["--cases", cases, "--case", "small", "--rounds", 2, "--cold-rounds", 1, "--threads", 1]
     arguments += ["--device", "cpu", "--peer", f"other={PEER}", "--peer", "broken=no/such/program"]
     arguments += ["--json", folder / "run.json", "--report", folder / "run.md"]
@@ -40,7 +40,7 @@ def sides(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_every_component_of_every_side_has_every_round(run: dict[str, Any]) -> None:
-    for name in ("sdopt", "eager-float32"):
+    for name in ("sdopt", "eager-fp32"):
         series = sides(run)[name]["seconds"]
         assert set(series) == {*COMPONENTS, "cold_start"} - {"step", "host_step"}
         assert {len(taken) for part, taken in series.items() if part != "cold_start"} == {2}
@@ -53,7 +53,7 @@ def test_the_pictures_that_were_timed_are_pytorchs(run: dict[str, Any]) -> None:
         assert sides(run)[name]["parity"]["picture_db"] >= 60
         assert sides(run)[name]["quotable"]
     assert sides(run)["sdopt"]["parity"]["unet_db"] >= 80
-    assert sides(run)["eager-float32"]["parity"] == {"picture_db": 200.0, "unet_db": 200.0}
+    assert sides(run)["eager-fp32"]["parity"] == {"picture_db": 200.0, "unet_db": 200.0}
 
 
 def test_a_side_that_cannot_be_measured_says_why_and_stops_nobody(run: dict[str, Any]) -> None:
@@ -64,10 +64,10 @@ def test_a_side_that_cannot_be_measured_says_why_and_stops_nobody(run: dict[str,
 
 
 def test_a_cold_start_is_the_sum_of_its_parts_and_ours_needs_less_memory(run: dict[str, Any]) -> None:
-    for side in (sides(run)[name] for name in ("sdopt", "eager-float32", "other")):
+    for side in (sides(run)[name] for name in ("sdopt", "eager-fp32", "other")):
         parts = [side["parts"][f"cold_start.{part}"][0] for part in ("start", "import", "load", "picture")]
         assert sum(parts) == pytest.approx(side["seconds"]["cold_start"][0], rel=0.05)
-    ours, theirs = (sides(run)[name]["memory"]["peak_rss_bytes"] for name in ("sdopt", "eager-float32"))
+    ours, theirs = (sides(run)[name]["memory"]["peak_rss_bytes"] for name in ("sdopt", "eager-fp32"))
     assert ours < theirs / 2  # no PyTorch in it
 
 
@@ -84,7 +84,7 @@ def test_the_record_tells_the_machine_and_the_command(run: dict[str, Any]) -> No
     [
         (["--baselines", "eager-float31"], 2, "it is eager or compile"),
         (["--rounds", "0"], 2, "1 or more rounds"),
-        (["--peer", "eager-float32=x"], 2, "named twice"),
+        (["--peer", "eager-fp32=x"], 2, "named twice"),
         (["--case", "none", "--cases", str(ROOT / "benchmarks/cases.toml")], 2, "case 'none' is not known"),
         (["--baseline", "no/checkpoint"], 3, "is not a diffusers checkpoint folder"),
     ],
@@ -110,4 +110,4 @@ def test_the_gpu_ladder_runs_where_there_is_none(tmp_path: Path) -> None:
     assert ours["result"]["picture_db"] >= 60
     assert len(ours["result"]["seconds"]["unet"]) == 1
     (result,) = read(tmp_path / beside["result"]["record"])["results"]
-    assert [side["name"] for side in result["sides"]] == ["sdopt", "eager-float32"]
+    assert [side["name"] for side in result["sides"]] == ["sdopt", "eager-fp32"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sdopt.bench.baseline import Baseline
-from sdopt.bench.harness import Setup, _cold, _parity, _starts_cold
+from sdopt.bench.harness import Setup, add_cold_starts, parity_db, starts_cold
 from sdopt.bench.peers import PeerSide, cold_start
 from sdopt.bench.protocol import Program, peak_rss_bytes
 from sdopt.bench.sides import Inputs
@@ -58,9 +58,9 @@ def test_a_picture_of_eight_bits_is_compared_up_to_half_a_level(convert: Callabl
     picture = np.random.default_rng(0).random((1, 16, 16, 3))
     levels = (convert(picture * 255) + (0.5 if convert is np.floor else 0)) / 255
     other = levels + np.random.default_rng(1).normal(0, 0.03, levels.shape)
-    assert _parity({"p": picture}, {"p": levels}, "p", 1.0) == pytest.approx(58.9, abs=0.3)
-    assert _parity({"p": picture}, {"p": levels}, "p", 1.0, half_level=0.5 / 255) >= 120
-    assert _parity({"p": picture}, {"p": other}, "p", 1.0, half_level=0.5 / 255) <= 32
+    assert parity_db({"p": picture}, {"p": levels}, "p", 1.0) == pytest.approx(58.9, abs=0.3)
+    assert parity_db({"p": picture}, {"p": levels}, "p", 1.0, half_level=0.5 / 255) >= 120
+    assert parity_db({"p": picture}, {"p": other}, "p", 1.0, half_level=0.5 / 255) <= 32
 
 
 def test_a_picture_of_other_latents_is_not_compared(tmp_path: Path) -> None:
@@ -91,6 +91,9 @@ def test_the_memory_of_a_process_is_its_own_and_not_its_parents(tmp_path: Path) 
     [
         ("sys.exit('it has no library')", "ended without an answer.\nit has no library"),
         ("def load(message): raise ValueError('no such model')", "ValueError: no such model"),
+        ("def load(message): return {'parts': {}}", "to 'load': answer.backend is missing; allowed is text"),
+        ("def load(message): return {'colour': 1}", "to 'load': answer.colour is unknown; answer has parts"),
+        ("def load(message): return [1]", "which is no object"),
     ],
 )
 def test_a_peer_that_fails_says_why(fault: str, message: str, tmp_path: Path) -> None:
@@ -103,14 +106,14 @@ def test_a_program_that_is_not_there_is_named() -> None:
         Program(["no/such/python"])
 
 
-@pytest.mark.parametrize("name", ["eager", "eager-float64", "lazy-float32", "eager-bf16-nchw", ""])
+@pytest.mark.parametrize("name", ["eager", "eager-float64", "lazy-fp32", "eager-bf16-nchw", ""])
 def test_an_unknown_baseline_is_refused_with_what_there_is(name: str) -> None:
-    with pytest.raises(UsageError, match="it is eager or compile, then -float32, -bf16, -fp16"):
+    with pytest.raises(UsageError, match="it is eager or compile, then -fp32, -bf16, -fp16"):
         Baseline.parse(name)
 
 
 def test_a_baselines_name_is_how_it_runs() -> None:
-    assert Baseline.parse("compile-bf16-nhwc") == Baseline("compile-bf16-nhwc", True, "bfloat16", True)
+    assert Baseline.parse("compile-bf16-nhwc") == Baseline("compile-bf16-nhwc", True, "bf16", True)
 
 
 def test_a_peer_that_does_not_start_again_keeps_what_it_has(tmp_path: Path) -> None:
@@ -118,15 +121,15 @@ def test_a_peer_that_does_not_start_again_keeps_what_it_has(tmp_path: Path) -> N
     peers = {"good": command(tmp_path), "bad": command(tmp_path / "bad", "sys.exit('no memory left')")}
     setup = Setup(EMOJI_BUNDLE, EMOJI_CHECKPOINT, threads=1, peers=peers, cold_rounds=2)
     entries = [side(name, {"picture": [1.0]}) for name in peers]
-    _cold(entries, setup, {"latents": True}, lambda line: None)
+    add_cold_starts(entries, setup, {"latents": True}, lambda line: None)
     assert len(entries[0]["seconds"]["cold_start"]) == 2
     assert entries[1]["seconds"] == {"picture": [1.0]}
     assert "no memory left" in entries[1]["note"]
 
 
 def test_a_compiled_side_is_not_started_cold_and_says_so() -> None:
-    entry = side("compile-float32", {"picture": [1.0]})
-    assert not _starts_cold(entry)
+    entry = side("compile-fp32", {"picture": [1.0]})
+    assert not starts_cold(entry)
     assert "not started cold" in entry["note"]
-    assert _starts_cold(side("eager-float32", {"picture": [1.0]}))
-    assert not _starts_cold(side("peer", {}, kind="peer", failed="it broke", quotable=False))
+    assert starts_cold(side("eager-fp32", {"picture": [1.0]}))
+    assert not starts_cold(side("peer", {}, kind="peer", failed="it broke", quotable=False))

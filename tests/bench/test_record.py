@@ -15,14 +15,14 @@ from tests.bench.records import record, side, steady
 from tests.conftest import ROOT
 
 
-def whole() -> dict[str, Any]:
-    return record(side("sdopt", {"picture": steady(1.0)}), side("eager-float32", {"picture": steady(2.0)}))
+def complete() -> dict[str, Any]:
+    return record(side("sdopt", {"picture": steady(1.0)}), side("eager-fp32", {"picture": steady(2.0)}))
 
 
 def test_a_record_survives_its_file(tmp_path: Path) -> None:
     path = tmp_path / "results/one.json"
-    write(path, whole())
-    assert read(path) == whole()
+    write(path, complete())
+    assert read(path) == complete()
     assert [p.name for p in path.parent.iterdir()] == ["one.json"]
 
 
@@ -33,18 +33,24 @@ def first(entry: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda r: r.update(schema=2), "schema 2; this sdopt reads records of schema 1"),
+        (lambda r: r.update(schema=3), "schema 3; this sdopt reads records of schema 2"),
         (lambda r: r.pop("schema"), "schema None"),
-        (lambda r: r.update(extra=1), "record is .*; it has to be an object with"),
+        (lambda r: r.update(extra=1), "record.extra is unknown; record has schema, created"),
         (lambda r: r["machine"].pop("cpu"), "record.machine"),
-        (lambda r: r["machine"].update(cores="two"), "record.machine.cores is 'two'; it has to be int"),
+        (lambda r: r["machine"].update(cores="two"), "record.machine.cores is 'two'; allowed is a whole number"),
         (lambda r: r["machine"].update(cores=True), "record.machine.cores"),
-        (lambda r: r["results"][0]["case"].update(colour="red"), "unknown colour"),
+        (lambda r: r["results"][0]["case"].update(colour="red"), r"results\[0\].case.colour is unknown"),
         (lambda r: r["results"][0]["sides"].reverse(), "sdopt comes first"),
         (lambda r: r["results"][0]["sides"].append(first(r)), "each once"),
-        (lambda r: first(r)["seconds"].update(picture=[]), "has none"),
-        (lambda r: first(r)["seconds"].update(picture=[-1.0]), "not positive"),
-        (lambda r: first(r)["seconds"].update(picture=["1"]), r"picture\[0\] is '1'; it has to be int or float"),
+        (
+            lambda r: first(r)["seconds"].update(picture=[]),
+            r"seconds.picture is \[\]; allowed is a list of one timing or more",
+        ),
+        (
+            lambda r: first(r)["seconds"].update(picture=[-1.0]),
+            r"seconds.picture\[0\] is -1.0; allowed is a number above 0",
+        ),
+        (lambda r: first(r)["seconds"].update(picture=["1"]), r"picture\[0\] is '1'; allowed is a"),
         (lambda r: first(r)["parity"].update(picture_db=31.0), "quotable is True, its parity"),
         (lambda r: first(r).update(failed="it broke"), "quotable is True"),
     ],
@@ -52,7 +58,7 @@ def first(entry: dict[str, Any]) -> dict[str, Any]:
 def test_a_record_that_is_damaged_or_changed_by_hand_is_refused_with_the_place(
     damage: Callable[[dict[str, Any]], Any], message: str, tmp_path: Path
 ) -> None:
-    damaged, path = whole(), tmp_path / "one.json"
+    damaged, path = complete(), tmp_path / "one.json"
     damage(damaged)
     path.write_text(json.dumps(damaged))
     with pytest.raises(UsageError, match=message):
@@ -68,7 +74,7 @@ def test_what_is_no_record_is_refused(text: str, tmp_path: Path) -> None:
 
 def test_a_record_that_would_be_refused_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(UsageError):
-        write(tmp_path / "one.json", {**whole(), "schema": 7})
+        write(tmp_path / "one.json", {**complete(), "schema": 7})
     assert not list(tmp_path.iterdir())
 
 
@@ -76,3 +82,16 @@ def test_the_records_that_are_kept_can_be_read() -> None:
     for path in (ROOT / "benchmarks/results").glob("*.json"):
         if path.name not in ("loop.json", "rtx-builds.json"):  # of other scripts, with no side to compare
             assert read(path)["results"]
+
+
+def test_a_record_of_schema_1_is_read_in_the_words_of_today(tmp_path: Path) -> None:
+    path, old = tmp_path / "one.json", {**complete(), "schema": 1}
+    old["results"][0]["case"]["precision"] = "float32"
+    for entry, name in zip(old["results"][0]["sides"], ("sdopt", "eager-float32"), strict=True):
+        entry.update(name=name, precision="float32")
+    path.write_text(json.dumps(old))
+    assert read(path) == complete()
+    old["results"][0]["sides"] = [7]
+    path.write_text(json.dumps(old))
+    with pytest.raises(UsageError, match=r"sides\[0\] is 7; allowed is an object"):
+        read(path)

@@ -18,7 +18,7 @@ from tests.bench.records import CASE, record, side, steady
 def run(picture_db: float = 100.0) -> dict[str, Any]:
     return record(
         side("sdopt", {"unet": [0.010] * 5, "picture": [0.5] * 5, "cold_start": steady(2.0)}, picture_db),
-        side("eager-float32", {"unet": [0.020] * 5, "picture": [0.8] * 5, "cold_start": [6.0] * 8}, 200.0),
+        side("eager-fp32", {"unet": [0.020] * 5, "picture": [0.8] * 5, "cold_start": [6.0] * 8}, 200.0),
         side("fast", {"picture": [0.25] * 5}, 31.0, kind="peer", versions={"fastlib": "9.9"}),
         side("broken", {}, None, failed="OSError: no such\nlibrary"),
     )
@@ -33,12 +33,12 @@ def rows(text: str) -> dict[str, list[str]]:
 def test_the_tables_are_the_timings() -> None:
     text, _ = report([run()])
     table = rows(text)
-    assert table["ms, median (p10-p90)"] == ["sdopt", "eager-float32", "fast"]
+    assert table["ms, median (p10-p90)"] == ["sdopt", "eager-fp32", "fast"]
     assert table["UNet, one call"] == ["10.0 (10.0-10.0)", "20.0 (20.0-20.0)", "-"]
     assert table["picture, end to end"] == ["500 (500-500)", "800 (800-800)", "250 (250-250)"]
     assert table["peak memory of a fresh process, MB"] == ["200"] * 3
     assert table["parity of the picture, dB"] == ["100.0", "200.0", "31.0"]
-    assert table["eager-float32"] == ["1.60x [1.60, 1.60]", "2.00x [2.00, 2.00]", "3.00x [2.97, 3.03]"]
+    assert table["eager-fp32"] == ["1.60x [1.60, 1.60]", "2.00x [2.00, 2.00]", "3.00x [2.97, 3.03]"]
 
 
 def test_where_another_is_faster_the_table_says_so() -> None:
@@ -58,8 +58,8 @@ def test_it_tells_machine_versions_and_command_and_what_failed() -> None:
 
 def test_below_the_floor_nothing_is_quoted_and_the_speed_is_struck() -> None:
     text, plots = report([run(picture_db=31.0)])
-    assert rows(text)["eager-float32"] == ["not quoted"] * 3
-    assert "~~1.60x eager-float32~~" in text
+    assert rows(text)["eager-fp32"] == ["not quoted"] * 3
+    assert "~~1.60x eager-fp32~~" in text
     assert "sdopt's parity is 31.0 dB (picture), 31.0 dB (UNet); the floors are 60 and 80 dB" in text
     assert not [name for name in plots if name.endswith("speedup.svg")]
 
@@ -93,7 +93,7 @@ def test_cost_against_steps_joins_the_cases_that_differ_in_nothing_else() -> Non
 def test_curves_have_a_table_of_ratios_and_need_no_tables_of_their_own() -> None:
     def batch(count: int, ours: float, theirs: float) -> dict[str, Any]:
         case = dataclasses.replace(CASE, name=f"batch-{count}", batch=count)
-        sides = [side(n, {"picture": [s] * 5}) for n, s in (("sdopt", ours), ("eager-float32", theirs))]
+        sides = [side(n, {"picture": [s] * 5}) for n, s in (("sdopt", ours), ("eager-fp32", theirs))]
         return record(*sides, case=case)
 
     text, plots = report([], more=[batch(1, 0.5, 1.0), batch(4, 2.0, 3.0)])
@@ -106,11 +106,11 @@ def test_curves_have_a_table_of_ratios_and_need_no_tables_of_their_own() -> None
 def test_a_curve_below_the_floor_has_no_ratios() -> None:
     def batch(count: int) -> dict[str, Any]:
         case = dataclasses.replace(CASE, name=f"batch-{count}", batch=count)
-        ours, *others = (side(n, {"picture": [1.0] * 5}, db) for n, db in (("sdopt", 31.0), ("eager-float32", 200.0)))
+        ours, *others = (side(n, {"picture": [1.0] * 5}, db) for n, db in (("sdopt", 31.0), ("eager-fp32", 200.0)))
         return record(ours, *others, side("fast", {"picture": [0.5] * 5}, 31.0, kind="peer"), case=case)
 
     text, _ = report([], more=[batch(1), batch(4)])
-    assert rows(text)["images"] == ["eager-float32, s", "fast, s"]
+    assert rows(text)["images"] == ["eager-fp32, s", "fast, s"]
     assert rows(text)["1"] == ["1", "0.5"]
 
 

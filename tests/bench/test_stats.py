@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sdopt.bench.stats import paired_ratio, psnr, slowdown, summary
+from sdopt.bench.stats import paired_ratio, slowdown, summary
 from sdopt.bench.timing import Sample, interleaved, timed
-from sdopt.errors import NumericsError, UsageError
+from sdopt.errors import UsageError
 
 
 def test_a_summary_is_the_median_and_the_outer_tenths() -> None:
@@ -48,17 +48,6 @@ def test_timings_that_cannot_be_are_refused(series: list[float]) -> None:
 def test_pairs_are_of_one_length() -> None:
     with pytest.raises(UsageError, match="2 timings beside 1"):
         paired_ratio([1, 2], [1])
-
-
-def test_parity_is_in_decibels_of_the_peak() -> None:
-    reference = np.full((4, 4), 0.5, np.float32)
-    assert psnr(reference, reference + np.float32(0.1), peak=1.0) == pytest.approx(20, abs=1e-3)
-    assert psnr(reference, reference + np.float32(0.1)) == pytest.approx(20 - 6.02, abs=1e-2)
-    assert psnr(reference, reference) == 200
-    with pytest.raises(NumericsError, match="NaN"):
-        psnr(reference, reference * np.float32("nan"))
-    with pytest.raises(UsageError, match="cannot be compared"):
-        psnr(reference, reference[:2])
 
 
 def test_sides_take_turns_and_the_order_turns_round() -> None:

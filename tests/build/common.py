@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from sdopt import graph
 from sdopt.build.examples import example
-from sdopt.build.rounded import outputs_of, rounded, session
+from sdopt.build.simulate import outputs_of, session, simulate_half
 from sdopt.bundle.specs import Array
 from sdopt.metrics import psnr
 
@@ -51,7 +51,7 @@ def outputs(model: ir.Model, arrays: Mapping[str, Array], folder: Path) -> dict[
 def half_outputs(model: ir.Model, arrays: Mapping[str, Array], folder: Path) -> dict[str, Array]:
     """The outputs of a graph that `half` made, with every rounding."""
     checked(model, folder)
-    return outputs_of(opened(rounded(model), folder, optimize=False), arrays)
+    return outputs_of(opened(simulate_half(model), folder, optimize=False), arrays)
 
 
 def parity(source: Path, change: Callable[[ir.Model], Any], folder: Path, *, half: bool = False) -> float:

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from sdopt.build.agree import FLOOR_DB, check_rows, measure
-from sdopt.build.options import Options
-from sdopt.build.plan import build
+from sdopt.build.jobs import build
+from sdopt.build.options import BuildOptions
 from sdopt.bundle.files import Bundle, Component
 from sdopt.bundle.specs import Array, Profile, TensorSpec
 from sdopt.engine.ort import OrtEngine
-from sdopt.engine.plans import stored
+from sdopt.engine.store import stored
 from sdopt.errors import BackendError
 from tests.conftest import EMOJI_BUNDLE
 
@@ -95,7 +95,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Component]:
 
     path = Path(shutil.copytree(EMOJI_BUNDLE, tmp_path_factory.mktemp("agree") / "bundle"))
     bundle = Bundle.open(path, verify=False)
-    build(bundle, "ort", components=["unet_step"], options=Options(precision="fp32"), report=lambda line: None)
+    build(bundle, "ort", components=["unet_step"], options=BuildOptions(precision="fp32"), report=lambda line: None)
     (found,) = stored(bundle, "ort")
     step = Component("unet_step", found.folder / "graph.onnx", found.record.inputs, found.record.outputs)
     return {"unet_step": step, "unet": bundle.component("unet"), "text_encoder": bundle.component("text_encoder")}

@@ -12,18 +12,18 @@ import pytest
 
 import sdopt
 from sdopt.build.agree import Agreement
-from sdopt.build.options import Options, part_options
-from sdopt.build.plan import build
+from sdopt.build.jobs import build
+from sdopt.build.options import BuildOptions, part_options
 from sdopt.build.recipe import read_recipe
 from sdopt.build.target import Target
 from sdopt.bundle.files import Bundle
-from sdopt.engine.plans import PLAN, stored
+from sdopt.engine.store import PLAN, stored
 from sdopt.engine.trt_api import TensorRT
 from sdopt.errors import BackendError, UsageError
 from tests.conftest import PlugIn
 
 SIZES = ["batch=1:1:3 height=64 width=64"]
-EXACT = Options(precision="fp32")
+EXACT = BuildOptions(precision="fp32")
 pytestmark = pytest.mark.usefixtures("own_folders")
 
 
@@ -96,7 +96,7 @@ def test_sizes_that_were_built_one_after_the_other_are_all_there(bundle: Bundle,
 def test_a_vae_that_overflows_in_half_is_bf16_on_a_gpu_that_computes_in_it(bundle: Bundle, gpu: Any) -> None:
     unsafe = Bundle(bundle.path, replace(bundle.manifest, float16_unsafe=("vae_encoder",)))
     part, target = read_recipe().parts["vae_encoder"], Target.here("tensorrt")
-    assert part_options(Options(), part, unsafe, target.has_bf16)["precision"] == "bf16"
+    assert part_options(BuildOptions(), part, unsafe, target.has_bf16)["precision"] == "bf16"
     assert "tensorrt" in sys.modules
 
 
@@ -127,7 +127,7 @@ def test_an_inspector_that_tells_nothing_is_told_with_the_log(
 def test_an_engine_whose_weights_are_streamed_is_built_and_run(flavour: str, bundle: Bundle, plug_in: PlugIn) -> None:
     plug_in(flavour)
     backend = "tensorrt-rtx" if flavour == "rtx" else "tensorrt"
-    options = Options(precision="fp32", weight_streaming=True)
+    options = BuildOptions(precision="fp32", weight_streaming=True)
     build(bundle, backend, components=["vae_encoder"], profiles=SIZES, options=options, report=quiet)
     (found,) = stored(bundle, backend)
     assert found.record.options["weight_streaming"]
@@ -149,7 +149,7 @@ def test_an_option_that_a_library_lacks_is_refused_before_a_word_is_said(
     options: dict[str, Any] = {option: True}
     backend = "tensorrt-rtx" if flavour == "rtx" else "tensorrt"
     with pytest.raises(UsageError, match=told):
-        build(bundle, backend, options=Options(**options), report=lines.append)
+        build(bundle, backend, options=BuildOptions(**options), report=lines.append)
     assert lines == []
 
 

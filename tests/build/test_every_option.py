@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 import sdopt
-from sdopt.build.options import Options
-from sdopt.build.plan import build
+from sdopt.build.jobs import build
+from sdopt.build.options import BuildOptions
 from sdopt.bundle.files import Bundle
 from sdopt.denoise.program import fused_component
-from sdopt.engine.plans import usable
+from sdopt.engine.store import usable
 from sdopt.errors import BackendError
 from tests import tiny
 from tests.conftest import EMOJI_BUNDLE, edit_manifest
@@ -40,7 +40,9 @@ def built(source: Path, folder: Path, **changes: Any) -> tuple[Path, Path]:
     if changes:
         edit_manifest(plain, **changes)
     shutil.copytree(plain, with_engines)
-    build(Bundle.open(with_engines, verify=False), "ort", options=Options(precision="fp32"), report=lambda line: None)
+    build(
+        Bundle.open(with_engines, verify=False), "ort", options=BuildOptions(precision="fp32"), report=lambda line: None
+    )
     return plain, with_engines
 
 

@@ -14,7 +14,7 @@ import sdopt
 from sdopt import graph
 from sdopt.build.examples import example
 from sdopt.build.fuse_step import CARRIED, fuse_step
-from sdopt.build.rounded import outputs_of
+from sdopt.build.simulate import outputs_of
 from sdopt.bundle.files import Component
 from sdopt.bundle.specs import Array
 from sdopt.denoise import loop

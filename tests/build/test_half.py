@@ -13,7 +13,7 @@ import pytest
 from sdopt import graph
 from sdopt.build.fuse_step import fuse_step
 from sdopt.build.half import half
-from sdopt.build.rounded import outputs_of
+from sdopt.build.simulate import outputs_of
 from sdopt.errors import UsageError
 from sdopt.metrics import psnr
 from tests.build.common import half_outputs, inputs_of, opened, outputs, parity

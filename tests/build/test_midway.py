@@ -10,12 +10,12 @@ import pytest
 
 from sdopt import graph
 from sdopt.build.derive import derive
-from sdopt.build.options import Options, part_options
-from sdopt.build.plan import build
+from sdopt.build.jobs import build
+from sdopt.build.options import BuildOptions, part_options
 from sdopt.build.recipe import part_profile, read_recipe, user_profiles
 from sdopt.build.trt_build import Builder
 from sdopt.bundle.files import Bundle
-from sdopt.engine.plans import engines_folder
+from sdopt.engine.store import engines_folder
 from sdopt.engine.trt_api import TensorRT
 from tests.conftest import PlugIn
 
@@ -24,7 +24,7 @@ RTX = pytest.mark.skipif(
     reason='TensorRT-RTX is not installed: pip install "sdopt[tensorrt-rtx]"',
 )
 SMALL = "batch=1 height=64 width=64"
-ASKED: dict[str, Any] = {"components": ["text_encoder"], "profiles": [SMALL], "options": Options(opt_level=0)}
+ASKED: dict[str, Any] = {"components": ["text_encoder"], "profiles": [SMALL], "options": BuildOptions(opt_level=0)}
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 
@@ -47,7 +47,7 @@ class FullDisk:
 def build_plan(bundle: Bundle, backend: str, folder: Path) -> None:
     """One plan, by the builder alone."""
     part = read_recipe().parts["text_encoder"]
-    options = part_options(Options(precision="fp32", opt_level=0), part, bundle)
+    options = part_options(BuildOptions(precision="fp32", opt_level=0), part, bundle)
     builder = Builder(TensorRT(backend), options, None, report=silent)
     model, _ = derive(bundle, part, options, builder)
     inputs, _ = graph.specs(model)
@@ -95,7 +95,7 @@ def test_a_damaged_cache_of_timings_is_made_again(
 ) -> None:
     plug_in(flavour)
     for precision in ("fp32", "fp16"):
-        asked = {**ASKED, "options": Options(precision=precision, opt_level=0)}
+        asked = {**ASKED, "options": BuildOptions(precision=precision, opt_level=0)}
         assert build(bundle, "tensorrt", **asked, report=silent)
         (timings,) = (own_folders / "cache/sdopt/timing").iterdir()
         assert timings.read_bytes() == b"timings"

@@ -16,7 +16,7 @@ from sdopt.build.fuse_step import fuse_step
 from sdopt.build.half import half
 from sdopt.build.halves import join_halves
 from sdopt.build.lower import RULES, lower, lower_operators
-from sdopt.build.rounded import rounded
+from sdopt.build.simulate import simulate_half
 from sdopt.graph import names
 from sdopt.graph.ort_ops import ort_ops
 from tests.build.common import SIZES, checked, inputs_of, outputs
@@ -64,7 +64,7 @@ UNET = {
     "a bfloat16 step": [fused, bf16, operators, static],
     "an old TensorRT's step": [fused, fp16, lower, static],
     "ONNX Runtime's step on a GPU": [fused, fp16, ort_ops],
-    "rounded": [fp16, lower, rounded],
+    "simulate_half": [fp16, lower, simulate_half],
 }
 
 

@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 
 import sdopt
-from sdopt.build.options import Options
-from sdopt.build.plan import build
+from sdopt.build.jobs import build
+from sdopt.build.options import BuildOptions
 from sdopt.bundle.files import Bundle
 from sdopt.cli.main import main
-from sdopt.engine.plans import stored
+from sdopt.engine.store import stored
 from sdopt.errors import BackendError, SdoptError, UsageError
 from tests.conftest import edit_manifest
 
 SIZES = ["batch=1 height=64 width=64"]
 OPTIONS: dict[str, Any] = {"seed": 1, "num_inference_steps": 1, "output_type": "latent"}
-EXACT = Options(precision="fp32")
+EXACT = BuildOptions(precision="fp32")
 pytestmark = pytest.mark.usefixtures("own_folders")
 
 
@@ -112,16 +112,16 @@ def test_half_graphs_do_not_replace_float32_on_a_cpu(bundle: Bundle) -> None:
             return pipe.precision, images
 
     own, expected = picture()
-    build(bundle, "ort", components=["unet_step"], options=Options(precision="fp16"), report=quiet)
+    build(bundle, "ort", components=["unet_step"], options=BuildOptions(precision="fp16"), report=quiet)
     for how in ({}, {"precision": "float32"}, {"precision": "fp32"}):
         told, found = picture(**how)
-        assert told == own == "float32"
+        assert told == own == "fp32"
         np.testing.assert_array_equal(found, expected)
     told, found = picture(precision="float16")
-    assert told.startswith("fp16 (text_encoder float32")
+    assert told.startswith("fp16 (text_encoder fp32")
     assert np.abs(found - expected).max() > 0
     build(bundle, "ort", components=["unet_step"], options=EXACT, report=quiet)
-    assert picture()[0] == "float32"
+    assert picture()[0] == "fp32"
 
 
 def test_of_two_precisions_the_one_that_is_asked_for_is_used_and_told(
@@ -131,7 +131,7 @@ def test_of_two_precisions_the_one_that_is_asked_for_is_used_and_told(
     bundle = Bundle.open(bundle.path, verify=False)
     words = ["generate", "a red apple", "-m", str(bundle.path), "--backend", "tensorrt", "--size", "64x64"]
     words += ["--steps", "1", "--json", "-o", str(tmp_path / "apple.png"), "--precision"]
-    build(bundle, "tensorrt", profiles=SIZES, options=Options(precision="bf16"), report=quiet)
+    build(bundle, "tensorrt", profiles=SIZES, options=BuildOptions(precision="bf16"), report=quiet)
     assert main([*words, "fp16"]) == 2
     told = capsys.readouterr().err
     assert "in fp16 nothing is; there is bf16. Leave --precision out, or build it: sdopt build" in told
@@ -149,6 +149,6 @@ def test_of_two_precisions_the_one_that_is_asked_for_is_used_and_told(
 
 @pytest.mark.parametrize("word", ["float16", "fp16"])
 def test_a_precision_may_be_typed_in_either_word_when_building(word: str, bundle: Bundle) -> None:
-    (folder,) = build(bundle, "ort", components=["vae_encoder"], options=Options(precision=word), report=quiet)
+    (folder,) = build(bundle, "ort", components=["vae_encoder"], options=BuildOptions(precision=word), report=quiet)
     assert stored(bundle, "ort")[0].precision == "fp16"
     assert folder.is_dir()

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import pytest
 
-from sdopt.bundle.decode import DEEPEST, DecodeError, Json, Rule, decode, encode, whole
+from sdopt.bundle.decode import DEEPEST, DecodeError, Json, Rule, decode, encode, integer
 from sdopt.bundle.files import Bundle, read_manifest
 from sdopt.bundle.format import SETTINGS, Manifest, decode_manifest, to_json
 from sdopt.cli.main import main
@@ -254,7 +254,7 @@ def test_opening_a_bundle_gives_a_bundle_error(bundle_copy: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    x: Annotated[int, whole(0, 9)]
+    x: Annotated[int, integer(0, 9)]
     both: float | tuple[float, ...]
     rest: Json
     name: Annotated[str, Rule("a name", str.isidentifier)] | None = None

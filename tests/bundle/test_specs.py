@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from sdopt.bundle.decode import decode, encode
 from sdopt.bundle.specs import TensorSpec, check_inputs
 from sdopt.errors import UsageError
 
@@ -42,7 +43,7 @@ def test_a_wrong_input_is_named_with_what_is_allowed(arrays: dict, message: str)
 
 
 def test_a_spec_survives_its_json() -> None:
-    assert TensorSpec.from_json(SAMPLE.to_json()) == SAMPLE
+    assert decode(TensorSpec, encode(SAMPLE)) == SAMPLE
 
 
 @pytest.mark.parametrize(("dtype", "shape"), [("float33", ("batch",)), ("float32", (0,)), ("float32", (-1, "batch"))])

@@ -24,9 +24,7 @@ def test_it_names_every_backend_and_the_choice(capsys: pytest.CaptureFixture[str
     assert found["embedded_model"] is True
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out
-    assert (
-        f"auto            {found['auto']['backend']}, float32: float32 makes the picture that diffusers makes" in lines
-    )
+    assert f"auto            {found['auto']['backend']}, fp32: fp32 makes the picture that diffusers makes" in lines
 
 
 def test_without_an_engine_it_says_how_to_get_one(
@@ -45,7 +43,7 @@ def test_a_library_that_does_not_load_is_a_finding(
     def describe(name: str) -> dict[str, Any]:
         if name == "ort":
             raise OSError("libstdc++.so.6: version GLIBCXX_3.4.32 not found")
-        return {"version": "2026.1", "precisions": ["float32"], "devices": ["cpu"]}
+        return {"version": "2026.1", "precisions": ["fp32"], "devices": ["cpu"]}
 
     monkeypatch.setattr(engine, "installed_backends", lambda: ("ort", "openvino"))
     monkeypatch.setattr(engine, "describe", describe)
@@ -111,7 +109,7 @@ def test_an_onnx_runtime_with_cuda_says_whether_it_computes_there(
     version: str, fault: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(engine, "installed_backends", lambda: ("ort",))
-    entry = {"version": version, "precisions": ["float32"], "devices": ["cuda", "cpu"]}
+    entry = {"version": version, "precisions": ["fp32"], "devices": ["cuda", "cpu"]}
     monkeypatch.setattr(engine, "describe", lambda name: entry)
     monkeypatch.setattr(doctor, "cuda_fault", lambda graph: fault)
     assert main(["doctor"]) == 0

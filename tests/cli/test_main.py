@@ -64,12 +64,12 @@ def test_a_replay_asks_for_the_backend_and_precision_of_its_picture_and_says_if_
     first = tmp_path / "a.png"
     common = ("--size", "64x64", "--steps", "1", "--json")
     done = sdopt("generate", "a pear", "-o", first, "--backend", "ort:cpu", *common)
-    assert (read_parameters(first)["backend"], read_parameters(first)["precision"]) == ("ort:cpu", "float32")
+    assert (read_parameters(first)["backend"], read_parameters(first)["precision"]) == ("ort:cpu", "fp32")
     done = sdopt("generate", "--replay", first, "-o", tmp_path / "b.png", "--json")
     assert json.loads(done.stdout)["backend"] == "ort:cpu"
     assert "differ" not in done.stderr
     done = sdopt("generate", "--replay", first, "-o", tmp_path / "c.png", "--backend", "ort")
-    assert "was made by ort:cpu in float32; this picture may differ" in done.stderr
+    assert "was made by ort:cpu in fp32; this picture may differ" in done.stderr
 
 
 def test_replay_with_another_bundle_names_the_one_it_needs(tmp_path: Path, tiny_bundle: Path) -> None:

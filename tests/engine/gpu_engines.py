@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from sdopt.build.plan import Options, build
+from sdopt.build.jobs import BuildOptions, build
 from sdopt.bundle.files import Bundle
 from tests.conftest import EMOJI_BUNDLE, ROOT, make_tiny_checkpoint
 
@@ -76,7 +76,7 @@ class Engines:
         way = WAYS[name]
         path = self._folder / name.replace(" ", "-")
         shutil.copytree(self.source(way.model), path, ignore=shutil.ignore_patterns("engines"))
-        options = Options(precision=way.precision, opt_level=1)
+        options = BuildOptions(precision=way.precision, opt_level=1)
         how: dict[str, Any] = {"profiles": way.profiles, "static": way.static, "options": options}
         build(Bundle.open(path), self._backend, components=way.components, **how)
         return path

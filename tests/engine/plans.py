@@ -9,13 +9,13 @@ from pathlib import Path
 
 from sdopt import graph
 from sdopt.build.derive import derive
-from sdopt.build.options import Options, part_options
-from sdopt.build.plan import Job
+from sdopt.build.jobs import Job
+from sdopt.build.options import BuildOptions, part_options
 from sdopt.build.recipe import part_profile, read_recipe, user_profiles
 from sdopt.build.target import Target
 from sdopt.bundle.files import Bundle, new_folder
 from sdopt.engine.cuda import Gpu
-from sdopt.engine.plans import PLAN, write_record
+from sdopt.engine.store import PLAN, write_record
 from tests.fakes.trt import fake_plan
 
 PARTS = ("unet_step", "unet", "text_encoder", "vae_decoder", "vae_encoder")
@@ -49,7 +49,7 @@ def stock(
     ranges = user_profiles(bundle, recipe, profiles, static=False)
     for name in parts:
         part = recipe.parts[name]
-        options = {**part_options(Options(precision="fp32"), part, bundle), **more}
+        options = {**part_options(BuildOptions(precision="fp32"), part, bundle), **more}
         job = Job(bundle, part, FakeTarget(backend, None, FAKE, None), options, ranges, "sdopt build BUNDLE")
         model, _ = derive(bundle, part, options)
         inputs, outputs = graph.specs(model)

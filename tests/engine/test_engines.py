@@ -15,7 +15,7 @@ from sdopt import engine as engines
 from sdopt.bundle.files import Bundle, new_folder
 from sdopt.engine import BACKENDS, Engine, choose_backend, cuda, installed_backends, open_engine
 from sdopt.engine import ort as ort_engine
-from sdopt.engine.plans import Record, engines_folder, write_record
+from sdopt.engine.store import Record, engines_folder, write_record
 from sdopt.errors import BackendError, BundleError, UsageError
 from tests.conftest import EMOJI_BUNDLE, ROOT
 from tests.engine.contract import CONTRACT, unet_inputs
@@ -41,7 +41,7 @@ def test_bf16_is_near_float32_and_only_where_it_is_asked_for() -> None:
 
     bundle = Bundle.open(EMOJI_BUNDLE)
     if not native_bf16():
-        with pytest.raises(BackendError, match="does not compute in bfloat16"):
+        with pytest.raises(BackendError, match="does not compute in bf16"):
             open_engine(bundle, "unet", "openvino", precision="bf16")
         return
     outputs = []
@@ -55,10 +55,10 @@ def test_bf16_is_near_float32_and_only_where_it_is_asked_for() -> None:
 
 
 def test_a_precision_finds_a_backend_that_has_it() -> None:
-    assert choose_backend() == ("ort", "float32")
+    assert choose_backend() == ("ort", "fp32") == choose_backend("auto", "float32")
     with pytest.raises(UsageError, match=r"precision 'fp8' is not known; there are .*bf16"):
         choose_backend("auto", "fp8")
-    with pytest.raises(UsageError, match=r"backend 'ort' computes in float32; for bf16 there is openvino"):
+    with pytest.raises(UsageError, match=r"backend 'ort' computes in fp32; for bf16 there is openvino"):
         choose_backend("ort", "bf16")
     if "openvino" in installed_backends():
         assert choose_backend("auto", "bf16") == ("openvino", "bf16")

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from sdopt.graph import Writer, load, rank, weights
-from sdopt.graph.linears import part_linears
+from sdopt.graph.linears import split_linears
 from tests.conftest import EMOJI_BUNDLE
 from tests.graph.common import FLOAT, run
 
@@ -37,7 +37,7 @@ def test_a_linear_layer_whose_result_is_split_becomes_one_for_each_part(tmp_path
     model = linear(rng.standard_normal((6, 12)), outputs=outputs)
     x = rng.standard_normal((2, 4, 6), np.float32)
     expected = run(model, tmp_path, x)
-    assert part_linears(model) == 1
+    assert split_linears(model) == 1
     assert Counter(node.op_type for node in model.graph) == {"MatMul": outputs, "Add": outputs, "Concat": 1}
     assert [tuple(v.shape or ()) for v in weights(model) if rank(v) == 2] == [(6, 12 // outputs)] * outputs
     np.testing.assert_allclose(run(model, tmp_path, x), expected, rtol=1e-6, atol=1e-6)
@@ -47,11 +47,11 @@ def test_a_linear_layer_whose_result_is_split_becomes_one_for_each_part(tmp_path
 def test_a_split_of_something_else_stays(odd: dict[str, Any]) -> None:
     model = linear(np.ones((6, 12)), **odd)
     before = [node.op_type for node in model.graph]
-    assert part_linears(model) == 0
+    assert split_linears(model) == 0
     assert [node.op_type for node in model.graph] == before
 
 
 def test_the_exported_unet_has_none_left() -> None:
     unet = load(EMOJI_BUNDLE / "unet.onnx")
-    assert part_linears(unet) == 0
+    assert split_linears(unet) == 0
     assert sum("/product_" in (node.name or "") for node in unet.graph) == 2 * 7  # two for each transformer block

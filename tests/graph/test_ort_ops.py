@@ -15,7 +15,7 @@ import pytest
 from sdopt import graph
 from sdopt.bundle.files import Bundle
 from sdopt.engine.ort import OrtEngine
-from sdopt.graph.ort_ops import ort_ops, tailored
+from sdopt.graph.ort_ops import ort_ops, write_ort_graph
 from sdopt.metrics import psnr
 from tests.conftest import EMOJI_BUNDLE
 from tests.graph.common import FLOAT, run
@@ -38,7 +38,7 @@ def copied(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_it_answers_the_same_and_reads_the_same_weights(copied: Path) -> None:
     component = Bundle.open(EMOJI_BUNDLE, verify=False).component(copied.stem)
     before = {path.name: path.stat().st_size for path in copied.parent.iterdir()}
-    own = tailored(copied)
+    own = write_ort_graph(copied)
     assert own == copied.with_name(f"{copied.stem}.ort.onnx")
     assert {path.name: path.stat().st_size for path in copied.parent.iterdir()} == {
         **before,
@@ -56,7 +56,7 @@ def test_it_answers_the_same_and_reads_the_same_weights(copied: Path) -> None:
 
 
 def test_norms_and_attention_are_kept_whole(copied: Path) -> None:
-    own = tailored(copied)
+    own = write_ort_graph(copied)
     assert own is not None
     before, after = operators(copied), operators(own)
     assert after["InstanceNormalization"] == before["GroupNormalization"] > 10
@@ -69,7 +69,7 @@ def test_norms_and_attention_are_kept_whole(copied: Path) -> None:
 
 
 def test_a_graph_with_nothing_to_gain_has_no_second_one() -> None:
-    assert tailored(EMOJI_BUNDLE / "text_encoder.onnx") is None  # its attention has a mask
+    assert write_ort_graph(EMOJI_BUNDLE / "text_encoder.onnx") is None  # its attention has a mask
     assert not list(EMOJI_BUNDLE.glob("text_encoder.ort*"))
 
 

@@ -8,13 +8,11 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from sdopt.cli.main import main
 from sdopt.errors import UsageError
@@ -539,19 +537,3 @@ def test_the_command_reads_a_config(tmp_path: Path, capsys: pytest.CaptureFixtur
     path.write_text("[1]")
     assert main(["samplers", "--print", "ddim", "--config", str(path)]) == 2
     assert "not a scheduler_config.json" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("suffix", ["svg", "png"])
-def test_the_command_draws(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / f"plot.{suffix}"
-    assert command(capsys, "--plot", str(path), "euler", "DPM++ 2M Karras", "tcd").strip() == str(path)
-    if suffix == "svg":
-        root = ElementTree.parse(path).getroot()
-        assert [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")][-3:] == [
-            "euler",
-            "DPM++ 2M Karras",
-            "tcd",
-        ]
-    else:
-        assert Image.open(path).size == (800, 480)
-    assert main(["samplers", "--plot", str(tmp_path / "plot.gif")]) == 2

@@ -188,7 +188,11 @@ BROKEN = {
     "header of an exabyte": written({"x": tensor()}, bytes(8), 2**63),
     "no JSON": written(b"{nonsense"),
     "a list": written([1, 2]),
-    "twice the same name": written(b'{"x": 1, "x": 2}'),
+    "twice the same name": written(
+        b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, '
+        b'"x": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}}',
+        bytes(16),
+    ),
     "an entry that is a number": written({"x": 7}),
     "no offsets": written({"x": {"dtype": "F32", "shape": [1, 2]}}, bytes(8)),
     "past the end": written({"x": tensor(data_offsets=[0, 80], shape=[1, 20])}, bytes(8)),

@@ -21,17 +21,17 @@ from sdopt.build.derive import constant_lengths, derive
 from sdopt.build.fixed import fix_lengths
 from sdopt.build.fuse_step import CARRIED
 from sdopt.build.lock import one_builder
-from sdopt.build.options import Options, exceptions, part_options
-from sdopt.build.recipe import Part, Recipe, part_profile, read_recipe, user_profiles
+from sdopt.build.options import BuildOptions, exceptions, part_options
+from sdopt.build.recipe import EngineSpec, Recipe, part_profile, read_recipe, user_profiles
 from sdopt.build.target import Target
 from sdopt.build.trt_build import Builder, Progress, check_options
 from sdopt.build.trt_types import half_products, inspected, types_of
+from sdopt.bundle.disk import user_folder
 from sdopt.bundle.files import Bundle, new_folder
 from sdopt.bundle.specs import Profile
-from sdopt.bundle.stamps import user_folder
 from sdopt.engine.cuda import bytes_text
 from sdopt.engine.device import shared_device
-from sdopt.engine.plans import (
+from sdopt.engine.store import (
     COMMAND,
     GRAPH,
     PLAN,
@@ -55,7 +55,7 @@ def build(
     components: Sequence[str] | None = None,
     profiles: Sequence[str] = (),
     static: bool = False,
-    options: Options | None = None,
+    options: BuildOptions | None = None,
     recipe: Recipe | None = None,
     command: str = "",
     report: Report = print,
@@ -67,7 +67,7 @@ def build(
     Raises: UsageError for a wrong option; BackendError where the library or the GPU is missing, or does not build.
     """
     target = Target.here(backend)
-    recipe, asked = recipe or read_recipe(), (options or Options()).resolved(target.precision)
+    recipe, asked = recipe or read_recipe(), (options or BuildOptions()).resolved(target.precision)
     ranges = user_profiles(bundle, recipe, profiles, static)
     command = command or f"{COMMAND} --backend {backend}"
     if target.lib is not None:
@@ -87,7 +87,7 @@ class Job:
     """One engine to be built: what it is made from, and so its folder."""
 
     bundle: Bundle
-    part: Part
+    part: EngineSpec
     target: Target
     options: Mapping[str, Any]
     ranges: tuple[Profile, ...]

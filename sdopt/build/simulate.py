@@ -24,7 +24,7 @@ HALF = (F16, BF16)
 ort = cast(Any, onnxruntime)  # its bindings are not typed
 
 
-def rounded(model: ir.Model) -> ir.Model:
+def simulate_half(model: ir.Model) -> ir.Model:
     """`model`, changed in place: float32 nodes only, and a rounding after each that was half."""
     graph = model.graph
     nodes = list(graph)

@@ -11,8 +11,8 @@ import pytest
 
 from sdopt.bundle.files import Bundle, new_folder
 from sdopt.bundle.specs import Profile
-from sdopt.engine import plans
-from sdopt.engine.plans import RECORD, Record, built_components, engines_folder, stored, usable, write_record
+from sdopt.engine import store
+from sdopt.engine.store import RECORD, Record, built_components, engines_folder, stored, usable, write_record
 from sdopt.errors import BackendError, BundleError
 
 HERE = {"tensorrt": "10.13.3.9", "GPU": "Fake GPU", "driver": "CUDA 13"}
@@ -89,7 +89,7 @@ def test_engines_of_the_precision_that_is_asked_for_go_first(bundle: Bundle) -> 
 
     old, new = put(bundle, options={"precision": "bf16"}), put(bundle)
     assert found("") == [new, old]
-    assert found("bf16") == found("bfloat16") == [old]
+    assert found("bf16") == [old]
     assert found("fp32") == [new, old]  # what overflows in it was built in another
     assert built_components(bundle, "tensorrt") == {"unet": "fp16"}
     assert built_components(bundle, "tensorrt", precision="bf16") == {"unet": "bf16"}
@@ -223,12 +223,12 @@ def test_an_engine_that_another_process_removes_meanwhile_is_passed_over(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone, kept = put(bundle), put(bundle, options={"precision": "fp32"})
-    read = plans._read  # pyright: ignore[reportPrivateUsage]
+    read = store._read  # pyright: ignore[reportPrivateUsage]
 
     def slow(path: Path) -> object:
         found = read(path)
         shutil.rmtree(gone, ignore_errors=True)
         return found
 
-    monkeypatch.setattr(plans, "_read", slow)
+    monkeypatch.setattr(store, "_read", slow)
     assert [s.folder for s in stored(bundle, "tensorrt")] == [kept]

@@ -19,9 +19,10 @@ import sdopt
 from sdopt import graph
 from sdopt.build.checks import size_warning
 from sdopt.build.derive import derive
-from sdopt.build.options import Options, exceptions, part_options
-from sdopt.build.plan import build
-from sdopt.build.recipe import Part, part_profile, read_recipe, user_profiles
+from sdopt.build.jobs import build
+from sdopt.build.lock import one_builder
+from sdopt.build.options import BuildOptions, exceptions, part_options
+from sdopt.build.recipe import EngineSpec, part_profile, read_recipe, user_profiles
 from sdopt.build.target import Target
 from sdopt.build.trt_build import Builder, meaning
 from sdopt.bundle.files import Bundle
@@ -30,7 +31,7 @@ from sdopt.bundle.specs import Profile, TensorSpec
 from sdopt.cli.main import main
 from sdopt.engine import describe
 from sdopt.engine.cuda import Gpu
-from sdopt.engine.plans import stored
+from sdopt.engine.store import stored
 from sdopt.engine.trt_api import TensorRT
 from sdopt.errors import BackendError, UsageError
 from tests.conftest import EMOJI_BUNDLE, ROOT, PlugIn, edit_manifest
@@ -114,7 +115,7 @@ def test_a_wrong_profile_is_named(emoji: Bundle, text: str, message: str) -> Non
 )
 def test_a_wrong_option_is_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        Options(**options)
+        BuildOptions(**options)
 
 
 @pytest.mark.parametrize(
@@ -129,16 +130,18 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ('when = "guidet"', "when = 'guidet'; allowed are guided, unguided, asked, or leave it out"),
-        ('fuse = "all"', "fuse = 'all'; allowed are .*guided"),
-        ('tokens = "chunks"', "tokens = 'chunks'; allowed are chunk, or"),
-        ('precision = "fp8"', "precision = 'fp8'; allowed are fp32, fp16, bf16"),
-        ('fues = "guided"', "fues is unknown; there are fuse"),
+        ('when = "guidet"', "when is 'guidet'; allowed is guided, unguided, asked, or leave it out"),
+        ('fuse = "all"', "fuse is 'all'; allowed is guided, alone"),
+        ('tokens = "chunks"', "tokens is 'chunks'; allowed is chunk, or"),
+        ('rows = "two"', "rows is 'two'; allowed is a whole number from 1 to 2"),
+        ("islands = 3", "islands is 3; allowed is a list of text"),
+        ('precision = "fp8"', "precision is 'fp8'; allowed is fp16, bf16, fp32"),
+        ('fues = "guided"', "fues is unknown; engine.unet has name, graph, fuse"),
     ],
 )
 def test_a_word_that_a_recipe_does_not_have_is_named(tmp_path: Path, line: str, told: str) -> None:
     (tmp_path / "recipe.toml").write_text(f"profile = 'batch=1'\n[engine.unet]\ngraph = 'unet'\n{line}\n")
-    with pytest.raises(UsageError, match=f"engine unet: {told}"):
+    with pytest.raises(UsageError, match=rf"recipe.toml is not a recipe: engine.unet.{told}"):
         read_recipe(tmp_path / "recipe.toml")
 
 
@@ -157,7 +160,7 @@ def test_a_graph_for_onnx_runtime_says_what_it_is(bundle: Bundle, capsys: pytest
     lines: list[str] = []
     for backend, precision in (("ort", "fp32"), ("ort", "fp16"), ("ort:cuda", "fp16")):
         build(
-            bundle, backend, components=["unet"], options=Options(precision=precision), report=lines.append,
+            bundle, backend, components=["unet"], options=BuildOptions(precision=precision), report=lines.append,
         )  # fmt: skip
     told = [line for line in lines if "graph for ONNX Runtime" in line]
     assert told[0] == "unet: a graph for ONNX Runtime on the CPU, fp32; taken by --backend ort:cpu"
@@ -188,14 +191,14 @@ def test_what_overflows_in_half_is_built_in_another_precision(bundle: Bundle, bf
     edit_manifest(bundle.path, float16_unsafe=["vae_decoder"])
     unsafe = Bundle.open(bundle.path, verify=False)
     parts = read_recipe().chosen(unsafe, None)
-    options = {part.name: part_options(Options(), part, unsafe, bf16) for part in parts}
+    options = {part.name: part_options(BuildOptions(), part, unsafe, bf16) for part in parts}
     precisions = {name: own["precision"] for name, own in options.items()}
     assert precisions == {"unet_step": "fp16", "text_encoder": "fp16", "vae_decoder": instead, "vae_encoder": "fp16"}
     (decoder,) = [part for part in parts if part.name == "vae_decoder"]
     assert exceptions(options["vae_decoder"], "fp16", decoder, unsafe) == [
         f"{instead} instead of fp16, in which this model's vae_decoder overflows"
     ]
-    assert part_options(Options(), Part("unet", "unet", precision="bf16"), unsafe)["precision"] == "bf16"
+    assert part_options(BuildOptions(), EngineSpec("unet", "unet", precision="bf16"), unsafe)["precision"] == "bf16"
 
 
 def test_attention_that_overflows_in_half_stays_float32(bundle: Bundle) -> None:
@@ -203,9 +206,9 @@ def test_attention_that_overflows_in_half_stays_float32(bundle: Bundle) -> None:
     unsafe = Bundle.open(bundle.path, verify=False)
     recipe = read_recipe()
     for precision, kept in {"fp16": True, "bf16": False, "fp32": False}.items():
-        own = part_options(Options(precision=precision), recipe.parts["unet_step"], unsafe)
+        own = part_options(BuildOptions(precision=precision), recipe.parts["unet_step"], unsafe)
         assert own["attention"] is kept
-        assert not part_options(Options(precision=precision), recipe.parts["vae_decoder"], unsafe)["attention"]
+        assert not part_options(BuildOptions(precision=precision), recipe.parts["vae_decoder"], unsafe)["attention"]
         model, _ = derive(unsafe, recipe.parts["unet_step"], own)
         types = {node.outputs[0].dtype for node in model.graph if node.op_type in ("Attention", "MultiHeadAttention")}
         assert types == {{"fp16": graph.F32, "bf16": graph.BF16, "fp32": graph.F32}[precision]}
@@ -241,13 +244,15 @@ def test_engines_for_onnx_runtime_make_the_same_picture_with_its_tensors_bound(b
     with sdopt.load(bundle.path, backend="ort:cpu", threads=1) as pipe:
         expected = pipe("a red apple", **options).images
     lines: list[str] = []
-    (folder,) = build(bundle, "ort", components=["unet_step"], options=Options(precision="fp32"), report=lines.append)
+    (folder,) = build(
+        bundle, "ort", components=["unet_step"], options=BuildOptions(precision="fp32"), report=lines.append
+    )
     assert sorted(p.name for p in folder.iterdir()) == ["graph.onnx", "graph.onnx.data", "record.json"]
     with sdopt.load(bundle.path, backend="ort:cpu", threads=1) as pipe:
         found = pipe("a red apple", **options).images
         assert set(pipe.pool.opened) == {"text_encoder", "unet_step"}
     np.testing.assert_allclose(found, expected, atol=2e-4)
-    build(bundle, "ort", components=["unet_step"], options=Options(precision="fp32"), report=lines.append)
+    build(bundle, "ort", components=["unet_step"], options=BuildOptions(precision="fp32"), report=lines.append)
     assert lines[-1] == f"unet_step: already built, {folder}"
 
 
@@ -337,10 +342,11 @@ BARE = """
 import sys
 for name in ("onnxruntime", "torch", "diffusers", "transformers"):
     sys.modules[name] = None
-import sdopt.cli.build, sdopt.build.plan
+import sdopt.cli.build, sdopt.build.jobs
 from sdopt.bundle.files import Bundle
-folders = sdopt.build.plan.build(Bundle.open(sys.argv[1], verify=False), sys.argv[2], components=["vae_encoder"],
-                                 profiles=["batch=1 height=64 width=64"], options=sdopt.build.plan.Options(opt_level=0))
+folders = sdopt.build.jobs.build(Bundle.open(sys.argv[1], verify=False), sys.argv[2], components=["vae_encoder"],
+                                 profiles=["batch=1 height=64 width=64"],
+                                 options=sdopt.build.jobs.BuildOptions(opt_level=0))
 """
 
 
@@ -360,32 +366,37 @@ def test_a_damaged_engine_is_built_again(bundle: Bundle) -> None:
     assert (folder / "graph.onnx.data").stat().st_size
 
 
-def _build_slowly(path: Path, told: Any) -> None:
+def _build_and_tell(path: Path, told: Any) -> None:
     build(Bundle.open(path, verify=False), "ort", components=["vae_encoder"], report=told.put)
+    told.put("done")
 
 
 def test_two_processes_build_an_engine_once(bundle: Bundle) -> None:
+    (folder,) = build(bundle, "ort", components=["vae_encoder"], report=lambda line: None)
+    shutil.rmtree(folder)
     context = multiprocessing.get_context("spawn")
     told = context.Queue()
-    processes = [context.Process(target=_build_slowly, args=(bundle.path, told)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    lines = [told.get(timeout=120) for _ in range(2)]
+    processes = [context.Process(target=_build_and_tell, args=(bundle.path, told)) for _ in range(2)]
+    with one_builder(folder, pytest.fail):
+        for process in processes:
+            process.start()
+        waiting = [told.get(timeout=120) for _ in processes]
+        assert waiting == [f"{folder.name}: another process is building it; waiting"] * 2
+    lines: list[str] = []
+    while lines.count("done") < 2:
+        lines.append(told.get(timeout=120))
     for process in processes:
         process.join(120)
         assert process.exitcode == 0
-    while not told.empty():
-        lines.append(told.get())
-    assert sum("already built" in line for line in lines) == 1
-    assert len(stored(bundle, "ort")) == 1
-    assert not list((bundle.path / "engines").glob(".*tmp*"))
+    assert lines.count(f"vae_encoder: already built, {folder}") == 1
+    assert [path.name for path in (bundle.path / "engines").iterdir()] == [folder.name]
 
 
 def test_a_build_that_fails_leaves_nothing(bundle: Bundle) -> None:
     part = replace(read_recipe().parts["vae_encoder"], islands=("nothing matches this",))
     recipe = replace(read_recipe(), parts={"vae_encoder": part})
     with pytest.raises(UsageError, match="nothing matches this"):
-        build(bundle, "ort", recipe=recipe, options=Options(precision="fp16"), report=lambda line: None)
+        build(bundle, "ort", recipe=recipe, options=BuildOptions(precision="fp16"), report=lambda line: None)
     assert not [p for p in (bundle.path / "engines").iterdir() if not p.name.endswith(".lock")]
 
 
@@ -408,7 +419,7 @@ def test_a_backend_that_builds_nothing_or_has_no_gpu_says_so(bundle: Bundle) -> 
 def test_tensorrt_rtx_builds_it_in_half(bundle: Bundle, component: str) -> None:
     phases: list[str] = []
     (folder,) = build(
-        bundle, "tensorrt-rtx", components=[component], profiles=[SMALL], options=Options(opt_level=0),
+        bundle, "tensorrt-rtx", components=[component], profiles=[SMALL], options=BuildOptions(opt_level=0),
         report=lambda line: None, progress=lambda phase, done, of: phases.append(phase),
     )  # fmt: skip
     (found,) = stored(bundle, "tensorrt-rtx")
@@ -431,7 +442,7 @@ def test_tensorrt_rtx_builds_all_of_sdxl(sdxl_bundle: Path, tmp_path: Path) -> N
         "fp32": ["text_encoder"],
         "fp16": ["text_encoder_2", "unet_step", "vae_decoder", "vae_encoder"],
     }.items():
-        options = Options(precision=precision, opt_level=0)
+        options = BuildOptions(precision=precision, opt_level=0)
         build(
             bundle, "tensorrt-rtx", components=components, profiles=[SMALL], options=options, report=lambda line: None
         )
@@ -447,7 +458,7 @@ def test_tensorrt_rtx_builds_all_of_sdxl(sdxl_bundle: Path, tmp_path: Path) -> N
 def test_float32_attention_builds_too_and_several_profiles_are_one_engine(bundle: Bundle) -> None:
     build(
         bundle, "tensorrt-rtx", components=["text_encoder"], profiles=["batch=1", "batch=2:4:4"],
-        options=Options(precision="fp32", opt_level=0), report=lambda line: None,
+        options=BuildOptions(precision="fp32", opt_level=0), report=lambda line: None,
     )  # fmt: skip
     (found,) = stored(bundle, "tensorrt-rtx")
     assert [str(p) for p in found.record.profiles] == [
@@ -461,8 +472,8 @@ def test_float32_attention_builds_too_and_several_profiles_are_one_engine(bundle
 def test_static_engines_have_their_lengths_in_the_graph_and_their_names_in_the_record(bundle: Bundle) -> None:
     sizes = ["batch=1:2:4 height=64", "batch=1 height=64:128:128"]
     folders = build(
-        bundle, "tensorrt-rtx", components=["unet_step"], profiles=sizes, static=True, options=Options(opt_level=0),
-        report=lambda line: None,
+        bundle, "tensorrt-rtx", components=["unet_step"], profiles=sizes, static=True,
+        options=BuildOptions(opt_level=0), report=lambda line: None,
     )  # fmt: skip
     records = {s.folder: s.record for s in stored(bundle, "tensorrt-rtx")}
     assert [str(p) for folder in folders for p in records[folder].profiles] == [
@@ -482,7 +493,7 @@ def test_operators_that_the_parser_does_not_know_are_written_in_others_and_said(
     monkeypatch.setattr(Builder, "unsupported", lambda self, names: ["GroupNormalization"])
     lines: list[str] = []
     build(
-        bundle, "tensorrt-rtx", components=["vae_encoder"], profiles=[SMALL], options=Options(opt_level=0),
+        bundle, "tensorrt-rtx", components=["vae_encoder"], profiles=[SMALL], options=BuildOptions(opt_level=0),
         report=lines.append,
     )  # fmt: skip
     assert re.search(r"vae_encoder: written in operators that tensorrt-rtx .* knows: GroupNormalization", lines[0])
@@ -500,12 +511,12 @@ def test_operators_that_the_parser_does_not_know_are_written_in_others_and_said(
 )
 def test_options_that_tensorrt_rtx_would_ignore_are_refused(bundle: Bundle, option: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        build(bundle, "tensorrt-rtx", components=["vae_encoder"], options=Options(**{option: True}), report=print)
+        build(bundle, "tensorrt-rtx", components=["vae_encoder"], options=BuildOptions(**{option: True}), report=print)
 
 
 @RTX
 def test_weights_can_be_streamed(bundle: Bundle) -> None:
-    options = Options(weight_streaming=True, opt_level=0)
+    options = BuildOptions(weight_streaming=True, opt_level=0)
     build(
         bundle, "tensorrt-rtx", components=["vae_encoder"], profiles=[SMALL], options=options, report=lambda line: None
     )
@@ -515,7 +526,7 @@ def test_weights_can_be_streamed(bundle: Bundle) -> None:
 @RTX
 def test_a_refused_profile_is_told_with_tensorrts_words(bundle: Bundle, tmp_path: Path) -> None:
     component = bundle.component("vae_encoder")
-    builder = Builder(TensorRT("tensorrt-rtx"), asdict(Options(precision="fp32")), None, name="vae_encoder")
+    builder = Builder(TensorRT("tensorrt-rtx"), asdict(BuildOptions(precision="fp32")), None, name="vae_encoder")
     fixed = Profile({"batch": (1, 1, 1), "height": (64, 64, 64), "width": (64, 64, 64)})
     wrong = TensorSpec("sample", "float32", ("batch", 4, "height", "width"))  # it takes 3 channels
     with pytest.raises((UsageError, BackendError), match=r"vae_encoder: tensorrt-rtx .*(sample|profile|dimension)"):
@@ -525,14 +536,14 @@ def test_a_refused_profile_is_told_with_tensorrts_words(bundle: Bundle, tmp_path
 @RTX
 def test_a_graph_in_half_that_became_float32_is_refused_before_it_is_built(bundle: Bundle, tmp_path: Path) -> None:
     component = bundle.component("vae_encoder")
-    builder = Builder(TensorRT("tensorrt-rtx"), asdict(Options(precision="fp16")), None, name="vae_encoder")
+    builder = Builder(TensorRT("tensorrt-rtx"), asdict(BuildOptions(precision="fp16")), None, name="vae_encoder")
     with pytest.raises(BackendError, match=r"vae_encoder: the graph has 30 convolutions .* --precision fp32"):
         builder.build(component.graph, tmp_path / "plan", component.inputs, [], half_products=30)
 
 
 @RTX
 def test_what_cannot_be_built_says_why_and_leaves_nothing(bundle: Bundle) -> None:
-    options = Options(refit=True, opt_level=0)
+    options = BuildOptions(refit=True, opt_level=0)
     with pytest.raises(
         BackendError, match=r"text_encoder: tensorrt-rtx .* builds no engine: --refit needs a GPU.*TensorRT says"
     ):
@@ -543,7 +554,7 @@ def test_what_cannot_be_built_says_why_and_leaves_nothing(bundle: Bundle) -> Non
 @RTX
 def test_a_broken_graph_names_its_node(tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"no graph")
-    builder = Builder(TensorRT("tensorrt-rtx"), asdict(Options(precision="fp16")), None, name="bad")
+    builder = Builder(TensorRT("tensorrt-rtx"), asdict(BuildOptions(precision="fp16")), None, name="bad")
     with pytest.raises(BackendError, match="bad: tensorrt-rtx .* cannot parse it"):
         builder.build(tmp_path / "bad.onnx", tmp_path / "plan", [], [])
     assert builder.unsupported(["Attention", "Conv", "NoSuchOperator"]) == ["NoSuchOperator"]
@@ -558,7 +569,9 @@ def test_the_command_builds_and_then_finds_what_it_built(bundle: Bundle, own_fol
     assert first.stdout == again.stdout
     assert "building, fp16, batch=1 height=64 width=64" in first.stderr
     assert "already built" in again.stderr
-    assert stored(bundle, "tensorrt-rtx")[0].record.again.endswith('--profile "batch=1 tokens=32 height=64 width=64"')
+    assert stored(bundle, "tensorrt-rtx")[0].record.rebuild_command.endswith(
+        '--profile "batch=1 tokens=32 height=64 width=64"'
+    )
 
 
 def test_the_command_refuses_what_is_wrong(bundle: Bundle) -> None:

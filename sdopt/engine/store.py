@@ -25,9 +25,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+from sdopt.bundle.decode import Json, decode, encode
+from sdopt.bundle.disk import parse_json, user_folder
 from sdopt.bundle.files import Bundle
-from sdopt.bundle.specs import Profile, TensorSpec, short
-from sdopt.bundle.stamps import known_sha256, sha256, user_folder
+from sdopt.bundle.format import File
+from sdopt.bundle.specs import Profile, TensorSpec
+from sdopt.bundle.stamps import known_sha256, sha256
 from sdopt.errors import BackendError, BundleError
 
 RECORD = "record.json"
@@ -56,11 +59,11 @@ class Record:
     profiles: tuple[Profile, ...]
     environment: Mapping[str, str]  # library, GPU, driver: what must be the same where it runs
     sources: Mapping[str, str]  # file of the bundle -> its SHA-256
-    options: Mapping[str, Any]  # every option of the build, by name
+    options: Mapping[str, Json]  # every option of the build, by name
     command: str  # what builds it again, but for its component and profiles; see `COMMAND`
     asked: tuple[str, ...] = ()  # its profiles as they are typed, in pictures and pixels
-    notes: Mapping[str, Any] = field(default_factory=lambda: dict[str, Any]())  # what was found in the finished engine
-    files: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: dict[str, Mapping[str, Any]]())
+    notes: Mapping[str, Json] = field(default_factory=dict[str, Any])  # what was found in the finished engine
+    files: Mapping[str, File] = field(default_factory=dict[str, File])
 
     @property
     def key(self) -> str:
@@ -71,7 +74,7 @@ class Record:
         return f"{self.component}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     @property
-    def again(self) -> str:
+    def rebuild_command(self) -> str:
         """The command that builds it again."""
         return self.building(self.asked)
 
@@ -85,41 +88,6 @@ class Record:
         if not f"{self.command} ".startswith(f"{COMMAND} "):
             return self
         return replace(self, command=f"sdopt build {shlex.quote(str(bundle))}{self.command[len(COMMAND) :]}")
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **{k: v for k, v in vars(self).items() if k not in ("inputs", "outputs", "profiles")},
-            "inputs": [s.to_json() for s in self.inputs],
-            "outputs": [s.to_json() for s in self.outputs],
-            "profiles": [str(p) for p in self.profiles],
-        }
-
-    @staticmethod
-    def from_json(entry: Mapping[str, Any]) -> Record:
-        """Raises: ValueError, TypeError or KeyError for what is no record; whoever wrote it, it is read strictly."""
-        values: dict[str, Any] = dict(entry)
-        _check_kinds(values)
-        for kind in ("inputs", "outputs"):
-            values[kind] = tuple(map(TensorSpec.from_json, entry[kind]))
-        values["profiles"] = tuple(map(Profile.parse, entry["profiles"]))
-        values["asked"] = tuple(entry["asked"])
-        return Record(**values)
-
-
-def _check_kinds(values: Mapping[str, Any]) -> None:
-    """Raises: TypeError unless texts are texts, and tables of them are that."""
-    texts = [values[name] for name in ("component", "backend", "command")]
-    tables = [values[name] for name in ("carry", "environment", "sources", "options", "notes", "files")]
-    if not all(isinstance(table, dict) for table in tables):
-        raise TypeError("a table of a record is none")
-    for table in tables[:3]:
-        texts += table.values()
-    for file in tables[-1].values():
-        texts.append(file["sha256"])
-        if type(file["bytes"]) is not int:
-            raise TypeError("a size in a record is no number")
-    if not all(isinstance(text, str) for text in (*texts, *values["profiles"], *values["asked"])):
-        raise TypeError("a text of a record is none")
 
 
 @dataclass(frozen=True)
@@ -139,12 +107,13 @@ class Stored:
     def checked(self, name: str) -> Path:
         """The path of one file of the engine, after its size and hash were found to be those of the record."""
         path, entry = self.folder / name, self.record.files.get(name)
+        rebuild = f"build it again: {self.record.rebuild_command}"
         if entry is None:
-            raise BackendError(f"{path} is not listed in its record; build it again: {self.record.again}")
-        if path.is_symlink() or not path.is_file() or path.stat().st_size != entry["bytes"]:
-            raise BackendError(f"{path} is missing, truncated or a link; build it again: {self.record.again}")
-        if known_sha256(path, self.paranoid) != entry["sha256"]:
-            raise BackendError(f"{path} is damaged: its SHA-256 is another one; build it again: {self.record.again}")
+            raise BackendError(f"{path} is not listed in its record; {rebuild}")
+        if path.is_symlink() or not path.is_file() or path.stat().st_size != entry.bytes:
+            raise BackendError(f"{path} is missing, truncated or a link; {rebuild}")
+        if known_sha256(path, self.paranoid) != entry.sha256:
+            raise BackendError(f"{path} is damaged: its SHA-256 is another one; {rebuild}")
         return path
 
 
@@ -204,7 +173,7 @@ def usable(
         raise NoEnginesError(f"{bundle.path} has no {backend} engines. Build them: {build}")
     build = f"{build} --component {component}"
     candidates = [s for s in every if s.record.component == component]
-    candidates = [s for s in candidates if s.precision == short(precision)] or candidates
+    candidates = [s for s in candidates if s.precision == precision] or candidates
     if not candidates:
         raise BackendError(f"{bundle.path} has no {backend} engine of {component}. Build it: {build}")
     allowed = [s for s in candidates if trust or s.ours]
@@ -217,7 +186,8 @@ def usable(
     fresh = [s for s, change in changes if not change]
     if not fresh:
         newest, change = changes[0]
-        raise BackendError(f"the {backend} engine of {component} is stale: {change}. Build it: {newest.record.again}")
+        rebuild = newest.record.rebuild_command
+        raise BackendError(f"the {backend} engine of {component} is stale: {change}. Build it: {rebuild}")
     return fresh
 
 
@@ -239,7 +209,7 @@ def built_components(bundle: Bundle, backend: str, provider: str = "", precision
     `precision`: only engines in this one count.
     """
     found = [(s.record.component, s.precision) for s in _for_provider(stored(bundle, backend), provider)]
-    return {name: own for name, own in reversed(found) if short(precision) in ("", own)}
+    return {name: own for name, own in reversed(found) if precision in ("", own)}
 
 
 def _for_provider(found: list[Stored], provider: str) -> list[Stored]:
@@ -248,9 +218,9 @@ def _for_provider(found: list[Stored], provider: str) -> list[Stored]:
 
 def write_record(folder: Path, record: Record, names: Sequence[str]) -> Record:
     """Sign `record` and write it beside its finished files; the record with their sizes and hashes."""
-    files = {n: {"bytes": (folder / n).stat().st_size, "sha256": sha256(folder / n)} for n in names}
+    files = {n: File((folder / n).stat().st_size, sha256(folder / n)) for n in names}
     record = replace(record, files=files)
-    entry = json.loads(json.dumps(record.to_json()))
+    entry: dict[str, Any] = json.loads(json.dumps(encode(record)))
     text = json.dumps({**entry, "signature": _signature(entry)}, indent=1, allow_nan=False)
     (folder / RECORD).write_text(text + "\n", encoding="utf-8")
     return record
@@ -261,11 +231,13 @@ def _read(path: Path) -> tuple[Record, bool] | None:
     if path.is_symlink() or path.parent.is_symlink() or path.stat().st_size > MAX_RECORD_BYTES:
         return None
     try:
-        entry = cast(dict[str, Any], json.loads(path.read_bytes()))
-        signature = entry.pop("signature")
-        return Record.from_json(entry), hmac.compare_digest(str(signature), _signature(entry))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        entry = parse_json(path.read_bytes())
+        fields = cast("dict[str, Any]", entry) if isinstance(entry, dict) else {}
+        signature = fields.pop("signature", None)
+        record: Record = decode(Record, fields)
+    except (OSError, ValueError):
         return None
+    return record, isinstance(signature, str) and hmac.compare_digest(signature, _signature(fields))
 
 
 def _signature(entry: Mapping[str, Any]) -> str:
