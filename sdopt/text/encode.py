@@ -20,8 +20,8 @@ import numpy as np
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.format import Encoder
 from sdopt.bundle.specs import Array, Float32
-from sdopt.engine.store import NoEnginesError
 from sdopt.engine.pool import EnginePool
+from sdopt.engine.store import NoEnginesError
 from sdopt.errors import BackendError, NumericsError, UsageError
 from sdopt.request.plan import Plan, sizes_to_build
 from sdopt.text.textual_inversion import Embedding, embedding
