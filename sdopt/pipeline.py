@@ -29,19 +29,16 @@ from sdopt.denoise.program import compile_program
 from sdopt.denoise.start import begin, has_mask_channels
 from sdopt.engine import Engine
 from sdopt.engine.pool import EnginePool
-from sdopt.errors import UsageError, choices
 from sdopt.image import pil as pictures
 from sdopt.image import preview as previews
 from sdopt.image.vae import Vae
 from sdopt.request.options import Options
-from sdopt.request.plan import Plan, make_plan
+from sdopt.request.plan import Plan, check_output_type, make_plan
 from sdopt.samplers.noise import drawing
 from sdopt.text.encode import TextEncoders
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-OUTPUT_TYPES = ("pil", "np", "latent")
 
 
 @dataclass(frozen=True)
@@ -115,17 +112,14 @@ class Pipeline:
         `callback_on_step_end(pipe, index, timestep, {"latents": sample})` may return other latents, as in diffusers.
         Raises: UsageError for a wrong argument; NumericsError rather than a black picture.
         """
-        if output_type not in OUTPUT_TYPES:
-            text = f"output_type = {output_type!r}; allowed are {choices(str(output_type), OUTPUT_TYPES)}"
-            raise UsageError(text, "output_type")
+        check_output_type(output_type)
         plan = make_plan(self.bundle, prompt, options)
-        if plan.overlays and output_type != "pil":
-            text = f"output_type = {output_type!r}; with padding_mask_crop pictures are PIL images: 'pil'"
-            raise UsageError(text, "output_type")
+        check_output_type(output_type, plan.overlays)
         step = None
         for step in self.steps(plan):
             if callback_on_step_end is not None:
-                _replace(step.sample, callback_on_step_end(self, step.index, step.timestep, {"latents": step.sample}))
+                data = {"latents": step.sample}
+                step.steer(callback_on_step_end(self, step.index, step.timestep, data))
         assert step is not None  # a table has rows
         images = step.sample if output_type == "latent" else self.finish(plan, step.sample, output_type)
         return Result(images, plan.seeds, tuple(self.parameters(plan, i) for i in range(len(plan.seeds))))
@@ -209,15 +203,3 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _replace(sample: Float32, changed: Any) -> None:
-    """Write what a callback returned into the sample. Raises: UsageError unless it is {"latents": array} or None."""
-    try:
-        sample[...] = (changed or {}).get("latents", sample)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UsageError(
-            f'callback_on_step_end returned {type(changed).__name__}; allowed are None and {{"latents": float32 '
-            f"{sample.shape}}} ({error})",
-            "callback_on_step_end",
-        ) from error

@@ -24,7 +24,7 @@ import pytest
 from PIL import Image
 
 from sdopt.cli.main import COMMANDS, main
-from sdopt.request.options import KEYWORDS
+from sdopt.request.keywords import KEYWORDS
 from tests.conftest import EMOJI_BUNDLE, ROOT, sdopt
 from tests.test_architecture import ARROWS
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from sdopt.bundle.decode import encode
 from sdopt.bundle.files import Bundle
-from sdopt.request.options import MAX_IMAGES, MAX_SIZE
+from sdopt.request.kinds import MAX_IMAGES, MAX_SIZE
 from sdopt.text.encode import extra_widths
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from sdopt.request.keyword import Flag, Keyword
-from sdopt.request.options import KEYWORDS
+from sdopt.request.keywords import KEYWORDS
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from sdopt import __version__, pipeline
     from sdopt.image import pil as images
-    from sdopt.request.options import checked
+    from sdopt.request.keywords import checked
     from sdopt.request.plan import make_plan
 
     started = time.perf_counter()
@@ -103,7 +103,7 @@ def _request(args: argparse.Namespace) -> tuple[Any, dict[str, Any] | None]:
     """The keywords that the command line or the PNG of --replay asks for, and what that PNG tells."""
     from sdopt.cli import flags
     from sdopt.image.pil import read_parameters
-    from sdopt.request.options import KEYWORDS, replayed
+    from sdopt.request.keywords import KEYWORDS, replayed
 
     given = flags.given(args)
     if args.replay is None:

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from sdopt.bundle.specs import Float32
 from sdopt.denoise.board import Board, Data
 from sdopt.denoise.program import Program
-from sdopt.errors import SdoptError
+from sdopt.errors import SdoptError, UsageError
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,22 @@ class Step:
     def denoised(self) -> Float32:
         """What the sampler believes the clean latents to be."""
         return self._data("denoised")
+
+    def steer(self, changed: Any) -> None:
+        """Write what a callback returned into the sample.
+
+        Raises: UsageError unless it is {"latents": array} or None.
+        """
+        if changed is None:
+            return
+        try:
+            self.sample[...] = changed.get("latents", self.sample)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UsageError(
+                f'callback_on_step_end returned {type(changed).__name__}; allowed are None and {{"latents": float32 '
+                f"{self.sample.shape}}} ({error})",
+                "callback_on_step_end",
+            ) from error
 
 
 def steps(program: Program, board: Board) -> Iterator[Step]:

@@ -10,10 +10,11 @@ from typing import Any
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.format import Defaults
 from sdopt.bundle.specs import Array
-from sdopt.errors import UsageError
+from sdopt.errors import UsageError, choices
 from sdopt.image.masks import Overlay
 from sdopt.request import together
-from sdopt.request.options import Options, checked, recorded
+from sdopt.request.keywords import checked, recorded
+from sdopt.request.options import Options
 from sdopt.request.together import Sizes
 from sdopt.samplers import SAMPLERS, SamplerTable, sampler_table
 from sdopt.samplers.flow import dynamic_mu
@@ -84,6 +85,19 @@ class Plan:
         }
         sampled_by = SAMPLERS[self.table.name].title if self.table.name in SAMPLERS else self.table.name
         return {**recorded({**self.options, **own}, self.resolved), "sampled_by": sampled_by}
+
+
+OUTPUT_TYPES = ("pil", "np", "latent")
+
+
+def check_output_type(output_type: str, overlays: Sequence[Overlay] = ()) -> None:
+    """Raises: UsageError for a word that is unknown, or where pictures are laid over their originals."""
+    if output_type not in OUTPUT_TYPES:
+        text = f"output_type = {output_type!r}; allowed are {choices(str(output_type), OUTPUT_TYPES)}"
+        raise UsageError(text, "output_type")
+    if overlays and output_type != "pil":
+        text = f"output_type = {output_type!r}; with padding_mask_crop pictures are PIL images: 'pil'"
+        raise UsageError(text, "output_type")
 
 
 def sizes_to_build(plan: Plan, defaults: Defaults) -> str:

@@ -21,7 +21,8 @@ from sdopt.errors import UsageError
 from sdopt.image.pil import read_parameters
 from sdopt.request import kinds
 from sdopt.request.keyword import Flag, Keyword
-from sdopt.request.options import KEYWORDS, Options, checked, describe
+from sdopt.request.keywords import KEYWORDS, checked, describe
+from sdopt.request.options import Options
 from sdopt.request.plan import Plan, make_plan
 
 
