@@ -25,7 +25,7 @@ ARROWS = {
     "request": "bundle errors image samplers",
     "text": "bundle engine errors request",
     "denoise": "bundle engine errors request samplers",
-    "pipeline": "bundle denoise engine errors image request samplers text",
+    "pipeline": "bundle denoise engine image request samplers text",
     "export": "bundle engine errors graph metrics samplers sdopt",
     "build": "bundle engine errors graph metrics samplers sdopt",
     "bench": "bundle engine errors metrics pipeline samplers sdopt",

@@ -20,7 +20,7 @@ from sdopt.errors import UsageError, choices
 
 HOMES = (Path(__file__).parent.parent / "recipe.toml", Path(__file__).parents[2] / "engines/recipe.toml")
 NAMES = ("batch", "height", "width", "tokens")
-MAX_BATCH = 64  # pictures in one call of sdopt (`sdopt.request.options`)
+MAX_BATCH = 64  # pictures in one call of sdopt (`sdopt.request.kinds`)
 LEARNT_TOKENS = 128  # rows of textual inversions that a text encoder's engine takes at once
 
 

@@ -19,7 +19,7 @@ import sdopt
 from sdopt.cli.main import main
 from sdopt.errors import UsageError
 from sdopt.image.pil import read_parameters
-from sdopt.request import kinds
+from sdopt.request import arrays, kinds
 from sdopt.request.keyword import Flag, Keyword
 from sdopt.request.keywords import KEYWORDS, checked, describe
 from sdopt.request.options import Options
@@ -62,11 +62,11 @@ WRONG: dict[type[kinds.Kind], tuple[Any, ...]] = {
     kinds.OneOrMore: (True, "1", [True], ["1"], -1e300, [-1e300], np.array([[1]]), (1.5, None)),
     kinds.Pair: (1, (1,), (1, 2, 3), (1, -1), (1.5, 2), (True, 1), "12", (1, None), (1, 10**400)),
     kinds.Interval: (0.5, (0.5,), (0.5, 0.5), (0.8, 0.1), (-1, 1), (0, 2), "01", (0, math.nan), (True, 1)),
-    kinds.Tensor: (
+    arrays.Tensor: (
         1, [[1.0]], IMAGES.astype(np.float64), IMAGES.astype(np.float16), IMAGES[0, 0, 0], np.full_like(IMAGES, np.inf),
         np.ma.masked_array(IMAGES, IMAGES == 0),
     ),
-    kinds.Picture: (
+    arrays.Picture: (
         1, "cat.png", Image.new("F", (8, 8)), Image.new("I", (8, 8)), Image.new("LAB", (8, 8)), Image.new("L", (0, 8)),
         np.zeros((8, 8, 5)), np.zeros((3, 8, 8)), np.full((8, 8, 3), 2.0), np.full((8, 8, 3), -0.1), np.zeros(8),
         np.zeros((8, 8, 3), complex), [Image.new("L", (8, 8)), 1], IMAGES.astype(np.float64),
@@ -103,7 +103,7 @@ def test_a_keyword_can_be_described_in_json_and_takes_its_own_example_and_defaul
     assert entry["help"]
     assert "type" in entry or "anyOf" in entry
     names = {"np": np, "PIL": type("PIL", (), {"Image": Image})}
-    if not isinstance(keyword.kind, kinds.Tensor | kinds.Picture):
+    if not isinstance(keyword.kind, arrays.Tensor | arrays.Picture):
         assert keyword.check(name, eval(keyword.kind.example, names)) is not None
     if keyword.default is not None:
         assert keyword.check(name, keyword.default) == keyword.default
