@@ -26,7 +26,7 @@ from sdopt.denoise.board import Prepared
 from sdopt.denoise.loop import Step, steps
 from sdopt.denoise.model import Conditions
 from sdopt.denoise.program import compile_program
-from sdopt.denoise.start import begin, has_mask_channels
+from sdopt.denoise.start import has_mask_channels, prepare_canvas
 from sdopt.engine import Engine
 from sdopt.engine.pool import EnginePool
 from sdopt.image import pil as pictures
@@ -142,7 +142,7 @@ class Pipeline:
         draw = drawing(plan.seeds, plan.rng, (len(plan.seeds), entry.channels, *size))
         cond, negative = self._text.conditions(plan)
         encode = partial(self._vae.encode, tile=plan.vae_tile, one_by_one=plan.vae_slice)
-        canvas = begin(plan, has_mask_channels(self.bundle), draw, encode)
+        canvas = prepare_canvas(plan, has_mask_channels(self.bundle), draw, encode)
         guided, pool = negative is not None, self.pool
         program = compile_program(plan, canvas, guided=guided, built=pool.built, needs_built=pool.runs_only_built)
         return Prepared(program, canvas, Conditions(cond, negative, canvas.extra), draw)

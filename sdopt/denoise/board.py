@@ -67,7 +67,7 @@ class HostBoard:
         elif isinstance(launch, Advance):
             self._advance(k)
         elif isinstance(launch, Restore):
-            self.sample = self.canvas.hold(self.program.table, k, self.sample)
+            self.sample = self.canvas.restore_unmasked(self.program.table, k, self.sample)
         else:
             raise TypeError(f"{launch} runs on a device")
 

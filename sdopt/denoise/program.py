@@ -11,7 +11,7 @@ further launch: a ControlNet before the UNet, a feature cache in its place.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,8 +127,3 @@ def fused_component(guided: bool, built: Collection[str], needs_built: bool = Fa
     wanted = (STEP,) if guided else (STEP_ALONE, STEP)
     fused = next((name for name in wanted if name in built), None)
     return wanted[0] if fused is None and needs_built and "unet" not in built else fused
-
-
-def agree(programs: Sequence[Program], calls: Sequence[int]) -> bool:
-    """Whether calls of several programs may be one batch: their launches are the same."""
-    return len({program.launches[k] for program, k in zip(programs, calls, strict=True)}) == 1

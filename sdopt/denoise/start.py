@@ -33,7 +33,7 @@ class Canvas:
     """What the loop starts from.
 
     Shapes: sample [images, channels, h, w]; extra [images, 5, h, w], joined to the UNet's input; clean and noise like
-    the sample, mask [images, 1, h, w]: with a mask, `hold` puts back what it keeps.
+    the sample, mask [images, 1, h, w]: with a mask, `restore_unmasked` puts back what it keeps.
     """
 
     sample: Float32
@@ -42,7 +42,7 @@ class Canvas:
     clean: Float32 | None = None
     noise: Float32 | None = None
 
-    def hold(self, table: SamplerTable, k: int, sample: Float32) -> Float32:
+    def restore_unmasked(self, table: SamplerTable, k: int, sample: Float32) -> Float32:
         """The sample after call `k`, with the kept part of the picture at the noise level of the next call.
 
         After the last call it is the picture itself, as in diffusers.
@@ -61,34 +61,34 @@ def has_mask_channels(bundle: Bundle) -> bool:
     return bundle.component("unet").inputs[0].shape[1] != bundle.manifest.latents.channels
 
 
-def begin(plan: Plan, joins: bool, draw: Draw, encode: Encode) -> Canvas:
-    """The canvas of a plan; `joins`: the UNet takes the mask and the masked picture beside the sample."""
+def prepare_canvas(plan: Plan, mask_channels: bool, draw: Draw, encode: Encode) -> Canvas:
+    """The canvas of a plan; `mask_channels`: the UNet takes the mask and the masked picture beside the sample."""
     table = plan.table
-    if joins and plan.mask is None:
+    if mask_channels and plan.mask is None:
         raise UsageError("this bundle is an inpainting model: give image and mask_image")
     if plan.image is None and plan.image_latents is None:
         noise = draw() if plan.latents is None else plan.latents
         return Canvas(_pure(table, noise))
     if plan.mask is not None:
-        return _inpaint(plan, plan.mask, joins, draw, encode)
+        return _inpaint(plan, plan.mask, mask_channels, draw, encode)
     clean = _clean(plan, draw, encode)
     return Canvas(clean if plan.continues else _start(table, clean, draw()))
 
 
-def _inpaint(plan: Plan, mask: Float32, joins: bool, draw: Draw, encode: Encode) -> Canvas:
+def _inpaint(plan: Plan, mask: Float32, mask_channels: bool, draw: Draw, encode: Encode) -> Canvas:
     table = plan.table
-    clean = _clean(plan, draw, encode) if not joins or plan.strength < 1 or plan.continues else None
+    clean = _clean(plan, draw, encode) if not mask_channels or plan.strength < 1 or plan.continues else None
     noise = draw()
     sample = _pure(table, noise)
     if clean is not None and (plan.continues or plan.strength < 1):
         sample = clean if plan.continues else _start(table, clean, noise)
     small = _nearest(mask, *sample.shape[2:])
     if plan.image is None:
-        if joins:
+        if mask_channels:
             raise UsageError("image: latents cannot be masked for this inpainting model; give the picture itself")
         return Canvas(sample, mask=small, clean=clean, noise=noise)
     visible = _sampled(encode(plan.image * (mask < 0.5)), draw)  # drawn also where it is not used, as diffusers does
-    if joins:
+    if mask_channels:
         return Canvas(sample, extra=np.concatenate([small, visible], 1))
     return Canvas(sample, mask=small, clean=clean, noise=noise)
 
