@@ -41,8 +41,8 @@ loop may change between the two from call to call.
 The guidance embedding of a distilled UNet comes as a table of rows too, one for each call. The host computes it: its
 angles reach thousands, and the sines of a GPU's fast arithmetic are not exact there.
 The mask of inpainting with a four-channel UNet is not in the graph: it changes the sample between calls
-(`Canvas.restore_unmasked`), so such a request gives `sample` anew for each call. Rescaled guidance is in the graph with `rescale=True`; a row whose
-`rescale` is 0 leaves the guided output exactly as it is.
+(`Canvas.restore_unmasked`), so such a request gives `sample` anew for each call. Rescaled guidance is in the graph with
+`rescale=True`; a row whose `rescale` is 0 leaves the guided output exactly as it is.
 Ref: Ho & Salimans 2022, arXiv:2207.12598, eq. 6; Lin et al. 2024, arXiv:2305.08891, section 3.4.
 """
 

@@ -193,7 +193,7 @@ class DeviceBoard:
             self._step = _Kept(run, k, len(self.program.table))
         elif isinstance(launch, Restore):
             kept = self._now()
-            kept.change(self._canvas.hold(self.program.table, k, kept.array("next_sample")))
+            kept.change(self._canvas.restore_unmasked(self.program.table, k, kept.array("next_sample")))
             self._steer()
         else:
             raise TypeError(f"{launch} runs on the host")
