@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from sdopt.denoise.board import HostBoard, predict
+from sdopt.denoise.board import HostBoard, predict_together
 from sdopt.denoise.loop import Step, step_of
 from sdopt.denoise.model import Conditions, Predict
 
@@ -80,17 +80,15 @@ class Batch:
         return moved
 
     def _predict(self, jobs: list[Job]) -> None:
-        launch, boards = jobs[0].launch, [job.board for job in jobs]
+        boards, calls = [job.board for job in jobs], [job.k for job in jobs]
         key = tuple(map(id, jobs))
         if key not in self._stacked:
             self._stacked[key] = Conditions.stacked([board.conditions for board in boards])
-        calls = [job.k for job in jobs]
-        predict(launch, boards[0].model(launch), boards, calls, self._stacked[key])
+        predict_together(boards, calls, self._stacked[key])
 
     def _finish(self, job: Job) -> Step:
         """The launches of the job's call that follow the UNet's."""
         board, k = job.board, job.k
-        for launch in board.program.launches[k][1:]:
-            board.launch(launch, k)
+        board.finish(k)
         job.k += 1
         return step_of(board.program, board, k)

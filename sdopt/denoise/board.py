@@ -1,7 +1,7 @@
 """The board of a request: its named tensors, where the engines compute, and what its launches do with them.
 
     board["sample"]                the latents now; writing them steers the loop
-    board.launch(launch, k)        one launch of call k (see `sdopt.denoise.program`)
+    board.run(k)                   the launches of call k (see `sdopt.denoise.program`)
     board.step(k)                  what call k gave, by name: "next_sample", "denoised"
 
 On a `HostBoard` tensors are NumPy arrays. On a `DeviceBoard` they stay on the device: an output becomes an input by its
@@ -30,9 +30,8 @@ Data = Callable[[str], Float32]
 class Board(Protocol):
     """What the loop needs of a board."""
 
-    def launch(self, launch: Launch, k: int) -> None: ...
-    def begin(self, k: int) -> None:
-        """Call `k` begins: whatever changed the sample since the last launch counts."""
+    def run(self, k: int) -> None:
+        """The launches of call `k`, on the sample as it is now, whoever changed it."""
         ...
 
     def step(self, k: int) -> Data:
@@ -52,7 +51,6 @@ class HostBoard:
     def __init__(self, program: Program, engine: Engine, canvas: Canvas, conditions: Conditions, draw: Draw) -> None:
         self.program, self.canvas, self.conditions, self._draw = program, canvas, conditions, draw
         table = program.table
-        self._engine, self._models = engine, dict[Predict, Model]()
         self._c_in: list[Scalar] = table.c_in.tolist()
         self._calls = [
             Call(np.full(program.images, timestep, np.float32), (scale,) * program.images, conditions)
@@ -60,22 +58,28 @@ class HostBoard:
         ]
         self.sample, self.denoised, self.prediction = canvas.sample, canvas.sample, canvas.sample
         self._history = tuple[Float32, ...]()
+        self._where = [f"unet, step {k + 1} of {len(table)}" for k in range(len(table))]
+        models: dict[Launch, Model] = {
+            launch: launch.model(engine)
+            for launch in dict.fromkeys(launches[0] for launches in program.launches)
+            if isinstance(launch, Predict)
+        }
+        self._models = [models[launches[0]] for launches in program.launches]
+        after: dict[Launch, Callable[[int], None]] = {Advance(): self._advance, Restore(): self._restore}
+        self._after = [[after[launch] for launch in launches[1:]] for launches in program.launches]
 
-    def launch(self, launch: Launch, k: int) -> None:
-        if isinstance(launch, Predict):
-            predict(launch, self.model(launch), [self], [k])
-        elif isinstance(launch, Advance):
-            self._advance(k)
-        elif isinstance(launch, Restore):
-            self.sample = self.canvas.restore_unmasked(self.program.table, k, self.sample)
-        else:
-            raise TypeError(f"{launch} runs on a device")
+    def run(self, k: int) -> None:
+        self.predicted(k, self._models[k](self.model_input(k), self._calls[k]))
+        self.finish(k)
 
-    def model(self, launch: Predict) -> Model:
-        """The UNet as a launch asks for it."""
-        if launch not in self._models:
-            self._models[launch] = launch.model(self._engine)
-        return self._models[launch]
+    def finish(self, k: int) -> None:
+        """The launches of call `k` that follow the prediction."""
+        for launch in self._after[k]:
+            launch(k)
+
+    def model(self, k: int) -> Model:
+        """The UNet as call `k` asks for it."""
+        return self._models[k]
 
     def model_input(self, k: int) -> Float32:
         """The sample, scaled for the UNet."""
@@ -87,7 +91,7 @@ class HostBoard:
 
     def predicted(self, k: int, prediction: Float32) -> None:
         """Take the model's prediction of call `k`. Raises: NumericsError where it is not finite."""
-        refuse_nan(prediction, f"unet, step {k + 1} of {len(self.program.table)}")
+        refuse_nan(prediction, self._where[k])
         self.prediction = prediction
 
     def _advance(self, k: int) -> None:
@@ -96,7 +100,8 @@ class HostBoard:
         noise = self._draw() if table.draws[k] else None
         self.sample, self._history = table.advance(k, sample, prediction, self._history, noise)
 
-    def begin(self, k: int) -> None: ...
+    def _restore(self, k: int) -> None:
+        self.sample = self.canvas.restore_unmasked(self.program.table, k, self.sample)
 
     def step(self, k: int) -> Data:
         return {"next_sample": self.sample, "denoised": self.denoised}.__getitem__
@@ -106,28 +111,18 @@ class HostBoard:
     def close(self) -> None: ...
 
 
-def predict(
-    launch: Predict,
-    model: Model,
-    boards: Sequence[HostBoard],
-    calls: Sequence[int],
-    conditions: Conditions | None = None,
-) -> None:
-    """One call of the model for several requests, each at a call of its own. `conditions` are theirs, stacked.
+def predict_together(boards: Sequence[HostBoard], calls: Sequence[int], conditions: Conditions) -> None:
+    """One call of the model for several requests, each at a call of its own; `conditions` are theirs, stacked.
 
     Every image is a row of the batch, so that what it gets is what it would get alone.
     """
-    if len(boards) == 1:
-        board, k = boards[0], calls[0]
-        return board.predicted(k, model(board.model_input(k), board.call(k)))
-    stacked = Conditions.stacked([board.conditions for board in boards]) if conditions is None else conditions
     pairs = list(zip(boards, calls, strict=True))
-    call = Call.stacked([board.call(k) for board, k in pairs], stacked)
+    model = boards[0].model(calls[0])
+    call = Call.stacked([board.call(k) for board, k in pairs], conditions)
     predictions = model(np.concatenate([board.model_input(k) for board, k in pairs]), call)
     ends = np.cumsum([board.program.images for board in boards])[:-1]
     for (board, k), prediction in zip(pairs, np.split(predictions, ends), strict=True):
         board.predicted(k, prediction)
-    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,8 +166,10 @@ class DeviceBoard:
         except BaseException:
             self.close()
             raise
-        self._latest: Run | None = None
         self._step: _Kept | None = None
+        bound = {Fused(name): self._fused(run) for name, run in self._runs.items()}
+        launches: dict[Launch, Callable[[int], None]] = {**bound, Restore(): self._restore}
+        self._launches = [[launches[launch] for launch in of_call] for of_call in program.launches]
 
     def _feed(self, engines: Mapping[str, Carrying]) -> None:
         """Outputs of one engine become the inputs of others that have their name, or the name they are carried as."""
@@ -183,24 +180,29 @@ class DeviceBoard:
                     if other != name and given in inputs:
                         self._runs[name].feed(output.name, self._runs[other], given)
 
-    def launch(self, launch: Launch, k: int) -> None:
-        if isinstance(launch, Fused):
-            run = self._runs[launch.component]
-            noise = {"noise": self._draw()} if self.program.table.draws[k] else {}
-            self._leave()
-            run.launch(k, **noise)
-            self._latest = run
-            self._step = _Kept(run, k, len(self.program.table))
-        elif isinstance(launch, Restore):
-            kept = self._now()
-            kept.change(self._canvas.restore_unmasked(self.program.table, k, kept.array("next_sample")))
-            self._steer()
-        else:
-            raise TypeError(f"{launch} runs on the host")
-
-    def begin(self, k: int) -> None:
+    def run(self, k: int) -> None:
         if self._step is not None:
-            self._steer()
+            self._steer(self._step)
+        for launch in self._launches[k]:
+            launch(k)
+
+    def _fused(self, run: Run) -> Callable[[int], None]:
+        """A launch of an engine that makes a whole step."""
+        draws, calls = self.program.table.draws.tolist(), len(self.program.table)
+
+        def launch(k: int) -> None:
+            noise = {"noise": self._draw()} if draws[k] else {}
+            if self._step is not None:  # nobody can tell what the device holds of it, should the launch fail
+                self._step.gone = True
+            run.launch(k, **noise)
+            self._step = _Kept(run, k, calls)
+
+        return launch
+
+    def _restore(self, k: int) -> None:
+        step = self._now()
+        step.change(self._canvas.restore_unmasked(self.program.table, k, step.array("next_sample")))
+        self._steer(step)
 
     def step(self, k: int) -> Data:
         return self._now().array
@@ -217,14 +219,9 @@ class DeviceBoard:
         assert self._step is not None  # the first launch of a call makes it
         return self._step
 
-    def _leave(self) -> None:
-        """The device goes on: from here on nobody can tell what it holds of the step, should the launch fail."""
-        if self._step is not None:
-            self._step.gone = True
-
-    def _steer(self) -> None:
+    def _steer(self, step: _Kept) -> None:
         """Send the sample back if somebody changed it."""
-        sample = self._now().changed()
+        sample = step.changed()
         if sample is None:
             return
         for name, run in self._runs.items():

@@ -79,13 +79,11 @@ def steps(program: Program, board: Board) -> Iterator[Step]:
 
 def step(program: Program, board: Board, k: int) -> Step:
     """Call `k` of a program."""
-    board.begin(k)
-    for launch in program.launches[k]:
-        board.launch(launch, k)
+    board.run(k)
     return step_of(program, board, k)
 
 
 def step_of(program: Program, board: Board, k: int) -> Step:
     """The step that call `k` gave, once it was launched."""
-    table = program.table
-    return Step(k, len(table), float(table.timestep[k]), float(table.sigma[k]), board.step(k))
+    timestep, sigma = program.levels[k]
+    return Step(k, len(program.levels), timestep, sigma, board.step(k))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -59,6 +60,11 @@ class Program:
     scales: tuple[float, ...]
     rescale: float = 0.0
     embedding: int = 0
+
+    @cached_property
+    def levels(self) -> list[tuple[float, float]]:
+        """The timestep and the noise level of every call."""
+        return list(zip(self.table.timestep.tolist(), self.table.sigma.tolist(), strict=True))
 
     @property
     def engines(self) -> tuple[str, ...]:
