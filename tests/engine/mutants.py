@@ -49,7 +49,7 @@ MUTANTS = (
     Mutant("no warm-up before the capture", "lane.py", "elif not self._graph", "if not self._graph"),
     Mutant("no scratch memory", "lane.py", "self.context.scratch(*self.device.arena(self._scratch))", "self.device.arena(self._scratch)"),
     Mutant("too little scratch memory", "lane.py", "self.device.arena(self._scratch))", "self.device.arena(self._scratch // 2))"),
-    Mutant("the arena's move goes unnoticed", "lane.py", "if self._epoch != self.device.epoch:", "if self._epoch < 0:"),
+    Mutant("the arena's move goes unnoticed", "lane.py", "if self._epoch != self.device.epoch or", "if self._epoch < 0 or"),
     Mutant("the old graph is kept", "lane.py", "        self._drop_graph()\n        self.context.scratch", "        self.context.scratch"),
     Mutant("no collection rests during a capture", "device.py", "gc.disable()", "pass"),
     Mutant("a refused capture leaves the stream in it", "cuda.py", "status, *graph = self._rt.cudaStreamEndCapture(handle)  # the stream", "status = 1  # the stream"),
