@@ -140,10 +140,10 @@ def read_manifest(folder: Path) -> Manifest:
 def _check_version(folder: Path, version: Any) -> None:
     if type(version) is int and version == FORMAT_VERSION:
         return
-    told = f"{folder / MANIFEST}: format_version is {reprlib.repr(version)}; this sdopt reads {FORMAT_VERSION}"
+    problem = f"{folder / MANIFEST}: format_version is {reprlib.repr(version)}; this sdopt reads {FORMAT_VERSION}"
     if type(version) is int and version > FORMAT_VERSION:
-        raise BundleError(f"{told}. Upgrade sdopt, which a newer one has written")
-    raise BundleError(f"{told}. An earlier sdopt has written it: {_export_again(folder)}")
+        raise BundleError(f"{problem}. Upgrade sdopt, which a newer one has written")
+    raise BundleError(f"{problem}. An earlier sdopt has written it: {_export_again(folder)}")
 
 
 def _export_again(folder: Path) -> str:

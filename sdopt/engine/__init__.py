@@ -44,7 +44,7 @@ class Run(Protocol):
     """Calls of one engine, one after the other, whose carried tensors stay on its device."""
 
     def launch(self, k: int, **arrays: Array) -> None:
-        """Queue call `k`: row k of every table, these inputs anew, the others as they are."""
+        """Queue call `k`, with row k of every table and these inputs; other inputs keep their values."""
         ...
 
     def fetch(self, name: str) -> Array:
@@ -56,9 +56,9 @@ class Run(Protocol):
         ...
 
     def feed(self, output: str, to: Run, name: str) -> None:
-        """From now on each launch gives `output` to input `name` of another engine's run, on the device.
+        """Let every later launch copy `output` to the input `name` of another engine's run, on the device.
 
-        Raises: UsageError where they do not have the same shape and dtype, or are not on one device.
+        Raises: UsageError if shapes or dtypes differ, or the two runs are not on one device.
         """
         ...
 
@@ -76,7 +76,7 @@ class Carrying(Protocol):
     @property
     def carry(self) -> Mapping[str, str]: ...
     def begin(self, arrays: Mapping[str, Array], tables: Mapping[str, Array]) -> Run:
-        """A run that begins with `arrays`, and with zeros where none is given; call k takes row k of each table."""
+        """A run whose inputs begin as `arrays`, or as zeros if not given; call k takes row k of each table."""
         ...
 
 
@@ -84,7 +84,7 @@ class Carrying(Protocol):
 class Backend:
     """One row of the table; `module` has `open_component(bundle, name, options)` and `describe(backend)`.
 
-    Without `precisions` a backend runs engines that `sdopt build` made, in the precision that they were built in.
+    A backend with empty `precisions` runs only engines that `sdopt build` made, in the precision they were built in.
     """
 
     module: str
@@ -95,10 +95,11 @@ class Backend:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How a component is opened: the backend's name, device and precision, threads, and whose engines to trust.
+    """How a component is opened: the backend's name, device, precision and threads.
 
-    `cache`: keep what the library makes of the graph for the next process (see `sdopt.engine.cache`). `built`: the
-    precision of the engines of `sdopt build` that are taken; "": the newest, whatever it is.
+    `trust`: also load engines that somebody else built. `cache`: keep what the library makes of the graph for the next
+    process (see `sdopt.engine.cache`). `built`: which precision an engine of `sdopt build` must have; "" takes the
+    newest engine of any precision.
     """
 
     backend: str
@@ -127,7 +128,7 @@ BACKENDS = {  # best first
     ),
 }
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-UNETS = ("unet_step", "unet_step_alone", "unet")  # what is taken as the UNet, if it is built
+UNETS = ("unet_step", "unet_step_alone", "unet")  # the components that run as the UNet; the first one built is used
 IN_FP32 = ("text_encoder", "text_encoder_2")  # they run once a prompt: nothing to gain, and every step sees the loss
 
 
@@ -139,8 +140,9 @@ def installed_backends() -> tuple[str, ...]:
 def choose_backend(backend: str = "auto", precision: str = "auto", bundle: Bundle | None = None) -> tuple[str, str]:
     """The backend and the precision that these words mean on this machine; "ort:cuda" also names the device.
 
-    Where both are "auto", pictures are exact: fp32, on the first backend that is installed. bf16 has to be asked
-    for, and finds a backend that computes in it; so has what was built for `bundle` in another precision.
+    If both are "auto", pictures are exact: fp32, on the first backend that is installed. bf16 is used only if the
+    caller names it; "auto" is then a backend that computes in it. A named backend also accepts a precision that it has
+    engines of `bundle` in.
     Raises: UsageError for an unknown name; BackendError if the library is not installed.
     """
     word = precision_word(precision)
@@ -171,35 +173,40 @@ def _is_built(bundle: Bundle | None, backend: str, precision: str) -> bool:
 
 
 def _not_in(backend: str, precision: str, bundle: Bundle | None) -> str:
-    """What to do about a precision that a backend neither computes in nor has engines of, as a sentence."""
+    """The error text for a precision that a backend neither computes in nor has engines of: what to do instead."""
     name = backend.partition(":")[0]
     entry = BACKENDS[name]
     path = "BUNDLE" if bundle is None else shlex.quote(str(bundle.path))
     build = f"sdopt build {path} --backend {backend} --precision {precision}"
     if not entry.precisions:
-        there = () if bundle is None else sorted({*store.built_components(bundle, name).values()})
-        told = f"there is {', '.join(there)}" if there else "there is none"
+        built = () if bundle is None else sorted({*store.built_components(bundle, name).values()})
+        existing = f"there is {', '.join(built)}" if built else "there is none"
         return (
-            f"precision {precision!r}: {backend} runs what was built, and in {precision} nothing is; {told}. "
+            f"precision {precision!r}: {backend} runs what was built, and in {precision} nothing is; {existing}. "
             f"Leave --precision out, or build it: {build}"
         )
-    able = [other for other, e in BACKENDS.items() if precision in e.precisions]
-    ways = [*able, *([f"what is built: {build}"] if name == "ort" else [])] or [
-        f"what is built: sdopt build {path} --backend tensorrt --precision {precision}"
-    ]
+    ways = [other for other, e in BACKENDS.items() if precision in e.precisions]
+    if name == "ort":
+        ways.append(f"what is built: {build}")
+    elif not ways:
+        ways.append(f"what is built: sdopt build {path} --backend tensorrt --precision {precision}")
     return (
         f"backend {backend!r} computes in {', '.join(entry.precisions)}; for {precision} there is {', or '.join(ways)}"
     )
 
 
 def _first_backend(precision: str) -> str:
+    """The best installed backend that computes in `precision`.
+
+    Raises: BackendError if there is none.
+    """
     able = {name: entry for name, entry in BACKENDS.items() if precision in entry.precisions}
-    found = [name for name in installed_backends() if name in able]
-    if not found:
+    installed = [name for name in installed_backends() if name in able]
+    if not installed:
         ways = "; ".join(f"{name}: {entry.install}" for name, entry in able.items())
         ways = ways or f"Build it: sdopt build BUNDLE --backend tensorrt --precision {precision}, then name --backend"
         raise BackendError(f"no engine library that computes in {precision} is installed. {ways}")
-    return found[0]
+    return installed[0]
 
 
 def _module(name: str) -> Any:
@@ -216,8 +223,8 @@ def _module(name: str) -> Any:
 
 def describe(name: str) -> dict[str, Any]:
     """What an installed backend can do here: its version, the precisions that it computes in natively, its devices."""
-    entry: dict[str, Any] = _module(name).describe(name)
-    return entry
+    description: dict[str, Any] = _module(name).describe(name)
+    return description
 
 
 def open_engine(
@@ -247,29 +254,31 @@ def open_engine(
 
 
 def built_components(bundle: Bundle, backend: str, precision: str = "auto") -> dict[str, str]:
-    """The components that are run as `sdopt build` made them, for this backend, each with its precision.
+    """The components that this backend runs from engines of `sdopt build`, each with the engine's precision.
 
-    A backend that computes by itself takes those in the precision that is asked for, on a CPU in fp32 unless
-    another is; one that runs nothing else takes what there is for a component that has none in it.
+    Only engines in the chosen precision count; for "auto" that is fp32 on a CPU, and any elsewhere. A backend that runs
+    nothing but built engines takes one in another precision for a component that has none in the chosen one.
     """
     name = backend.partition(":")[0]
     provider, wanted = _provider(backend), _wanted(backend, precision)
-    found = store.built_components(bundle, name, provider, wanted)
-    return found if BACKENDS[name].precisions else {**store.built_components(bundle, name, provider), **found}
+    matching = store.built_components(bundle, name, provider, wanted)
+    if BACKENDS[name].precisions:
+        return matching
+    return {**store.built_components(bundle, name, provider), **matching}
 
 
 def told_precision(bundle: Bundle, built: Mapping[str, str], own: str) -> str:
-    """The precision of a picture in a word, that of its UNet; behind it components that have another.
+    """The precision of a picture as text: that of the UNet, then in brackets the components with another one.
 
-    `built`: component -> precision of the engine that is taken; `own`: of what is not built, "auto" if that does not
-    run.
+    `built`: component -> precision of its built engine. `own`: the precision of the other components, or "auto" where
+    the backend does not run them.
     """
     if not built:
         return own
     unet = next((name for name in UNETS if name in built), "unet")
-    found = {name: built.get(name, own) for name in (unet, *(n for n in bundle.components if n not in UNETS))}
-    main = found.pop(unet)
-    others = [f"{name} {word}" for name, word in found.items() if word not in ("auto", main)]
+    main = built.get(unet, own)
+    precisions = {name: built.get(name, own) for name in bundle.components if name not in UNETS}
+    others = [f"{name} {word}" for name, word in precisions.items() if word not in ("auto", main)]
     return f"{main} ({', '.join(others)})" if others else main
 
 

@@ -2,9 +2,9 @@
 
     ~/.cache/sdopt/loaded/unet-ort-5f0c91d2ab34/
 
-A folder for each graph and all that changes the result: weights, library, processor, options. They belong to this user
-alone, appear whole or not at all, and may be deleted at any time; what nobody used for a month is deleted when
-something new comes. Where nothing can be written the graph is loaded as ever.
+There is one folder for each graph, weights, library, processor and options. Folders are readable by this user only.
+A folder appears only when it is complete, and may be deleted at any time. When a new one is written, those that nobody
+used for a month are deleted. If nothing can be written, the graph is loaded without the cache.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Loaded = TypeVar("Loaded")
 
 
 def root() -> Path:
-    """Where all of it is, for all bundles of this user."""
+    """The folder of the cache, for all bundles of this user."""
     return user_folder("XDG_CACHE_HOME", ".cache") / "loaded"
 
 
 def available() -> bool:
-    """Whether this user has a place for it."""
+    """Whether this user has a place for the cache."""
     try:
         root()
     except BackendError:
@@ -44,13 +44,14 @@ def available() -> bool:
 
 
 def nbytes() -> int:
-    """How much of the disk it takes."""
+    """The size of the cache on disk."""
     return sum(path.stat().st_size for path in root().rglob("*") if path.is_file())
 
 
 def entry(bundle: Bundle, component: Component, backend: str, options: Mapping[str, Any]) -> Path:
     """The folder for what `backend` makes of this very graph and its weights, with `options`, on this processor."""
-    graph, weights = component.graph.name, f"{bundle.component(component.name).graph.name}.data"
+    graph = component.graph.name
+    weights = f"{bundle.component(component.name).graph.name}.data"
     files = bundle.manifest.files
     digests = [files[name].sha256 for name in (graph, weights) if name in files]
     text = json.dumps([digests, processor(), options], sort_keys=True)
@@ -60,14 +61,14 @@ def entry(bundle: Bundle, component: Component, backend: str, options: Mapping[s
 def load(
     folder: Path, needed_bytes: int, *, kept: Callable[[Path], Loaded], new: Callable[[Path | None], Loaded]
 ) -> Loaded:
-    """`kept(folder)` if it is there and can be read, else `new(a folder to fill)`, or `new(None)` where none can be.
+    """`kept(folder)` if the folder can be read, else `new(folder to fill)`, or `new(None)` if none can be written.
 
     Raises: what `new(None)` raises.
     """
     if folder.is_dir():
         try:
             loaded = kept(folder)
-        except SdoptError:  # of a library that was changed behind its version, or damaged
+        except SdoptError:  # damaged, or written by another build of the same version
             shutil.rmtree(folder, ignore_errors=True)
         else:
             with suppress(OSError):
@@ -90,8 +91,8 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # another system than Linux
         return f"{platform.machine()} {platform.processor()}"
-    told = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
-    return f"{platform.machine()} {sorted(set(told))}"
+    features = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
+    return f"{platform.machine()} {sorted(set(features))}"
 
 
 def _forget_unused() -> None:

@@ -174,14 +174,14 @@ def check(runtime: Any, result: tuple[Any, ...], what: str) -> Any:
 
 
 def _error(code: int, text: str, what: str) -> CudaError:
-    told = f"{what}: CUDA error {code}, {text}"
+    message = f"{what}: CUDA error {code}, {text}"
     if code == OUT_OF_MEMORY:
-        return OutOfMemoryError(told)
+        return OutOfMemoryError(message)
     if code in CAPTURE:
-        return CaptureError(told)
+        return CaptureError(message)
     if code in POISONED:
-        return LostContextError(f"{told}. The GPU is lost to this process: start a new one.")
-    return CudaError(told)
+        return LostContextError(f"{message}. The GPU is lost to this process: start a new one.")
+    return CudaError(message)
 
 
 def _text(runtime: Any, status: Any) -> str:

@@ -186,12 +186,12 @@ class Device:
     def full(self, owner: str, nbytes: int, reason: str = "") -> OutOfMemoryError:
         """What to say when `owner` cannot have `nbytes`; `reason`: the library's own words."""
         free, total = self.cuda.memory()
-        told = f" TensorRT says: {reason}" if reason else ""
+        detail = f" TensorRT says: {reason}" if reason else ""
         held = ", ".join(f"{name} {bytes_text(size)}" for name, size in sorted(self.held.items())) or "nothing"
         return OutOfMemoryError(
             f"{owner}: the GPU's memory is full: {bytes_text(nbytes)} asked, {bytes_text(free)} of "
             f"{bytes_text(total)} free; held here: {held}. Smaller pictures or fewer at once need less, "
-            f'`pipe.release("vae_encoder")` and the like free an engine, and then it can be tried again.{told}'
+            f'`pipe.release("vae_encoder")` and the like free an engine, and then it can be tried again.{detail}'
         )
 
 

@@ -60,10 +60,10 @@ class Loaded:
 
     def _check(self, plan: LoadedPlan) -> None:
         for inputs, specs in ((True, self.record.inputs), (False, self.record.outputs)):
-            found = set(plan.names(inputs))
-            if found != {s.name for s in specs}:
+            actual = set(plan.names(inputs))
+            if actual != {s.name for s in specs}:
                 raise BackendError(
-                    f"{self.name}: the engine has {sorted(found)}, its record says otherwise; build it again: "
+                    f"{self.name}: the engine has {sorted(actual)}, its record says otherwise; build it again: "
                     f"{self.record.rebuild_command}"
                 )
         if plan.profiles != len(self.record.profiles):

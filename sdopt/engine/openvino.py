@@ -118,8 +118,8 @@ def _check_signature(component: Component, compiled: Any) -> None:
         ("output", component.outputs, compiled.outputs),
     ):
         wanted = {s.name: len(s.shape) for s in specs}
-        found = {port.get_any_name(): len(port.get_partial_shape()) for port in ports}
-        if wanted != found:
+        actual = {port.get_any_name(): len(port.get_partial_shape()) for port in ports}
+        if wanted != actual:
             raise BundleError(
-                f"{component.graph}: its {kind}s are {found}, the manifest says {wanted}; export it again"
+                f"{component.graph}: its {kind}s are {actual}, the manifest says {wanted}; export it again"
             )

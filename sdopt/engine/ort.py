@@ -29,8 +29,8 @@ ONNX_TYPES = {
     "tensor(bool)": "bool",
 }
 
-# device -> its provider and options; best first. Convolutions are tuned by rule rather than by trying each shape out.
-# Float32 is float32 on a GPU too: without TF32, so that pictures are those of a processor. Half graphs are not touched.
+# device -> its provider and options; best first. cuDNN chooses convolutions by its rules; trying each shape is slow.
+# TF32 is off, so that float32 graphs give the pictures of a CPU; graphs in a half type do not use it.
 Providers = list[tuple[str, dict[str, str]]]
 PROVIDERS = {
     "cuda": (
@@ -61,15 +61,17 @@ class Device:
 
 
 def find_device(device: str | None) -> Device:
-    """The device that "cpu", "cuda", "cuda:1" or "tensorrt" names; None is a GPU if there is one for this onnxruntime.
+    """The device that "cpu", "cuda", "cuda:1" or "tensorrt" names; None is a GPU if this onnxruntime can use one.
 
     Raises: UsageError for another word; BackendError if this onnxruntime cannot compute there.
     """
     available: list[str] = ort.get_available_providers()
     if device is None:
-        return Device("cuda" if PROVIDERS["cuda"][0] in available and sees_gpu() else "cpu")
-    kind, sign, number = device.partition(":")
-    if kind not in PROVIDERS or (sign and (kind == "cpu" or not number.isdecimal())):
+        has_gpu = PROVIDERS["cuda"][0] in available and sees_gpu()
+        return Device("cuda" if has_gpu else "cpu")
+    kind, colon, number = device.partition(":")
+    numbered = not colon or (kind != "cpu" and number.isdecimal())
+    if kind not in PROVIDERS or not numbered:
         known = ", ".join(f"ort:{name}" for name in PROVIDERS)
         raise UsageError(f"backend 'ort:{device}' is not known; there are {known}, and ort:cuda:1 for the second GPU")
     if PROVIDERS[kind][0] not in available:
@@ -83,17 +85,15 @@ def find_device(device: str | None) -> Device:
 def open_component(bundle: Bundle, name: str, options: EngineOptions) -> OrtEngine:
     """The engine of component `name`; its graph must take and give what the manifest says.
 
-    A graph that `sdopt build --backend ort` derived for this kind of device, in the precision that is asked for, goes
-    before the bundle's own.
+    A graph that `sdopt build --backend ort` made for this kind of device, in the wanted precision, replaces the
+    bundle's own.
     """
     device = find_device(options.device)
     if name not in built_components(bundle, options.backend, device.provider, options.built):
         return _own_graph(bundle, name, options, device)
     here = {"provider": device.provider}
-    candidates = usable(
-        bundle, name, options.backend, lambda record: here, options.trust, device.provider, options.built
-    )
-    newest = candidates[0]
+    engines = usable(bundle, name, options.backend, lambda record: here, options.trust, device.provider, options.built)
+    newest = engines[0]
     for file in newest.record.files:
         newest.checked(file)
     component = Component(name, newest.folder / GRAPH, newest.record.inputs, newest.record.outputs)
@@ -103,8 +103,8 @@ def open_component(bundle: Bundle, name: str, options: EngineOptions) -> OrtEngi
 def _own_graph(bundle: Bundle, name: str, options: EngineOptions, device: Device) -> OrtEngine:
     """The engine of the bundle's own graph; on a CPU as ONNX Runtime optimised it for an earlier process.
 
-    Kept are the fused nodes and the weights as float32, in the order that the kernels like. They are mapped from the
-    file: nothing is converted again, and processes share them.
+    The cache keeps the fused nodes, and the weights as float32 in the kernels' own order. Weights are mapped from the
+    file, so processes share them, and nothing is converted a second time.
     """
     if device.kind != "cpu":
         return OrtEngine(bundle.component(name), options.threads, device)
@@ -151,11 +151,8 @@ class OrtEngine:
         self.carry: Mapping[str, str] = carry or {}
         self._device = device if isinstance(device, Device) else find_device(device)
         self._session: Any = _session(component.graph, threads, self._device, optimise, keep, lean)
-        for kind, specs, nodes in (
-            ("input", self.inputs, self._session.get_inputs()),
-            ("output", self.outputs, self._session.get_outputs()),
-        ):
-            _check_signature(component, kind, specs, nodes)
+        _check_signature(component, "input", self.inputs, self._session.get_inputs())
+        _check_signature(component, "output", self.outputs, self._session.get_outputs())
         self._output_names = [s.name for s in self.outputs]
 
     def __call__(self, **arrays: Array) -> dict[str, Array]:
@@ -207,8 +204,10 @@ class OrtRun:
         self._feeds = list[tuple[str, OrtRun, str]]()
 
     def launch(self, k: int, **arrays: Array) -> None:
-        for name, array in {**arrays, **{name: table[k] for name, table in self._tables.items()}}.items():
+        for name, array in arrays.items():
             self.put(name, array)
+        for name, table in self._tables.items():
+            self.put(name, table[k])
         binding = self._session.io_binding()
         for name, value in self._values.items():
             binding.bind_ortvalue_input(name, value)
@@ -240,7 +239,7 @@ class OrtRun:
 
 
 def providers(device: Device) -> Providers:
-    """The execution providers of a session on `device`; ONNX Runtime adds the CPU's for what they do not know."""
+    """The execution providers of a session on `device`; ONNX Runtime adds the CPU's for nodes that they cannot run."""
     name, options = PROVIDERS[device.kind]
     if device.kind == "cpu":
         return [(name, options)]
@@ -252,19 +251,21 @@ def providers(device: Device) -> Providers:
 
 
 def _preload() -> None:
-    """Load CUDA's and cuDNN's libraries from the packages of pip, where the system has none; else ONNX Runtime falls
-    back to the CPU with a warning."""
+    """Load the libraries of CUDA and cuDNN from their pip packages, if the system has none.
+
+    Without them ONNX Runtime only warns, and computes on the CPU.
+    """
     if hasattr(ort, "preload_dlls"):  # 1.21 and newer
         ort.preload_dlls()
 
 
 def _refuse_fallback(session: Any, device: Device) -> None:
     """Raises: BackendError if a session does not compute where it was asked to."""
-    wanted, found = PROVIDERS[device.kind][0], session.get_providers()
-    if wanted not in found:
+    wanted, active = PROVIDERS[device.kind][0], session.get_providers()
+    if wanted not in active:
         raise BackendError(
             f"backend 'ort:{device.kind}': ONNX Runtime {ort.__version__} could not start its {wanted} and would "
-            f"compute on {', '.join(found)} instead. Its libraries of CUDA and cuDNN are missing or too old, or the "
+            f"compute on {', '.join(active)} instead. Its libraries of CUDA and cuDNN are missing or too old, or the "
             'driver is: pip install "onnxruntime-gpu[cuda,cudnn]", see the warning above; or use --backend ort:cpu'
         )
 
@@ -279,16 +280,16 @@ def _session(
 ) -> Any:
     """The session of a graph; with `keep`, the optimised graph is also written there, its weights beside it.
 
-    Without `optimise` the graph is run as it is written, its weights mapped from their file. `lean`, for a few calls
-    in little memory: as without `optimise`, nor are weights copied into the kernels' own order, and memory is given
+    Without `optimise` the graph runs as it is written, and its weights are mapped from their file. `lean` is for a few
+    calls in little memory: it turns `optimise` off, does not copy weights into the kernels' own order, and gives memory
     back after each call.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or thread_limit()
-    # Else the threads of the component that ran last go on spinning, and take the cores from the one that runs next.
+    # Without this the threads of the last component keep spinning, and take the cores from the next one.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # A plan for all tensors of a call comes with its second run, beside what the first one took, and saves no time.
+    # A memory plan is made at the second run, beside the memory that the first run took, and saves no time.
     options.enable_mem_pattern = False
     if lean or not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -313,6 +314,6 @@ def _session(
 
 def _check_signature(component: Component, kind: str, specs: tuple[TensorSpec, ...], nodes: list[Any]) -> None:
     wanted = {s.name: (s.dtype, len(s.shape)) for s in specs}
-    found = {n.name: (ONNX_TYPES.get(n.type, n.type), len(n.shape)) for n in nodes}
-    if wanted != found:
-        raise BundleError(f"{component.graph}: its {kind}s are {found}, the manifest says {wanted}; export it again")
+    actual = {n.name: (ONNX_TYPES.get(n.type, n.type), len(n.shape)) for n in nodes}
+    if wanted != actual:
+        raise BundleError(f"{component.graph}: its {kind}s are {actual}, the manifest says {wanted}; export it again")

@@ -4,9 +4,10 @@
     with pool.using("unet") as unet:          # opened if it is not; nobody closes it while it is used
         noise = unet(**arrays)["noise_pred"]
 
-A pipeline, a server and the benchmark are given a pool. It is safe for threads: two that need the same component share
-one engine, and a call keeps the engines it began with. `release`, `close` and the policy "low" retire an engine. One
-that nobody uses is closed at once, another when its last user is done; who asks meanwhile gets a new one.
+A pipeline, a server and the benchmark are given a pool. It is safe for threads: two threads that need the same
+component share one engine, and a call keeps the engines it began with. `release`, `close` and the policy "low" retire
+engines. A retired engine is closed when its last user is done, or at once if nobody uses it. The next user gets a new
+engine.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class EnginePool:
     """The engines of `bundle`, each opened when first needed.
 
     `memory`: "fast" keeps every engine that was opened; "low" retires the others when another one is opened.
-    For `backend`, `precision`, `threads`, `trust` and `cache` see `sdopt.engine.open_engine`. `given`: engines that are
-    used in place of those that would be opened, by component; they stay the caller's to close.
+    For `backend`, `precision`, `threads`, `trust` and `cache` see `sdopt.engine.open_engine`. `given`: engines by
+    component, which the pool uses instead of opening its own; the caller closes them.
     Raises: UsageError for an unknown word; BackendError if the library is not installed.
     """
 
@@ -61,7 +62,7 @@ class EnginePool:
             raise UsageError(f"memory = {memory!r}; allowed are {choices(memory, MEMORY)}")
         self.bundle, self.memory = bundle, memory
         self.backend, self._own = choose_backend(backend, precision, bundle)
-        self._asked = precision
+        self._requested_precision = precision
         self.threads, self.trust, self.cache = threads, trust, cache
         self._given = dict(given or {})
         self._built = built_components(bundle, self.backend, precision)
@@ -71,19 +72,20 @@ class EnginePool:
 
     @property
     def runs_only_built(self) -> bool:
-        """Whether the backend runs nothing but what `sdopt build` made."""
+        """Whether the backend runs only engines of `sdopt build`."""
         return not BACKENDS[self.backend.partition(":")[0]].precisions
 
     @property
     def built(self) -> tuple[str, ...]:
-        """The components that are run as `sdopt build` made them, or as they were given."""
+        """The components that run from engines of `sdopt build`, or from given ones."""
         return (*self._built, *self._given)
 
     @property
     def precision(self) -> str:
-        """What pictures are computed in, e.g. "fp32" or "fp16 (vae_decoder bf16)": what the engines really have."""
+        """The precision of the engines that make pictures, e.g. "fp32" or "fp16 (vae_decoder bf16)"."""
         able = BACKENDS[self.backend.partition(":")[0]].precisions
-        own = self._own if self._own in able or not able else "fp32"  # where half is built, the other components
+        # A backend may have built engines in a precision that it cannot compute in: the other components are in fp32.
+        own = self._own if self.runs_only_built or self._own in able else "fp32"
         return told_precision(self.bundle, self._built, own)
 
     @property
@@ -146,13 +148,13 @@ class EnginePool:
                 component,
                 self.backend,
                 threads=self.threads,
-                precision=self._own if self._asked != "auto" else "auto",
+                precision="auto" if self._requested_precision == "auto" else self._own,
                 trust=self.trust,
                 cache=self.cache,
             )
-            used = getattr(engine, "precision", "")
-            if used and component in self._built:
-                self._built[component] = used
+            loaded_precision = getattr(engine, "precision", "")
+            if loaded_precision and component in self._built:
+                self._built[component] = loaded_precision
             entry = _Entry(engine, users=1)
             with self._lock:
                 self._entries[component] = entry

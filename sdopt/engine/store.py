@@ -4,10 +4,9 @@
         record.json     what the engine takes and gives, all that it was made from, sizes and hashes; signed
         engine.plan
 
-An engine is code. So a record is signed (HMAC-SHA256) with a key that only this user's state folder has, and the
-engine's hash is checked before the first byte reaches a library: what came with somebody else's bundle is not loaded
-unless the caller trusts it. An engine that was made from something else than what is here now is stale; a sentence
-says what changed.
+An engine is code. So a record is signed (HMAC-SHA256) with a key in this user's state folder, and the engine's hash is
+checked before a library reads the file. An engine that came with somebody else's bundle is loaded only if the caller
+trusts it. An engine is stale if its sources or its environment changed since it was built; the error says what changed.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ RECORD = "record.json"
 PLAN = "engine.plan"  # TensorRT's
 GRAPH = "graph.onnx"  # ONNX Runtime's: what `sdopt build` makes, and what an earlier process kept
 FOLDER = "engines"
-COMMAND = "sdopt build BUNDLE"  # how a record's command begins: where the bundle is now is known when it is read
+COMMAND = "sdopt build BUNDLE"  # how a record's command begins; `Record.at` fills in where the bundle is now
 MAX_RECORD_BYTES = 1 << 20
 
-Environment = Callable[["Record"], Mapping[str, str]]  # what a record's environment would read here and now
+Environment = Callable[["Record"], Mapping[str, str]]  # the environment that a record would have if built here, now
 
 
 class NoEnginesError(BackendError):
@@ -60,7 +59,7 @@ class Record:
     environment: Mapping[str, str]  # library, GPU, driver: what must be the same where it runs
     sources: Mapping[str, str]  # file of the bundle -> its SHA-256
     options: Mapping[str, Json]  # every option of the build, by name
-    command: str  # what builds it again, but for its component and profiles; see `COMMAND`
+    command: str  # the command that builds it again, without its component and profiles; see `COMMAND`
     asked: tuple[str, ...] = ()  # its profiles as they are typed, in pictures and pixels
     notes: Mapping[str, Json] = field(default_factory=dict[str, Any])  # what was found in the finished engine
     files: Mapping[str, File] = field(default_factory=dict[str, File])
@@ -84,7 +83,7 @@ class Record:
         return " ".join(words)
 
     def at(self, bundle: Path) -> Record:
-        """The record, its command with the folder where the bundle is now."""
+        """The record, with the bundle's present folder in its command."""
         if not f"{self.command} ".startswith(f"{COMMAND} "):
             return self
         return replace(self, command=f"sdopt build {shlex.quote(str(bundle))}{self.command[len(COMMAND) :]}")
@@ -105,7 +104,7 @@ class Stored:
         return str(self.record.options.get("precision", ""))
 
     def checked(self, name: str) -> Path:
-        """The path of one file of the engine, after its size and hash were found to be those of the record."""
+        """The path of one file of the engine, after its size and hash were compared with the record."""
         path, entry = self.folder / name, self.record.files.get(name)
         rebuild = f"build it again: {self.record.rebuild_command}"
         if entry is None:
@@ -129,7 +128,7 @@ class Unsigned:
 
 
 def engines_folder(bundle: Bundle) -> Path:
-    """Where a bundle's engines are: in it, or, where it cannot be written, under this user's cache."""
+    """Where a bundle's engines are: inside it or, if it cannot be written, in this user's cache."""
     inside = bundle.path / FOLDER
     if inside.is_symlink():
         raise BundleError(f"{inside} is a symbolic link; a bundle's engines are a plain folder. Remove the link.")
@@ -139,15 +138,18 @@ def engines_folder(bundle: Bundle) -> Path:
 
 
 def stored(bundle: Bundle, backend: str) -> list[Stored]:
-    """The engines of `backend` in a bundle, newest first; what is no readable record is passed over."""
-    found: list[tuple[int, Stored]] = []
+    """The engines of `backend` in a bundle, newest first; folders without a readable record are left out."""
+    dated: list[tuple[int, Stored]] = []
     for path in engines_folder(bundle).glob(f"*/{RECORD}"):
         with suppress(FileNotFoundError):  # a build in another process removes what is stale
             entry = _read(path)
-            if entry is not None and entry[0].backend == backend:
-                record = entry[0].at(bundle.path)
-                found.append((path.stat().st_mtime_ns, Stored(path.parent, record, entry[1], bundle.paranoid)))
-    return [one for _, one in sorted(found, key=lambda pair: pair[0], reverse=True)]
+            if entry is None or entry[0].backend != backend:
+                continue
+            record, signed = entry
+            engine = Stored(path.parent, record.at(bundle.path), signed, bundle.paranoid)
+            dated.append((path.stat().st_mtime_ns, engine))
+    dated.sort(key=lambda pair: pair[0], reverse=True)
+    return [engine for _, engine in dated]
 
 
 def usable(
@@ -159,13 +161,13 @@ def usable(
     provider: str = "",
     precision: str = "",
 ) -> list[Stored]:
-    """The engines of `component` that were made from what is here and now, the newest first; at least one.
+    """The engines of `component` that fit this bundle, library and machine, newest first; at least one.
 
-    `provider`: only those that were made for this part of a backend (see `built_components`). `precision`: only those
-    in it, where there are any: what overflows in it was built in another one.
+    `provider`: see `built_components`. `precision`: engines in it are preferred. Others are taken if there are none,
+    since `sdopt build` chooses another precision for a component that overflows.
 
-    Raises: BackendError saying that there is none, or whose it is, or what changed, and the command that builds it;
-    NoEnginesError where nothing at all is built for this backend.
+    Raises: BackendError if there is no such engine, if somebody else built it, or if it is stale; the text has the
+    command that builds it. NoEnginesError if nothing at all is built for this backend.
     """
     build = f"sdopt build {shlex.quote(str(bundle.path))} --backend {backend}"
     every = _for_provider(stored(bundle, backend), provider)
@@ -192,28 +194,32 @@ def usable(
 
 
 def changed(record: Record, bundle: Bundle, environment: Mapping[str, str]) -> str:
-    """What is no longer as it was when the engine was built, as text; empty if nothing."""
+    """What changed since the engine was built, as text; empty if nothing did."""
     files = {name: entry.sha256 for name, entry in bundle.manifest.files.items()}
-    told = [f"{name} is another file" for name, digest in record.sources.items() if files.get(name) != digest]
+    changes = [f"{name} is another file" for name, digest in record.sources.items() if files.get(name) != digest]
     for name in {**record.environment, **environment}:
         was, now = record.environment.get(name), environment.get(name)
         if was != now:
-            told.append(f"{name} was {was}, is {now}")
-    return "; ".join(told)
+            changes.append(f"{name} was {was}, is {now}")
+    return "; ".join(changes)
 
 
 def built_components(bundle: Bundle, backend: str, provider: str = "", precision: str = "") -> dict[str, str]:
-    """The components that there are engines for, usable or not, each with the precision of its newest one.
+    """The components that have engines, usable or not, each with the precision of its newest one.
 
-    `provider`: "CUDA" or "CPU" for a backend whose engines are made for one of them; another's are not there for it.
-    `precision`: only engines in this one count.
+    `provider`: "CUDA" or "CPU" counts only engines made for it; "" counts all. `precision`: the same.
     """
-    found = [(s.record.component, s.precision) for s in _for_provider(stored(bundle, backend), provider)]
-    return {name: own for name, own in reversed(found) if precision in ("", own)}
+    newest: dict[str, str] = {}
+    for engine in reversed(_for_provider(stored(bundle, backend), provider)):
+        if precision in ("", engine.precision):
+            newest[engine.record.component] = engine.precision
+    return newest
 
 
-def _for_provider(found: list[Stored], provider: str) -> list[Stored]:
-    return [s for s in found if not provider or s.record.environment.get("provider") == provider]
+def _for_provider(engines: list[Stored], provider: str) -> list[Stored]:
+    if not provider:
+        return engines
+    return [engine for engine in engines if engine.record.environment.get("provider") == provider]
 
 
 def write_record(folder: Path, record: Record, names: Sequence[str]) -> Record:
@@ -227,7 +233,7 @@ def write_record(folder: Path, record: Record, names: Sequence[str]) -> Record:
 
 
 def _read(path: Path) -> tuple[Record, bool] | None:
-    """(record, whether this user signed it) of a record file, or None if it is not one."""
+    """(record, whether this user signed it), or None if the file is not a record."""
     if path.is_symlink() or path.parent.is_symlink() or path.stat().st_size > MAX_RECORD_BYTES:
         return None
     try:

@@ -65,22 +65,22 @@ def device_index(backend: str, device: str | None) -> int:
 
 def describe(backend: str) -> dict[str, Any]:
     """Version, precisions and the GPU, or what is missing for one, for `sdopt doctor`."""
-    told: dict[str, Any] = {"precisions": ["fp16", "bf16", "fp32"]}
+    description: dict[str, Any] = {"precisions": ["fp16", "bf16", "fp32"]}
     version = "installed"
     try:
         version = str(getattr(imported(backend), "__version__", version))
-        told["devices"] = [shared_device().cuda.gpu.name]
-        return {"version": version, **told}
+        description["devices"] = [shared_device().cuda.gpu.name]
+        return {"version": version, **description}
     except BackendError as error:
         builds = "; `sdopt build` works without: only running needs it" if backend == "tensorrt-rtx" else ""
-        return {"version": version, **told, "devices": [], "lacks": f"{error}{builds}"}
+        return {"version": version, **description, "devices": [], "lacks": f"{error}{builds}"}
 
 
 class TrtEngine:
     """One component behind the Engine contract, with runs that carry their tensors on the GPU.
 
     `plans`: what was built of it, the newest first; at least one. They are loaded when a call needs them, the newest at
-    once, so that what is wrong with it is told here.
+    once, so that its faults are reported here.
     """
 
     def __init__(

@@ -1,13 +1,13 @@
-"""Tools for masks, as diffusers' inpainting pipelines have them: blur, paint a region at full size, put it back.
+"""Tools for masks, as in diffusers' inpainting pipelines: blur, paint a region at full size, and paste it back.
 
 mask_blur           the mask is blurred by a Gaussian of that radius, in its own pixels
-padding_mask_crop   only the region around the mask, so many pixels wider and in the shape of the picture that is
-                    made, is painted; it is then laid over the picture it came from, which keeps its own size
+padding_mask_crop   only a region around the mask is painted, and then pasted into the original picture, which keeps
+                    its size. The region is wider than the mask by this many pixels on each side, and has the
+                    proportions of the picture that is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,22 +24,22 @@ LANCZOS = Image.Resampling.LANCZOS
 
 @dataclass(frozen=True)
 class Overlay:
-    """Where a painted picture belongs: the region `box` of `image`, wherever `mask` is white."""
+    """Where a painted picture belongs: in the region `box` of `image`, where `mask` is white."""
 
     image: Image.Image
     mask: Image.Image
     box: Box
 
     def over(self, painted: Image.Image) -> Image.Image:
-        """The whole picture, painted anew where the mask is white."""
+        """The original picture with the painted one where the mask is white."""
         left, top, right, bottom = self.box
         base = Image.new("RGBA", self.image.size)
         base.paste(_cropped(painted, right - left, bottom - top), (left, top))
         kept = Image.new("RGBa", self.image.size)
         kept.paste(self.image.convert("RGBA").convert("RGBa"), mask=ImageOps.invert(self.mask))
-        whole = base.convert("RGB").convert("RGBA")
-        whole.alpha_composite(kept.convert("RGBA"))
-        return whole.convert("RGB")
+        result = base.convert("RGB").convert("RGBA")
+        result.alpha_composite(kept.convert("RGBA"))
+        return result.convert("RGB")
 
 
 def prepare(
@@ -50,23 +50,24 @@ def prepare(
     Raises: UsageError for a mask that is not of its picture's size, or has no white in it to crop to.
     """
     pictures, masks = images.each("image", image, count), images.each("mask_image", mask, count)
-    for picture, one in zip(pictures, masks, strict=True):
-        _same_size(picture, one)
+    for picture, mask_of_picture in zip(pictures, masks, strict=True):
+        _check_same_size(picture, mask_of_picture)
     if blur:
-        masks = [images.as_pil(one, "L").filter(ImageFilter.GaussianBlur(blur)) for one in masks]
-    if padding is None:
-        return images.to_array(pictures, height, width, count), images.to_mask(masks, height, width, count), ()
-    overlays = [
-        _overlay(images.as_pil(p, "RGB"), images.as_pil(m, "L"), height, width, padding)
-        for p, m in zip(pictures, masks, strict=True)
-    ]
-    pictures = [_filled(o.image.crop(o.box), width, height) for o in overlays]
-    masks = [_filled(o.mask.crop(o.box), width, height) for o in overlays]
-    return images.to_array(pictures, height, width, count), images.to_mask(masks, height, width, count), tuple(overlays)
+        masks = [images.as_pil(each, "L").filter(ImageFilter.GaussianBlur(blur)) for each in masks]
+    overlays: tuple[Overlay, ...] = ()
+    if padding is not None:
+        overlays = tuple(
+            _overlay(images.as_pil(p, "RGB"), images.as_pil(m, "L"), height, width, padding)
+            for p, m in zip(pictures, masks, strict=True)
+        )
+        pictures = [_filled(overlay.image.crop(overlay.box), width, height) for overlay in overlays]
+        masks = [_filled(overlay.mask.crop(overlay.box), width, height) for overlay in overlays]
+    return images.to_array(pictures, height, width, count), images.to_mask(masks, height, width, count), overlays
 
 
-def _same_size(image: Any, mask: Any) -> None:
-    (h, w), (mask_h, mask_w) = images.size_of(image), images.size_of(mask, "mask_image")
+def _check_same_size(image: Any, mask: Any) -> None:
+    h, w = images.size_of(image)
+    mask_h, mask_w = images.size_of(mask, "mask_image")
     if (h, w) != (mask_h, mask_w):
         raise UsageError(
             f"mask_image is {mask_w}x{mask_h} pixels, its image {w}x{h}; give a mask of the image's size: "
@@ -81,12 +82,16 @@ def _overlay(image: Image.Image, mask: Image.Image, height: int, width: int, pad
 
 
 def crop_region(mask: Image.Image, width: int, height: int, padding: int) -> Box:
-    """The box around all that is not black, `padding` pixels wider, then as wide to high as width to height if the
-    picture has room for it."""
+    """The box around everything that is not black, `padding` pixels larger on each side.
+
+    It is then widened to the proportions of width and height, as far as the picture has room.
+    """
     pixels = np.asarray(mask)
     rows, columns = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
-    left, right = max(int(columns[0]) - padding, 0), min(int(columns[-1]) + 1 + padding, mask.width)
-    top, bottom = max(int(rows[0]) - padding, 0), min(int(rows[-1]) + 1 + padding, mask.height)
+    left = max(int(columns[0]) - padding, 0)
+    right = min(int(columns[-1]) + 1 + padding, mask.width)
+    top = max(int(rows[0]) - padding, 0)
+    bottom = min(int(rows[-1]) + 1 + padding, mask.height)
     if (right - left) / (bottom - top) > width / height:
         top, bottom = _widened(top, bottom, (right - left) / (width / height), mask.height)
     else:
@@ -95,7 +100,7 @@ def crop_region(mask: Image.Image, width: int, height: int, padding: int) -> Box
 
 
 def _widened(low: int, high: int, wanted: float, limit: int) -> tuple[int, int]:
-    """The span made `wanted` long on both sides, pushed back inside 0..limit, and cut where it does not fit."""
+    """The span, lengthened on both sides to `wanted`, moved back inside 0..limit, and cut if it is still too long."""
     more = int(wanted - (high - low))
     low, high = low - more // 2, high + more - more // 2
     if high >= limit:
@@ -108,7 +113,7 @@ def _widened(low: int, high: int, wanted: float, limit: int) -> tuple[int, int]:
 def _filled(image: Image.Image, width: int, height: int) -> Image.Image:
     """The whole picture in the middle of width x height; the bars beside it repeat its edge.
 
-    What is so thin that nothing would be left of it, which diffusers refuses, stays one pixel wide.
+    A picture that is too thin keeps one pixel; diffusers refuses it.
     """
     wide = width / height < image.width / image.height  # bars above and below
     w = width if wide else max(1, image.width * height // image.height)
@@ -117,18 +122,17 @@ def _filled(image: Image.Image, width: int, height: int) -> Image.Image:
     filled = Image.new(image.mode, (width, height))
     x, y = width // 2 - w // 2, height // 2 - h // 2
     filled.paste(resized, (x, y))
-    bars: Sequence[tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int]]] = ()
     if wide and y > 0:
-        bars = (((width, y), (0, 0, width, 0), (0, 0)), ((width, y), (0, h, width, h), (0, y + h)))
+        filled.paste(resized.resize((width, y), box=(0, 0, width, 0)), (0, 0))
+        filled.paste(resized.resize((width, y), box=(0, h, width, h)), (0, y + h))
     elif not wide and x > 0:
-        bars = (((x, height), (0, 0, 0, height), (0, 0)), ((x, height), (w, 0, w, height), (x + w, 0)))
-    for size, edge, where in bars:
-        filled.paste(resized.resize(size, box=edge), where)
+        filled.paste(resized.resize((x, height), box=(0, 0, 0, height)), (0, 0))
+        filled.paste(resized.resize((x, height), box=(w, 0, w, height)), (x + w, 0))
     return filled
 
 
 def _cropped(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The middle of the picture, made to cover width x height."""
+    """The middle of the picture, resized to cover width x height."""
     wide = width / height > image.width / image.height
     w = width if wide else image.width * height // image.height
     h = image.height * width // image.width if wide else height

@@ -1,4 +1,4 @@
-"""From the decoder's [batch, 3, height, width] in -1..1 to pictures, and PNG files that tell how they were made."""
+"""Pictures to and from arrays [batch, 3, height, width] in -1..1, and PNG files that hold their parameters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sdopt.errors import UsageError
 MAX_CHUNK_BYTES = 1 << 20
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 1 << 14
-MAX_CHANNELS = 16  # of latents; a picture has more rows
+MAX_CHANNELS = 16  # of latents; an array with a larger second axis is a batch of pictures
 EXACT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "La", "CMYK", "YCbCr", "HSV")
 
 
@@ -54,9 +54,9 @@ def size_of(image: Any, name: str = "image", factor: int = 0) -> tuple[int, int]
 
 
 def read_pictures(name: str, given: Any, latents: bool) -> Any:
-    """What a caller gave as pictures: one, a list of them, or latents; a batch of arrays becomes a list.
+    """The pictures that a caller gave: one, a list of them, or latents; a batch of arrays becomes a list.
 
-    Raises: UsageError for what is no picture.
+    Raises: UsageError for anything else.
     """
     if isinstance(given, (list, tuple)):
         several = list(cast(Sequence[Any], given))
@@ -68,7 +68,8 @@ def read_pictures(name: str, given: Any, latents: bool) -> Any:
     array: Array = np.asarray(cast(Array, given))
     if array.shape[-1] in (1, 3, 4) and array.shape[1] > MAX_CHANNELS and len(array):  # of output_type="np"
         return [_read_picture(name, one) for one in array]
-    if not latents or array.dtype != np.float32 or not array.size or not np.isfinite(array).all():
+    is_valid = array.dtype == np.float32 and array.size > 0 and bool(np.isfinite(array).all())
+    if not latents or not is_valid:
         or_latents = "finite float32 latents [images, channels, height, width], and pictures " if latents else ""
         raise UsageError(
             f"{name}: got {'latents ' if latents else ''}{array.dtype} {array.shape}; allowed are {or_latents}"
@@ -78,7 +79,7 @@ def read_pictures(name: str, given: Any, latents: bool) -> Any:
 
 
 def _read_picture(name: str, given: Any) -> Any:
-    """One picture, once it is known to be one; an array of one channel becomes [height, width]."""
+    """One picture, checked; an array of one channel becomes [height, width]."""
     if isinstance(given, Image.Image):
         if not given.width or not given.height:
             raise UsageError(f"{name}: a picture of {given.width}x{given.height} pixels; allowed are 1 or more a side")
@@ -109,17 +110,17 @@ def to_array(image: Any, height: int, width: int, count: int) -> Float32:
 
 
 def to_mask(mask: Any, height: int, width: int, count: int) -> Float32:
-    """Masks as float32 [count, 1, height, width]: 1 where the picture is painted anew, 0 where it stays."""
+    """Masks as float32 [count, 1, height, width]: 1 where the picture is repainted, 0 where it is kept."""
     unit = np.stack([_unit(one, height, width, "L") for one in each("mask_image", mask, count)])
     return (unit[:, None] >= 0.5).astype(np.float32)
 
 
 def each(name: str, given: Any, count: int) -> Sequence[Any]:
-    """One picture for each of `count` images: all the same, or as many as there are."""
+    """A list of `count` pictures, from one picture for all images or one for each."""
     several = list(cast(Sequence[Any], given)) if isinstance(given, (list, tuple)) else [given]
     if len(several) not in (1, count):
         raise UsageError(f"{name}: {len(several)} pictures for {count} images; give one, or one per image")
-    return several * (count if len(several) == 1 else 1)
+    return several * count if len(several) == 1 else several
 
 
 def as_pil(image: Any, mode: str) -> Image.Image:
@@ -131,7 +132,7 @@ def as_pil(image: Any, mode: str) -> Image.Image:
 
 
 def _converted(name: str, image: Image.Image, mode: str) -> Image.Image:
-    """A picture in another mode, 16 bits a pixel scaled to 8, where Pillow would cut them off.
+    """A picture in another mode. 16 bits a pixel are scaled to 8; Pillow would clip them.
 
     Raises: UsageError for a mode whose range is not known, and for a file that turns out to be damaged.
     """
@@ -154,13 +155,17 @@ def _unit(image: Any, height: int, width: int, mode: str) -> Float32:
     size_of(image)
     if isinstance(image, Image.Image):
         return _resized(image, height, width, mode)
-    labels = mode == "L" and image.dtype == np.uint8 and image.max() <= 1  # a mask of 0 and 1
-    shades = np.asarray(image, np.float32) / (255 if image.dtype == np.uint8 and not labels else 1)
+    is_bytes = image.dtype == np.uint8
+    is_labels = is_bytes and mode == "L" and image.max() <= 1  # a mask of 0 and 1
+    shades = np.asarray(image, np.float32)
+    if is_bytes and not is_labels:
+        shades = shades / 255
     if not np.isfinite(shades).all() or shades.min() < 0 or shades.max() > 1:
         raise UsageError(f"image: an array from {shades.min()} to {shades.max()}; allowed is 0..1, or uint8")
     if mode == "L" and shades.ndim == 3:
         shades = np.mean(shades, 2)
-    if shades.shape != ((height, width, 3) if mode == "RGB" else (height, width)):
+    wanted = (height, width, 3) if mode == "RGB" else (height, width)
+    if shades.shape != wanted:
         return _resized(Image.fromarray(np.round(shades * 255).astype(np.uint8)), height, width, mode)
     return np.asarray(shades, np.float32)
 
@@ -175,10 +180,10 @@ def _resized(image: Image.Image, height: int, width: int, mode: str) -> Float32:
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
-    """A PNG, JPEG or WebP picture from a file, turned as its camera held it.
+    """A PNG, JPEG or WebP picture from a file, rotated as its EXIF orientation says.
 
-    Raises: UsageError if it is none of these, damaged, or larger than 64 megapixels or 16,384 pixels a side (told by
-    its header).
+    Raises: UsageError if it is none of these, if it is damaged, or if its header says that it is larger than 64
+    megapixels or 16,384 pixels a side.
     """
     try:
         with cast(Any, Image).open(path, formats=("PNG", "JPEG", "WEBP")) as image:
@@ -198,7 +203,7 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
 def save_png(image: Image.Image, path: str | os.PathLike[str], parameters: Mapping[str, Any] | None = None) -> None:
     """Write a PNG that carries `parameters` twice: as AUTOMATIC1111's text, and as JSON that replays it exactly.
 
-    The file appears whole or not at all.
+    The file is written completely or not at all.
     """
     info = PngInfo()
     if parameters is not None:
@@ -212,7 +217,7 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], parameters: Mappi
 def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The parameters that `save_png` put into a file.
 
-    Raises: UsageError if it is not such a PNG.
+    Raises: UsageError if the file is not a PNG that `save_png` wrote.
     """
     if not Path(path).exists():
         raise UsageError(f"{path}: there is no such file; give a PNG that sdopt wrote")
@@ -230,7 +235,7 @@ def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def a1111_text(parameters: Mapping[str, Any]) -> str:
-    """The `parameters` text that AUTOMATIC1111's and its readers expect: prompt, negative prompt, one line of pairs."""
+    """The `parameters` text of AUTOMATIC1111's web UI: prompt, negative prompt, and one line of pairs."""
     pairs = {
         "Steps": parameters["num_inference_steps"],
         "Sampler": parameters["sampled_by"],

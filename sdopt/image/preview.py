@@ -1,8 +1,8 @@
-"""A look at latents without the decoder: one colour for each, by a small affine map that the bundle carries.
+"""Previews of latents without the decoder: one colour for each latent, by a small affine map in the bundle.
 
     rgb = latents @ matrix[:-1] + matrix[-1]            matrix [channels + 1, 3], fitted to the model's own VAE
 
-It takes microseconds, so every step of the loop can be shown; `sdopt.export.preview` fits it.
+A preview takes microseconds, so every step of the loop can be shown. `sdopt.export.preview` fits the matrix.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ OUTPUT_TYPES = ("pil", "np")
 
 
 def pictures(bundle: Bundle, latents: Float32, scale: int = 1, output_type: str = "pil") -> Any:
-    """Small pictures of latents: a pixel, or `scale` a side, for each of them.
+    """Small pictures of latents; every latent becomes `scale` x `scale` pixels.
 
     PIL images or, with output_type="np", uint8 [images, height, width, 3].
-    Raises: BundleError for a bundle that has no map for it.
+    Raises: BundleError for a bundle without a matrix.
     """
     if output_type not in OUTPUT_TYPES:
         raise UsageError(f"output_type = {output_type!r}; allowed are {choices(output_type, OUTPUT_TYPES)}")
     colours = rgb(latents, matrix_of(bundle))
-    return to_pil(colours, scale) if output_type == "pil" else colours.repeat(scale, 1).repeat(scale, 2)
+    if output_type == "pil":
+        return to_pil(colours, scale)
+    return colours.repeat(scale, 1).repeat(scale, 2)
 
 
 def matrix_of(bundle: Bundle) -> Float32:
-    """The map of a bundle, [channels + 1, 3].
+    """The matrix of a bundle, [channels + 1, 3].
 
-    Raises: BundleError if it has none: no VAE encoder to fit it with, or one whose numbers overflow.
+    Raises: BundleError if it has none. It could not be fitted without a VAE encoder, or with one that overflows.
     """
     entry = bundle.manifest.preview
     if entry is None:
@@ -52,5 +54,6 @@ def rgb(latents: Float32, matrix: Float32) -> Array:
 
 def to_pil(colours: Array, scale: int = 1) -> list[Image.Image]:
     """The colours as pictures, `scale` times as large."""
-    found = [Image.fromarray(one) for one in colours]
-    return [one.resize((one.width * scale, one.height * scale), Image.Resampling.BICUBIC) for one in found]
+    height, width = colours.shape[1:3]
+    size = (width * scale, height * scale)
+    return [Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC) for picture in colours]

@@ -1,4 +1,4 @@
-"""What a caller asks for, checked once and resolved against a bundle, so that the loop needs no `if`."""
+"""A request, checked once and resolved against a bundle, so that the loop has nothing left to decide."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from sdopt.samplers.flow import dynamic_mu
 class Plan:
     """A request, resolved: one entry per image in `prompts`, `negative_prompts` and `seeds`.
 
-    A field under the name of a keyword holds its value. `options` are all keywords as they were given, and `resolved`
-    what became of some of them on this bundle.
+    A field with the name of a keyword holds its value. `options` are all keywords as they were given. `resolved` has
+    the values that some of them took on this bundle.
     """
 
     prompts: tuple[str, ...]
@@ -69,11 +69,11 @@ class Plan:
 
     @property
     def continues(self) -> bool:
-        """Whether the image has the noise already that the loop begins with."""
+        """Whether the image already has the noise that the loop begins with."""
         return "denoising_start" in self.sampling
 
     def parameters(self, image: int) -> dict[str, Any]:
-        """What makes image `image` again, alone."""
+        """The parameters that make image number `image` again, alone."""
         own: dict[str, Any] = {
             "prompt": self.prompts[image],
             "negative_prompt": self.negative_prompts[image] if self.negative_given else None,
@@ -101,7 +101,7 @@ def check_output_type(output_type: str, overlays: Sequence[Overlay] = ()) -> Non
 
 
 def sizes_to_build(plan: Plan, defaults: Defaults) -> str:
-    """The profile that `sdopt build` must be told for a plan; empty where it needs none."""
+    """The `--profile` argument of `sdopt build` for a plan; empty if the default profile is enough."""
     images = len(plan.seeds)
     if (plan.height, plan.width) == (defaults.height, defaults.width) and images <= 4:
         return ""
@@ -113,7 +113,7 @@ def make_plan(bundle: Bundle, prompt: str | Sequence[str] | None, options: Optio
 
     Raises: UsageError naming the argument, its value and what is allowed.
     """
-    given = checked({**options, **({} if prompt is None else {"prompt": prompt})})
+    given = checked(options if prompt is None else {**options, "prompt": prompt})
     manifest = bundle.manifest
     defaults, conditioning, factor = manifest.defaults, manifest.conditioning, manifest.latents.factor
     embedding = conditioning.guidance_embedding
@@ -140,6 +140,8 @@ def make_plan(bundle: Bundle, prompt: str | Sequence[str] | None, options: Optio
     scored = "aesthetic_score" in conditioning.time_ids
     sizes, negative_sizes, sizes_record = together.sizes(given, (height, width), pictured, scored)
     resolved = {"height": height, "width": width, "guidance_scale": scale, **sampling, **sizes_record}
+    if pictured:
+        resolved["strength"] = strength
     values: dict[str, Any] = {field.name: given[field.name] for field in fields(Plan) if field.name in given}
     values |= {"height": height, "width": width, "strength": strength, **embeds}
     values |= together.prepare_start(given, height, width, shape, each)
@@ -159,12 +161,12 @@ def make_plan(bundle: Bundle, prompt: str | Sequence[str] | None, options: Optio
         sampling=sampling,
         table=table,
         options=given,
-        resolved={**resolved, **({"strength": strength} if pictured else {})},
+        resolved=resolved,
     )
 
 
 def _check_widths(bundle: Bundle, embeds: Mapping[str, Any]) -> None:
-    """Raises: UsageError for embeddings that are wider or narrower than those that the UNet takes."""
+    """Raises: UsageError for embeddings whose width is not the one that the UNet takes."""
     inputs = {spec.name: spec for spec in bundle.component("unet").inputs}
     for name, array in embeds.items():
         tensor = "text_embeds" if "pooled" in name else "encoder_hidden_states"
@@ -176,10 +178,10 @@ def _check_widths(bundle: Bundle, embeds: Mapping[str, Any]) -> None:
 def make_table(
     bundle: Bundle, sampling: Mapping[str, Any], strength: float = 1.0, size: Sequence[int] | None = None
 ) -> SamplerTable:
-    """The table that a bundle's scheduler and the caller's keywords come to; `size` is the latents', height and width.
+    """The sampler table for a bundle's scheduler and the caller's keywords; `size` is the latents' height and width.
 
-    A checkpoint whose scheduler sdopt does not know by name brings its tables along, one for each number of steps.
-    Raises: UsageError as `sampler_table` does, and for a number of steps that such a bundle has no table for.
+    If sdopt does not know the scheduler by name, the bundle holds its tables, one for each number of steps.
+    Raises: UsageError as `sampler_table` does, and for a number of steps that the bundle has no table for.
     """
     options = dict(sampling)
     steps = options.pop("num_inference_steps")
@@ -199,7 +201,9 @@ def make_table(
             f"num_inference_steps = {steps}; for {name} this bundle has tables for {', '.join(tables)}",
             "num_inference_steps",
         )
-    given = [key for key, value in options.items() if value is not None] + ["strength"] * (strength < 1)
+    given = [key for key, value in options.items() if value is not None]
+    if strength < 1:
+        given.append("strength")
     if given:
         raise UsageError(
             f"{', '.join(given)}: {name} takes no options here; name another sampler to use them", given[0]

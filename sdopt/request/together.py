@@ -1,6 +1,6 @@
-"""How the keywords of one request fit together, and what they come to on a bundle.
+"""Checks of several keywords of a request together, and their values on a bundle.
 
-Each function takes options that `checked` has read, so that only what depends on several of them is left to check.
+Each function takes options that `checked` has read: every keyword is already valid by itself.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def given_or(value: Any, default: Any) -> Any:
 
 
 def each_times(values: Sequence[Any], each: int) -> tuple[Any, ...]:
-    """Every value `each` times, one beside the other."""
+    """Every value `each` times in a row: (a, a, b, b)."""
     return tuple(value for value in values for _ in range(each))
 
 
@@ -58,7 +58,7 @@ def prompts(options: Mapping[str, Any], each: int) -> tuple[str, ...]:
 
 
 def texts_beside(options: Mapping[str, Any], name: str, default: tuple[str, ...], each: int) -> tuple[str, ...]:
-    """A further text of every image; left out or empty it is `default`, as in diffusers."""
+    """The text of keyword `name` for every image; if it is left out or empty, `default`, as in diffusers."""
     value, count = options[name], len(default)
     if not value:
         return default
@@ -73,31 +73,33 @@ def texts_beside(options: Mapping[str, Any], name: str, default: tuple[str, ...]
 def embeddings(
     options: Mapping[str, Any], images: int, each: int, pooled: bool, negatives: bool
 ) -> dict[str, Array | None]:
-    """Given embeddings, a row for each image; `pooled` and `negatives`: whether the model takes such.
+    """The embeddings that the caller gave, with one row for each image.
 
-    Ref: diffusers, `encode_prompt`: with n images for each prompt, its row stands n times.
+    `pooled` and `negatives`: whether the model takes pooled text and negative embeddings.
+    Ref: diffusers, `encode_prompt`: with n images for each prompt, every row is repeated n times.
     """
-    found: dict[str, Array | None] = {}
+    embeds: dict[str, Array | None] = {}
     for prefix in ("", "negative_"):
-        hidden, text = (f"{prefix}{name}" for name in EMBEDS)
-        if options[hidden] is None and options[text] is not None:
-            raise UsageError(f"{text} needs {hidden}: give both, or the text itself", text)
-        if options[hidden] is not None and pooled and options[text] is None:
-            raise UsageError(f"{hidden}: this model also takes {text}; give both", text)
-        if options[text] is not None and not pooled:
-            raise UsageError(f"{text}: this model takes no pooled text; leave it out", text)
-        for name in (hidden, text):
-            found[name] = _rows(name, options[name], images, each)
+        hidden_name, pooled_name = (f"{prefix}{name}" for name in EMBEDS)
+        has_hidden, has_pooled = options[hidden_name] is not None, options[pooled_name] is not None
+        if has_pooled and not has_hidden:
+            raise UsageError(f"{pooled_name} needs {hidden_name}: give both, or the text itself", pooled_name)
+        if has_hidden and pooled and not has_pooled:
+            raise UsageError(f"{hidden_name}: this model also takes {pooled_name}; give both", pooled_name)
+        if has_pooled and not pooled:
+            raise UsageError(f"{pooled_name}: this model takes no pooled text; leave it out", pooled_name)
+        for name in (hidden_name, pooled_name):
+            embeds[name] = _rows(name, options[name], images, each)
     if options["negative_prompt_embeds"] is not None:
         _refuse_negatives(options, negatives)
-    positive, negative = found["prompt_embeds"], found["negative_prompt_embeds"]
+    positive, negative = embeds["prompt_embeds"], embeds["negative_prompt_embeds"]
     if positive is not None and negative is not None and positive.shape != negative.shape:
         raise UsageError(
             f"negative_prompt_embeds is {negative.shape} and prompt_embeds {positive.shape}; give as many tokens and "
             "features: pipe.encode of a short text can be filled up with pipe.encode of an empty one",
             "negative_prompt_embeds",
         )
-    return found
+    return embeds
 
 
 def _refuse_negatives(options: Mapping[str, Any], negatives: bool) -> None:
@@ -111,7 +113,7 @@ def _refuse_negatives(options: Mapping[str, Any], negatives: bool) -> None:
 
 
 def _rows(name: str, given: Array | None, images: int, each: int) -> Array | None:
-    """A row for each image: from one for all, or one for each prompt."""
+    """A row for each image, from one row for all of them or one row for each prompt."""
     if given is None:
         return None
     if len(given) * each == images:
@@ -124,11 +126,11 @@ def _rows(name: str, given: Array | None, images: int, each: int) -> Array | Non
 def sizes(
     options: Mapping[str, Any], own: tuple[int, int], pictured: bool, scored: bool
 ) -> tuple[Sizes, Sizes, dict[str, Any]]:
-    """The numbers that SDXL's UNet is told, by their argument; those of the negative half; and what to record of them.
+    """The size conditioning of SDXL's UNet, by keyword: the positive half, the negative half, and what to record.
 
-    `pictured`: there is a picture to begin from; `scored`: the UNet takes a score, as the refiner does.
-    As in diffusers: a negative size is the positive one unless it is given, and so is the negative crop, but (0, 0)
-    beside given sizes in text to image, and for the refiner.
+    `pictured`: there is a picture to begin from. `scored`: the UNet takes an aesthetic score, as the refiner does.
+    As in diffusers, a negative size or crop that is not given is the positive one. There are two exceptions, where the
+    negative crop is (0, 0): text to image with negative sizes, and the refiner.
     """
     defaults = {"original_size": own, "crops_coords_top_left": (0, 0), "target_size": own}
     sizes: dict[str, tuple[float, ...]] = {name: given_or(options[name], defaults[name]) for name in SIZE_KEYWORDS}
@@ -140,12 +142,13 @@ def sizes(
             "negative_original_size and negative_target_size: in text to image give both, or neither",
             f"negative_{missing.pop()}",
         )
-    resets = scored or (not pictured and "original_size" in given)
-    reset = {"crops_coords_top_left": (0, 0)} if resets else {}
-    scores = {name: options[name] for name in ("aesthetic_score", "negative_aesthetic_score")}
-    record = {**sizes, **{f"negative_{name}": pair for name, pair in given.items()}, **(scores if scored else {})}
+    resets_crop = scored or (not pictured and "original_size" in given)
+    crop = {"crops_coords_top_left": (0, 0)} if resets_crop else {}
+    record: dict[str, Any] = {**sizes, **{f"negative_{name}": pair for name, pair in given.items()}}
+    if scored:
+        record |= {name: options[name] for name in ("aesthetic_score", "negative_aesthetic_score")}
     positive: Sizes = {**sizes, "aesthetic_score": (options["aesthetic_score"],)}
-    negative: Sizes = {**sizes, **reset, **given, "aesthetic_score": (options["negative_aesthetic_score"],)}
+    negative: Sizes = {**sizes, **crop, **given, "aesthetic_score": (options["negative_aesthetic_score"],)}
     return positive, negative, record
 
 
@@ -153,7 +156,7 @@ def sizes(
 
 
 def sampling(options: Mapping[str, Any], default_steps: int) -> dict[str, Any]:
-    """What decides the table: the number of steps, and the further keywords that are given."""
+    """The keywords that decide the sampler table: the number of steps, and others if they are given."""
     start, end = options["denoising_start"], options["denoising_end"]
     if start is not None and end is not None and start >= end:
         raise UsageError(
@@ -164,7 +167,7 @@ def sampling(options: Mapping[str, Any], default_steps: int) -> dict[str, Any]:
 
 
 def guidance(options: Mapping[str, Any], default: float, calls: int) -> tuple[tuple[float, ...], float | list[float]]:
-    """The scale of every call, 1 outside of the interval; and the scale as it is recorded.
+    """The scale of every call, which is 1 outside `guidance_interval`; and the scale as it is recorded.
 
     Ref: Kynkaanniemi et al. 2024, arXiv:2404.07724: guidance in a limited interval.
     """
@@ -175,10 +178,10 @@ def guidance(options: Mapping[str, Any], default: float, calls: int) -> tuple[tu
             f"guidance_scale: {len(scales)} scales; give one, or one for each of the {calls} calls", "guidance_scale"
         )
     record = scales[0] if len(set(scales)) == 1 else scales
-    scales = scales * calls if len(scales) == 1 else scales
+    per_call = scales * calls if len(scales) == 1 else scales
     low, high = given_or(options["guidance_interval"], (0.0, 1.0))
-    guided = [low <= k / calls < high for k in range(calls)]
-    return tuple(scale if inside else 1.0 for scale, inside in zip(scales, guided, strict=True)), record
+    guided = tuple(scale if low <= k / calls < high else 1.0 for k, scale in enumerate(per_call))
+    return guided, record
 
 
 def seeds(value: int | list[int] | None, images: int) -> tuple[int, ...]:
@@ -199,7 +202,7 @@ def seeds(value: int | list[int] | None, images: int) -> tuple[int, ...]:
 
 
 def picture(options: Mapping[str, Any], defaults: Defaults) -> float:
-    """The strength, once the picture, the mask and what belongs to them are known to fit together."""
+    """The strength, after the picture, the mask and the keywords that need them were checked together."""
     image, mask, strength = options["image"], options["mask_image"], options["strength"]
     if image is None:
         for name in ("mask_image", "strength", "denoising_start"):
@@ -219,7 +222,7 @@ def picture(options: Mapping[str, Any], defaults: Defaults) -> float:
 def prepare_start(
     options: Mapping[str, Any], height: int, width: int, shape: tuple[int, ...], each: int
 ) -> dict[str, Any]:
-    """What the plan holds of a picture to begin from; `shape` is that of the latents."""
+    """The fields of a plan that describe a picture to begin from; `shape` is that of the latents."""
     start: dict[str, Any] = {"image": None, "image_latents": None, "mask": None, "overlays": ()}
     image, mask = (for_every_image(options[name], shape[0], each) for name in ("image", "mask_image"))
     if image is None:
@@ -240,7 +243,7 @@ def prepare_start(
 
 
 def for_every_image(given: Any, count: int, each: int) -> Any:
-    """Pictures; if there is one for each prompt, each stands for all images of its prompt."""
+    """The given pictures; if there is one for each prompt, it is repeated for all images of that prompt."""
     if isinstance(given, list) and len(cast(list[Any], given)) * each == count:
         return list(each_times(cast(list[Any], given), each))
     return cast(Any, given)
@@ -248,8 +251,8 @@ def for_every_image(given: Any, count: int, each: int) -> Any:
 
 def latents_of(image: Array, shape: tuple[int, ...], each: int) -> Array:
     """`image` as latents to begin from, one for each image."""
-    rows = {1, shape[0] // each, shape[0]}
-    if len(image) not in rows or image.shape[1:] != shape[1:]:
+    prompts, count = shape[0] // each, shape[0]
+    if len(image) not in (1, prompts, count) or image.shape[1:] != shape[1:]:
         raise UsageError(
             f"image: got latents {image.dtype} {image.shape}; allowed are finite float32 {shape}, as "
             "output_type='latent' gives them, or a picture [height, width, 3]",
@@ -259,7 +262,10 @@ def latents_of(image: Array, shape: tuple[int, ...], each: int) -> Array:
 
 
 def pixels(options: Mapping[str, Any], defaults: Defaults, factor: int) -> tuple[int, int]:
-    """Height and width: as given; else the latents' or, without a mask, the image's rounded down; else the bundle's."""
+    """Height and width in pixels: as given, else from the image, else the bundle's.
+
+    Latents, and pictures without a mask, give their own size, rounded down to what the model makes.
+    """
     own = (defaults.height, defaults.width)
     image = options["image"]
     if image is not None and (options["mask_image"] is None or images.is_latents(image)):

@@ -73,11 +73,11 @@ def distilled_timesteps(r: Request) -> NDArray[np.int64]:
     Raises: UsageError for more steps than those.
     """
     if r.timesteps is not None:
-        return np.array(custom_timesteps(r, whole=True), dtype=np.int64)
+        return np.array(custom_timesteps(r, integers=True), dtype=np.int64)
     original = int(r.options["original_inference_steps"])
-    kept = int(original * r.share)
+    kept = int(original * r.fraction)
     if r.steps > kept or original > r.train:
-        part = "" if r.share == 1 else f" and strength {r.share} leaves {kept} of them"
+        part = "" if r.fraction == 1 else f" and strength {r.fraction} leaves {kept} of them"
         raise UsageError(
             f"{r.name}: {r.steps} steps are too many; the model was distilled on original_inference_steps {original} "
             f"of {r.train} timesteps{part}. Use {min(kept, r.train)} or fewer."

@@ -157,12 +157,14 @@ def multistep_table(
 ) -> SamplerTable:
     """The multistep rows over any grid of levels; `frame` replaces the usual conversion of model outputs (EDM)."""
     rows, frame = Rows(r), frame or vp_frame(r, level_at, algorithm)
-    h = [0.0, *(log_ratio(b, a) for a, b in pairwise(level_at))]
+    h = [0.0, *(log_ratio(b, a) for a, b in pairwise(level_at))]  # h[k + 1]: the length of step k
     for k in range(r.begin, len(grid)):
         refuse_standstill(r, grid, k)
-        order = multistep_order(r.options, k, len(grid), k - r.begin) if h[k + 1] else 1
+        stands_still = h[k + 1] == 0
+        order = 1 if stands_still else multistep_order(r.options, k, len(grid), k - r.begin)
         e = expansion(algorithm, level_at[k + 1], level_at[k])
-        weights = _combine(e, differences(order, h[k + 1], *h[k:0:-1][: order - 1]), solver)
+        earlier = h[k:0:-1][: order - 1]  # the steps before this one, newest first
+        weights = _combine(e, differences(order, h[k + 1], *earlier), solver)
         clean, keep, c_in = frame(k)
         rows.add(
             grid.timesteps[k],
@@ -183,7 +185,8 @@ def vp_frame(r: Request, level_at: Sequence[Level], algorithm: str) -> Frame:
 
     def frame(k: int) -> tuple[Pair, Pair, float]:
         clean = clean_of(r.prediction, *level_at[k])
-        return clean, clean if algorithm.endswith("++") else noise_of(r.prediction, *level_at[k]), 1.0
+        kept = clean if algorithm.endswith("++") else noise_of(r.prediction, *level_at[k])
+        return clean, kept, 1.0
 
     return frame
 

@@ -41,14 +41,16 @@ def dpm_singlestep(r: Request) -> SamplerTable:
         )
     grid, rows = solver_grid(r, spacing="linspace"), Rows(r)
     level_at, orders = levels(r, grid), block_orders(r)
-    frame, began = vp_frame(r, level_at, algorithm), np.array([1.0, 0.0, 0.0, 0.0])
+    frame = vp_frame(r, level_at, algorithm)
+    start = np.array([1.0, 0.0, 0.0, 0.0])  # S in terms of [x, m0, m1, m2]
     for k in range(r.begin, len(grid)):
         refuse_standstill(r, grid, k)
         order = min(orders[k], k - r.begin + 1)
         e = expansion(algorithm, level_at[k + 1], level_at[k - order + 1])
         weights = _combine(e, level_at, k, order, solver)
-        began = began if order > 1 else np.array([1.0, 0.0, 0.0, 0.0])
-        update = e.scale * began + np.array([0.0, *weights])
+        if order == 1:
+            start = np.array([1.0, 0.0, 0.0, 0.0])
+        update = e.scale * start + np.array([0.0, *weights])
         clean, keep, c_in = frame(k)
         rows.add(
             grid.timesteps[k],
@@ -60,7 +62,7 @@ def dpm_singlestep(r: Request) -> SamplerTable:
             denoised=clean,
         )
         if k + 1 < len(grid):
-            began = np.array([1.0, 0.0, *-weights[:2]]) / e.scale
+            start = np.array([1.0, 0.0, *-weights[:2]]) / e.scale
     return rows.table(init_noise_sigma=1.0, end=level_at[-1])
 
 
@@ -68,16 +70,18 @@ def _combine(e: Expansion, level_at: Sequence[Level], k: int, order: int, solver
     """The weights of [m0, m1, m2], newest first, in one step that began order - 1 calls ago."""
     m = np.eye(3)[:order][::-1]  # oldest first: m[0] where the block began
     weights = e.first * m[0]
-    begun = level_at[k - order + 1]
+    start = level_at[k - order + 1]
     if order == 2:
-        r0 = log_ratio(level_at[k], begun) / e.h
+        r0 = log_ratio(level_at[k], start) / e.h
         return weights + e.second(solver) * (m[1] - m[0]) / r0
     if order == 3:
-        r1, r0 = log_ratio(level_at[k - 1], begun) / e.h, log_ratio(level_at[k], begun) / e.h
+        r1 = log_ratio(level_at[k - 1], start) / e.h
+        r0 = log_ratio(level_at[k], start) / e.h
         early, late = (m[1] - m[0]) / r1, (m[2] - m[0]) / r0
         if solver == "midpoint":
             return weights + e.second("heun") * late
-        d1, d2 = (r0 * early - r1 * late) / (r0 - r1), 2 * (late - early) / (r0 - r1)
+        d1 = (r0 * early - r1 * late) / (r0 - r1)
+        d2 = 2 * (late - early) / (r0 - r1)
         return weights + e.second("heun") * d1 + e.third() * d2
     return weights
 

@@ -71,7 +71,7 @@ def flow_grid(r: Request) -> Grid:
         levels, last = 1 - levels, 1.0
     timesteps = np.asarray(levels * np.float32(r.train), dtype=np.float64)
     if r.timesteps is not None and not o["invert_sigmas"]:
-        timesteps = np.array(custom_timesteps(r, whole=False), dtype=np.float64)
+        timesteps = np.array(custom_timesteps(r, integers=False), dtype=np.float64)
     return Grid(timesteps, np.append(levels.astype(np.float64), last))
 
 
@@ -79,7 +79,7 @@ def _unshifted(r: Request) -> Float64:
     if r.sigmas is not None:
         return custom_sigmas(r, highest=1.0)
     if r.timesteps is not None:
-        return np.array(custom_timesteps(r, whole=False)) / r.train
+        return np.array(custom_timesteps(r, integers=False)) / r.train
     ends = np.array([1, 1 / np.float32(r.train)], dtype=np.float32)
     if not r.options["use_dynamic_shifting"]:  # diffusers shifts the ends when it is made, and all of it again here
         ends = schedules.shifted(ends.astype(np.float64), float(r.options["shift"])).astype(np.float32)

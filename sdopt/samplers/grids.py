@@ -41,23 +41,23 @@ class Grid:
 def integer_grid(request: Request) -> NDArray[np.int64]:
     """Integer timesteps from high to low, before image to image skips the first ones."""
     if request.timesteps is not None:
-        return np.array(custom_timesteps(request, whole=True), dtype=np.int64)
+        return np.array(custom_timesteps(request, integers=True), dtype=np.int64)
     o = request.options
     spaced = schedules.spaced(request.steps, o["timestep_spacing"], request.train, o["steps_offset"])
     return np.round(spaced).astype(np.int64)
 
 
-def custom_timesteps(request: Request, *, whole: bool) -> Sequence[float]:
-    """The caller's own timesteps, once they are known to make sense.
+def custom_timesteps(request: Request, *, integers: bool) -> Sequence[float]:
+    """The timesteps that the caller gave, checked.
 
     Raises: UsageError unless they fall strictly and lie in 0..num_train_timesteps - 1.
     """
     given = list(request.timesteps or ())
     falling = all(a > b for a, b in pairwise(given))
     inside = all(0 <= t <= request.train - 1 for t in given)
-    integer = all(float(t).is_integer() for t in given)
-    if not given or not falling or not inside or (whole and not integer):
-        kind = "whole numbers" if whole else "numbers"
+    all_integers = all(float(t).is_integer() for t in given)
+    if not given or not falling or not inside or (integers and not all_integers):
+        kind = "whole numbers" if integers else "numbers"
         raise UsageError(
             f"timesteps={given}: {request.name} takes {kind} from {request.train - 1} down to 0, each lower than the "
             f"one before, for example timesteps={[request.train - 1, request.train // 2 - 1]}."
@@ -66,12 +66,14 @@ def custom_timesteps(request: Request, *, whole: bool) -> Sequence[float]:
 
 
 def custom_sigmas(request: Request, *, highest: float = math.inf) -> Float64:
-    """The caller's own sigmas, once they are known to fall and not to be negative.
+    """The sigmas that the caller gave, checked.
 
-    Raises: UsageError otherwise.
+    Raises: UsageError unless they fall strictly, and lie between 0 and `highest`.
     """
     given = np.array(request.sigmas, dtype=np.float32).astype(np.float64)
-    if given.ndim != 1 or not len(given) or (np.diff(given) >= 0).any() or given.min() < 0 or given[0] > highest:
+    listed = given.ndim == 1 and len(given) > 0
+    falling = listed and not (np.diff(given) >= 0).any()
+    if not falling or given.min() < 0 or given[0] > highest:
         limit = f"at most {highest:g}, " if math.isfinite(highest) else ""
         raise UsageError(
             f"sigmas={given.tolist()}: {request.name} takes noise levels, {limit}each lower than the one before "
@@ -103,7 +105,7 @@ def _given_sigmas(request: Request, trained: Float32) -> Grid:
 def _spaced_sigmas(request: Request, trained: Float32) -> Grid:
     o = request.options
     if request.timesteps is not None:
-        timesteps = np.array(custom_timesteps(request, whole=False))
+        timesteps = np.array(custom_timesteps(request, integers=False))
     else:
         timesteps = schedules.spaced(request.steps, o["timestep_spacing"], request.train, o["steps_offset"])
     timesteps = _as_float32(timesteps)
@@ -128,16 +130,17 @@ def solver_grid(request: Request, *, spacing: str | None = None, round_cosine: b
     alpha_bar = schedules.alpha_bar(o, finite_sigma=True)
     trained = schedules.sigmas_of(alpha_bar)
     if request.timesteps is not None:
-        timesteps = np.array(custom_timesteps(request, whole=True), dtype=np.float64)
+        timesteps = np.array(custom_timesteps(request, integers=True), dtype=np.float64)
         sigmas = np.interp(timesteps, np.arange(len(trained)), trained)
     elif schedule_of(o):
         timesteps, sigmas = _solver_schedule(request, trained, round_cosine)
     elif o["use_flow_sigmas"]:
         timesteps, sigmas = _flow_sigmas(request)
     else:
-        timesteps = _fence(request, spacing or o["timestep_spacing"], _unclipped(alpha_bar, o["lambda_min_clipped"]))
+        last = _unclipped(alpha_bar, o["lambda_min_clipped"])
+        timesteps = _fence(request, spacing or o["timestep_spacing"], last)
         sigmas = np.interp(timesteps, np.arange(len(trained)), trained)
-    return _whole(request, timesteps, np.append(sigmas, _final(o, trained[0])))
+    return _truncated(request, timesteps, np.append(sigmas, _final(o, trained[0])))
 
 
 def unipc_grid(request: Request) -> Grid:
@@ -146,10 +149,10 @@ def unipc_grid(request: Request) -> Grid:
     trained = schedules.sigmas_of(schedules.alpha_bar(o, finite_sigma=True))
     if o["use_flow_sigmas"] and schedule_of(o) in ("", "karras"):
         timesteps, sigmas = _unipc_flow(request, trained)
-        return _whole(request, timesteps, np.append(sigmas, _final(o, sigmas[-1])))
+        return _truncated(request, timesteps, np.append(sigmas, _final(o, sigmas[-1])))
     timesteps, sigmas = _plain_or_scheduled(request, trained)
     smallest = sigmas[-1] if schedule_of(o) else trained[0]
-    return _whole(request, timesteps, np.append(sigmas, _final(o, smallest)))
+    return _truncated(request, timesteps, np.append(sigmas, _final(o, smallest)))
 
 
 def deis_grid(request: Request) -> Grid:
@@ -159,11 +162,14 @@ def deis_grid(request: Request) -> Grid:
     flow = o["use_flow_sigmas"] and not schedule_of(o)
     timesteps, sigmas = _flow_sigmas(request) if flow else _plain_or_scheduled(request, trained)
     last = sigmas[-1] if flow or schedule_of(o) else trained[0]
-    return _whole(request, timesteps, np.append(sigmas, last))
+    return _truncated(request, timesteps, np.append(sigmas, last))
 
 
-def _whole(request: Request, timesteps: Float64, sigmas: Float64) -> Grid:
-    """The grid with its timesteps truncated, once it is known that image to image leaves some (clipping takes many)."""
+def _truncated(request: Request, timesteps: Float64, sigmas: Float64) -> Grid:
+    """The grid with its timesteps truncated to integers.
+
+    Raises: UsageError when image to image skips all of them; lambda_min_clipped can leave few.
+    """
     if request.begin >= len(timesteps):
         raise UsageError(f"{request.name}: no step is left to do; use more steps or a higher strength.")
     return Grid(np.trunc(timesteps), _as_float32(sigmas))
@@ -181,8 +187,10 @@ def _solver_schedule(request: Request, trained: Float32, round_cosine: bool) -> 
     o, schedule = request.options, schedule_of(request.options)
     sigmas = scheduled(o, schedule, float(trained[-1]), float(trained[0]), request.steps)
     timesteps = schedules.sigma_to_t(sigmas, np.log(trained))
-    rounds = schedule in ("karras", "lu") and (round_cosine or o["beta_schedule"] != "squaredcos_cap_v2")
-    return (np.round(timesteps) if rounds else timesteps), sigmas
+    cosine = o["beta_schedule"] == "squaredcos_cap_v2"
+    if schedule in ("karras", "lu") and (round_cosine or not cosine):
+        timesteps = np.round(timesteps)
+    return timesteps, sigmas
 
 
 def _fence(request: Request, spacing: str, last: int) -> Float64:
@@ -254,11 +262,11 @@ def schedule_of(options: Mapping[str, Any]) -> str:
 
     Raises: UsageError when they ask for two.
     """
-    asked = [name for name, flag in SCHEDULE_FLAGS.items() if options.get(flag)]
-    if len(asked) > 1:
-        flags = " and ".join(SCHEDULE_FLAGS[name] for name in asked)
+    names = [name for name, flag in SCHEDULE_FLAGS.items() if options.get(flag)]
+    if len(names) > 1:
+        flags = " and ".join(SCHEDULE_FLAGS[name] for name in names)
         raise UsageError(f"only one sigma schedule at a time, and {flags} are true; name one with --schedule.")
-    return asked[0] if asked else ""
+    return names[0] if names else ""
 
 
 def scheduled(options: Mapping[str, Any], schedule: str, high: float, low: float, n: int) -> Float64:

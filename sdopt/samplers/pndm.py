@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,17 +58,18 @@ def _plms(r: Request) -> SamplerTable:
     """The second timestep is visited twice, to correct the first step from where it began."""
     alpha_bar = schedules.alpha_bar(r.options).astype(np.float64)
     spaced = integer_grid(r)
-    timesteps = [*spaced[:1], *spaced[1:2], *spaced[1:]] if len(spaced) > 1 else list(spaced)
+    timesteps = [*spaced[:2], *spaced[1:]]
     rows, stride = Rows(r), r.train // r.steps
-    first = (1.0, 0.0)
+    first_scale, first_gain = 1.0, 0.0
     for call, t in enumerate(int(t) for t in timesteps[r.begin :]):
         if call == 1:  # x1 = scale * x0 + gain * m0, so x0 is known, and one step averages both outputs
             scale, gain = _transfer(r, alpha_bar, t + stride, t)
-            x0 = np.array([1 / first[0], 0.0, -first[1] / first[0]])
+            x0 = np.array([1 / first_scale, 0.0, -first_gain / first_scale])
             update = scale * x0 + gain * np.array([0.0, 1 / 2, 1 / 2])
         else:
             scale, gain = _transfer(r, alpha_bar, t, t - stride)
-            first = (scale, gain) if call == 0 else first
+            if call == 0:
+                first_scale, first_gain = scale, gain
             update = np.array([scale, *(gain * c for c in _plms_mixture(call))])
         alpha, sigma = split(at(r, alpha_bar, t))
         rows.add(t, (alpha, sigma), update=update.tolist(), denoised=clean_of(r.prediction, alpha, sigma))
@@ -95,15 +97,17 @@ def _prk(r: Request) -> SamplerTable:
     stages, multistep = _prk_timesteps(r)
     timesteps = [*stages, *multistep]
     rows, stride = Rows(r), r.train // r.steps
-    begun = np.array([1.0])  # S in terms of [x, kept before, ...]
+    start = np.array([1.0])  # S in terms of [x, kept before, ...]
     for call, t in enumerate(timesteps[r.begin :]):
         if call < len(stages):
             stage = call % 4
-            begun = np.array([1.0]) if stage == 0 else begun
+            if stage == 0:
+                start = np.array([1.0])
             before = t if stage % 2 else t - stride // 2
-            scale, gain = _transfer(r, alpha_bar, stages[call // 4 * 4], before)
-            update = scale * _later(begun, 4) + gain * np.array([0.0, *RUNGE_KUTTA[stage]])
-            begun = np.array([1.0, -gain]) / scale
+            first_stage = call - stage  # counted as if nothing was skipped, as diffusers counts
+            scale, gain = _transfer(r, alpha_bar, stages[first_stage], before)
+            update = scale * _start_row(start, 4) + gain * np.array([0.0, *RUNGE_KUTTA[stage]])
+            start = np.array([1.0, -gain]) / scale
         else:
             scale, gain = _transfer(r, alpha_bar, t, t - stride)
             update = np.array([scale, *(gain * w for w in _prk_mixture(call))])
@@ -116,24 +120,33 @@ def _prk(r: Request) -> SamplerTable:
 RUNGE_KUTTA = ((1.0, 0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0), (1 / 6, 1 / 3, 1 / 3, 1 / 6))
 
 
-def _later(begun: Float64, history: int) -> Float64:
+def _start_row(start: Float64, history: int) -> Float64:
     """S in terms of [x, this call's output, kept before, ...]: this call's output is not part of it."""
-    return np.array([begun[0], 0.0, *begun[1:], *[0.0] * (history - len(begun))])
+    row = np.zeros(history + 1)
+    row[0] = start[0]
+    row[2 : len(start) + 1] = start[1:]
+    return row
 
 
 def _prk_timesteps(r: Request) -> tuple[list[int], list[int]]:
-    """The timesteps of the twelve stages, and those of the steps after."""
-    rising = [int(t) for t in integer_grid(r)[::-1]]
+    """The timesteps of the twelve stages, and those of the steps after.
+
+    The four stages of a step are at its timestep, twice in its middle, and at the next timestep.
+    """
+    timesteps = [int(t) for t in integer_grid(r)]
     half = r.train // r.steps // 2
-    halves = [t + shift for t in rising[-4:] for shift in (0, half)][:-1]
-    stages = [t for t in halves for _ in range(2)][1:-1][::-1]
-    return stages, rising[:-3][::-1]
+    stages: list[int] = []
+    for timestep, following in pairwise(timesteps[:4]):
+        middle = following + half
+        stages += [timestep, middle, middle, following]
+    return stages, timesteps[3:]
 
 
 def _prk_mixture(call: int) -> Sequence[float]:
     """Adams-Bashforth over the first outputs of the three Runge-Kutta steps and all outputs since."""
-    kept = [call - c for c in (0, 4, 8) if c < call] + [call - c for c in range(12, call + 1)]
-    newest = sorted(kept)[:4]
+    firsts = (0, 4, 8)
+    ages = [call - earlier for earlier in (*firsts, *range(12, call + 1))]  # how many calls ago each output was
+    newest = sorted(ages)[:4]
     weights = np.zeros(max(newest) + 1)
     weights[newest] = ADAMS_BASHFORTH[len(newest) - 1]
     return weights.tolist()

@@ -32,11 +32,12 @@ def sampler_table(
 ) -> SamplerTable:
     """The table of a checkpoint's sampler, from its scheduler_config.json, for a number of steps.
 
-    `sampler` and `schedule` replace the checkpoint's (see `find_sampler` and SCHEDULES). `strength` below 1 begins
-    where image to image does: with fewer steps or, where it cuts the "schedule" of a distilled model, with as many over
-    less of it. `denoising_start` and `denoising_end` keep what lies between these shares of the way. `timesteps` or
-    `sigmas` replace the spacing, and then decide the number of steps. `eta` is the noise of DDIM and TCD (0 unless
-    given, as in diffusers' pipelines). `mu` is the logarithm of the flow shift that the size of the image asks for.
+    `sampler` and `schedule` replace the checkpoint's (see `find_sampler` and SCHEDULES). A `strength` below 1 is for
+    image to image: it leaves out the first steps. For a distilled model and `strength_cuts="schedule"` it keeps their
+    number, and takes them from a smaller part of the schedule. `denoising_start` and `denoising_end` are fractions of
+    the way; the steps between them are kept. `timesteps` or `sigmas` replace the spacing, and decide the number of
+    steps. `eta` is the noise of DDIM and TCD; as in diffusers' pipelines it is 0 unless given. `mu` is the logarithm of
+    the flow shift, which depends on the size of the image.
 
     Raises: UsageError for unknown names, options that no table can express, and numbers that make no schedule.
     """
@@ -49,7 +50,7 @@ def sampler_table(
     if denoising_start is not None:
         skipped = _before(entry, entry.function(request), request.train, denoising_start)
     elif strength_cuts == "schedule" and distilled:
-        request = replace(request, share=_share(strength))
+        request = replace(request, fraction=_checked(strength))
     else:
         skipped = _skipped(steps, strength) * entry.rows_per_step
     table = entry.function(replace(request, begin=skipped))
@@ -70,11 +71,14 @@ def resolve(
     _check_family(entry, str(config.get("_class_name", "")))
     options, notes = merged(entry.defaults, config)
     by_class = names_class(str(name), entry)
-    options |= {} if by_class else entry.forced
+    if not by_class:
+        options |= entry.forced
     wanted = schedule if schedule is not None else implied
     if wanted is not None:
         options |= _schedule_options(entry, wanted)
-    return (_named_by_options(entry, options) if by_class else entry), options, notes
+    if by_class:
+        entry = _named_by_options(entry, options)
+    return entry, options, notes
 
 
 def _check_family(entry: Sampler, own: str) -> None:
@@ -142,7 +146,7 @@ def _schedule_options(entry: Sampler, schedule: str) -> Options:
 def _count(
     entry: Sampler, options: Options, steps: int, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None
 ) -> int:
-    """The number of steps, once it is known to make sense."""
+    """The number of steps: that of `timesteps` or `sigmas` if they are given, else `steps`; checked."""
     if timesteps is not None and sigmas is not None:
         raise UsageError("give timesteps or sigmas, not both.", "sigmas")
     for kind, given in (("timesteps", timesteps), ("sigmas", sigmas)):
@@ -151,12 +155,14 @@ def _count(
         if kind not in entry.custom:
             able = [s.name for s in SAMPLERS.values() if kind in s.custom]
             raise UsageError(f"{entry.name} does not take {kind}; samplers that do: {', '.join(able)}.", kind)
-        asked = [flag for flag in SCHEDULE_FLAGS.values() if options.get(flag)]
-        if asked and kind == "timesteps":
-            raise UsageError(f"timesteps cannot be combined with {asked[0]}; use --schedule normal.", kind)
-        count = len(given) - (kind == "sigmas" and entry.name == "euler")  # its last sigma is where it ends
+        flags = [flag for flag in SCHEDULE_FLAGS.values() if options.get(flag)]
+        if flags and kind == "timesteps":
+            raise UsageError(f"timesteps cannot be combined with {flags[0]}; use --schedule normal.", kind)
+        ends_with_sigma = kind == "sigmas" and entry.name == "euler"  # its last sigma is where it ends
+        count = len(given) - 1 if ends_with_sigma else len(given)
         if count < 1:
-            raise UsageError(f"{kind}={list(given)}: {entry.name} needs at least {2 if len(given) else 1}.", kind)
+            least = 2 if len(given) else 1
+            raise UsageError(f"{kind}={list(given)}: {entry.name} needs at least {least}.", kind)
         return count
     if isinstance(steps, (bool, float)) or steps < 1:
         raise UsageError(f"steps {steps!r}: the number of steps is a whole number, 1 or more.", "num_inference_steps")
@@ -168,22 +174,22 @@ def _count(
     return steps
 
 
-def _cut(train: int, share: float) -> int:
-    """The timestep at which `share` of the way is done, as diffusers rounds it."""
-    return round(train - share * train)
+def _cut(train: int, fraction: float) -> int:
+    """The timestep at which `fraction` of the way is done, as diffusers rounds it."""
+    return round(train - fraction * train)
 
 
-def _before(entry: Sampler, whole: SamplerTable, train: int, start: float) -> int:
+def _before(entry: Sampler, table: SamplerTable, train: int, start: float) -> int:
     """How many rows lie before `start` of the way; a step of two rows is not taken apart."""
-    left = int((whole.timestep < _cut(train, start)).sum())
+    left = int((table.timestep < _cut(train, start)).sum())
     if entry.rows_per_step == 2 and left % 2 == 0:
         left += 1
     if not left:
         raise UsageError(
-            f"denoising_start {start} of {len(whole)} calls leaves nothing to do; use less, or more steps.",
+            f"denoising_start {start} of {len(table)} calls leaves nothing to do; use less, or more steps.",
             "denoising_start",
         )
-    return len(whole) - left
+    return len(table) - left
 
 
 def _until(table: SamplerTable, train: int, end: float) -> SamplerTable:
@@ -195,8 +201,11 @@ def _until(table: SamplerTable, train: int, end: float) -> SamplerTable:
     return table.first(done)
 
 
-def _share(strength: float) -> float:
-    """The strength, once it is one."""
+def _checked(strength: float) -> float:
+    """The strength.
+
+    Raises: UsageError when it is outside 0..1.
+    """
     if not 0 <= strength <= 1:
         raise UsageError(f"strength {strength!r} is out of range; 0 keeps the image, 1 replaces it.", "strength")
     return strength
@@ -207,7 +216,7 @@ def _skipped(steps: int, strength: float) -> int:
 
     Raises: UsageError when strength is outside 0..1 or leaves nothing to do.
     """
-    done = min(int(steps * _share(strength)), steps)
+    done = min(int(steps * _checked(strength)), steps)
     if done < 1:
         more = f", or {math.ceil(1 / strength)} steps or more" if strength > 1e-6 else ""
         raise UsageError(

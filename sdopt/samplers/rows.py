@@ -18,7 +18,7 @@ Float64 = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Request:
-    """What a sampler function is asked for: options (all of its class's, none missing), steps, and where to begin."""
+    """What a sampler function is asked for: every option of its class, the number of steps, and where to begin."""
 
     name: str
     options: Mapping[str, Any]
@@ -29,7 +29,7 @@ class Request:
     eta: float | None = None
     mu: float | None = None
     notes: tuple[str, ...] = ()
-    share: float = 1.0  # of a distilled schedule, its noisy end left out
+    fraction: float = 1.0  # how much of a distilled schedule is used; its noisy end is left out
 
     @property
     def prediction(self) -> str:
@@ -68,12 +68,11 @@ class Rows:
         A first-order sampler gives `step`: the next sample in terms of [x, output]. One with history gives `keep`, what
         it keeps in terms of [x, output], and `update`: the next sample in terms of [x, kept, kept before, ...].
         """
-        row = list(step) if step is not None else list(update)
         self._rows.append(
             {
                 "timestep": timestep, "level": level, "sigma": ratio(*level) if sigma is None else sigma,
                 "c_in": c_in, "c_skip": keep[0], "c_out": keep[1],
-                "update": row, "noise": noise, "denoised": denoised, "draws": draws,
+                "update": list(update if step is None else step), "noise": noise, "denoised": denoised, "draws": draws,
             }
         )  # fmt: skip
 

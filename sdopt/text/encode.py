@@ -1,11 +1,11 @@
-"""From prompts to what the UNet takes beside the sample and the timestep.
+"""The inputs of the UNet that come from the prompts.
 
     encoder_hidden_states   [images, tokens, features]    of one text encoder, or of two side by side
     text_embeds             [images, features]            SDXL: the pooled text of its second encoder
     time_ids                [images, 6]                   SDXL: original size, crop and target size, each height first;
                             [images, 5]                   its refiner: original size, crop and aesthetic score
 
-Which of them a UNet takes, and from which encoders, is data: `conditioning` in the manifest.
+`conditioning` in the manifest says which of them a UNet takes, and from which encoders.
 Ref: Podell et al. 2023, arXiv:2307.01952, sections 2.1 and 2.2.
 """
 
@@ -33,33 +33,33 @@ Encoded = tuple[Float32, "Float32 | None"]  # embeddings [images, tokens, featur
 
 
 class TextEncoders:
-    """The text encoders and tokenizers of the bundle of `pool`, loaded when first used."""
+    """The text encoders and tokenizers of the pool's bundle, loaded when first used."""
 
     def __init__(self, pool: EnginePool) -> None:
-        self._pool, bundle = pool, pool.bundle
-        self._bundle = bundle
-        self._entry = bundle.manifest.conditioning
+        self._pool, self._bundle = pool, pool.bundle
+        self._entry = self._bundle.manifest.conditioning
         self._tokenizers: dict[str, Tokenizer] = {}
-        self._extra = {name: np.zeros((1, width), np.float32) for name, width in extra_widths(bundle).items()}
+        self._extra = {name: np.zeros((1, width), np.float32) for name, width in extra_widths(self._bundle).items()}
         self.embeddings: dict[str, Embedding] = {}
 
     def add(self, source: str | os.PathLike[str] | Array | Mapping[str, Array], token: str | None) -> str:
-        """The token of an embedding that prompts may use from now on; see `Pipeline.load_embedding`."""
+        """Add an embedding, and return the token that prompts may use for it; see `Pipeline.load_embedding`."""
         encoders = self._entry.encoders
         if not self._extra or set(self._extra) != {encoder.component for encoder in encoders}:
             raise UsageError(
                 f"{self._bundle.path} was exported before text encoders took further embeddings; export it again"
             )
-        found = embedding(source, token, {name: rows.shape[1] for name, rows in self._extra.items()})
+        added = embedding(source, token, {name: rows.shape[1] for name, rows in self._extra.items()})
         tokenizers = {encoder.component: self._tokenizer(encoder.tokenizer) for encoder in encoders}
         for name, tokenizer in tokenizers.items():
-            tokenizer.refuse_taken(found.token, len(found.rows[name]))
+            tokenizer.refuse_taken(added.token, len(added.rows[name]))
         for name, tokenizer in tokenizers.items():
-            tokenizer.add(found.token, len(found.rows[name]))
-            known = self._extra[name] if self.embeddings else self._extra[name][:0]
-            self._extra[name] = np.concatenate([known, found.rows[name]])
-        self.embeddings[found.token] = found
-        return found.token
+            tokenizer.add(added.token, len(added.rows[name]))
+            # Before the first embedding is added, one row of zeros stands in.
+            rows = [self._extra[name]] if self.embeddings else []
+            self._extra[name] = np.concatenate([*rows, added.rows[name]])
+        self.embeddings[added.token] = added
+        return added.token
 
     def conditions(self, plan: Plan) -> tuple[Condition, Condition | None]:
         """The conditional and, with guidance, the unconditional inputs of the UNet, one row per image."""
@@ -71,18 +71,21 @@ class TextEncoders:
         return cond, None if negative is None else self._given(plan, *negative, False)
 
     def used(self, parameters: Mapping[str, Any]) -> dict[str, str]:
-        """The digests of the embeddings that the prompts among a picture's parameters name, by token."""
+        """token -> digest of the embeddings whose token is in the prompts of these parameters."""
         text = " ".join(str(value) for key, value in parameters.items() if "prompt" in key and value).lower()
         return {token: entry.digest for token, entry in self.embeddings.items() if token.lower() in text}
 
     def _encoded(self, plan: Plan) -> tuple[Encoded, Encoded | None]:
-        """Embeddings and pooled text of the prompts and, with guidance, of what to steer away from: as they are given,
-        or of the texts; as diffusers does, zeros stand for no negative prompt where the family says so."""
+        """The encoded prompts and, with guidance, the encoded negative prompts.
+
+        Embeddings that the caller gave are taken; otherwise the texts are encoded. As in diffusers, some families use
+        zeros if there is no negative prompt.
+        """
         self._check_weights(plan)
         positive, negative = _embeds(plan, ""), _embeds(plan, "negative_")
         zeros = self._entry.zeros_for_empty and not plan.negative_given
         reads_negative = plan.guided and negative is None and not zeros
-        # diffusers leaves layers out for the prompt alone, AUTOMATIC1111 for both
+        # diffusers applies clip_skip to the prompt alone, AUTOMATIC1111 to both
         negative_skip = plan.clip_skip if plan.prompt_style == "a1111" else 0
         chunks = max(1 if given is None else self._chunks(given[0]) for given in (positive, negative))
         if positive is None and reads_negative and plan.clip_skip == negative_skip:
@@ -118,7 +121,7 @@ class TextEncoders:
                     parse(text, name)
 
     def _chunks(self, embeds: Float32) -> int:
-        """How many chunks a text needs to be as long as given embeddings; 1 if it cannot be."""
+        """The number of chunks that has as many tokens as given embeddings; 1 if there is none."""
         tokenizer = self._bundle.manifest.tokenizers[self._entry.encoders[0].tokenizer]
         count, rest = divmod(embeds.shape[1], tokenizer.max_length)
         return 1 if rest else count
@@ -131,14 +134,15 @@ class TextEncoders:
         clip_skip: int = 0,
         min_chunks: int = 1,
     ) -> Encoded:
-        """(embeddings, pooled text or None) of prompts; `prompts_2` go to the second encoder. Equal ones run once.
+        """(embeddings, pooled text or None) of prompts; `prompts_2` go to the second encoder. Equal prompts run once.
 
-        With `min_chunks` shorter prompts are filled up with empty chunks.
+        Shorter prompts are filled up with empty chunks to the longest one, or to `min_chunks`.
         """
         pairs = list(dict.fromkeys(zip(prompts, prompts_2, strict=True)))
         encoders = self._entry.encoders
-        texts = [[pair[i] for pair in pairs] for i in range(len(encoders))]
-        cut = [self._cut(e.tokenizer, t, prompt_style) for e, t in zip(encoders, texts, strict=True)]
+        cut: list[list[Chunks]] = []  # for each encoder, the chunks of each text
+        for i, encoder in enumerate(encoders):
+            cut.append(self._cut(encoder.tokenizer, [pair[i] for pair in pairs], prompt_style))
         most = max(min_chunks, *(len(ids) for of_encoder in cut for ids, _ in of_encoder))
         parts: list[Float32] = []
         pooled: Float32 | None = None
@@ -153,13 +157,13 @@ class TextEncoders:
                 raise NumericsError(f"{encoder.component}: the output has NaN or infinity; its weights are damaged")
             parts.append(state.reshape(len(pairs), -1, state.shape[-1]))
             if encoder.component == self._entry.pooled:
-                pooled = outputs["text_embeds"].reshape(len(pairs), most, -1)[:, 0]  # the first chunk speaks for all
+                pooled = outputs["text_embeds"].reshape(len(pairs), most, -1)[:, 0]  # that of the first chunk
         rows = [pairs.index(pair) for pair in zip(prompts, prompts_2, strict=True)]
         hidden = np.concatenate(parts, 2)[rows]
         return hidden, None if pooled is None else pooled[rows]
 
     def _cut(self, name: str, texts: Sequence[str], style: str) -> list[Chunks]:
-        """Token ids and weights of each text, as many chunks as it needs; in plain style one, cut with a warning."""
+        """The chunks of each text: all that it needs or, in plain style, one; a longer text is cut with a warning."""
         tokenizer = self._tokenizer(name)
         if style == "a1111":
             return [chunks(tokenizer, text) for text in texts]
@@ -185,22 +189,24 @@ class TextEncoders:
 
 
 def _embeds(plan: Plan, prefix: str) -> Encoded | None:
-    """The embeddings that were given for the prompts, or with the prefix for the negative ones."""
+    """The embeddings that the caller gave: for the prompts or, with prefix "negative_", for the negative ones."""
     hidden: Float32 | None = getattr(plan, f"{prefix}prompt_embeds")
     return None if hidden is None else (hidden, getattr(plan, f"{prefix}pooled_prompt_embeds"))
 
 
 def extra_widths(bundle: Bundle) -> dict[str, int]:
-    """The width of the extra embeddings that each text encoder takes; without those that take none."""
+    """The width of the extra embeddings, for each text encoder that takes any."""
     encoders = [bundle.component(e.component) for e in bundle.manifest.conditioning.encoders]
-    inputs = {encoder.name: {spec.name: spec for spec in encoder.inputs} for encoder in encoders}
     return {
-        name: int(specs["extra_embeddings"].shape[1]) for name, specs in inputs.items() if "extra_embeddings" in specs
+        encoder.name: int(spec.shape[1])
+        for encoder in encoders
+        for spec in encoder.inputs
+        if spec.name == "extra_embeddings"
     }
 
 
 def _state(outputs: Mapping[str, Float32], encoder: Encoder, clip_skip: int) -> Float32:
-    """The text encoder's state after all layers but those that the family and `clip_skip` leave out."""
+    """The text encoder's hidden state, without the last layers that the family and `clip_skip` leave out."""
     skip = encoder.skip + clip_skip
     if not skip:
         return outputs[encoder.output]

@@ -78,8 +78,9 @@ class Tokenizer:
         """The prompt with `<token> <token>_1 ...` in place of every added token of several vectors."""
         if not self._rows:
             return prompt
-        found = self._encoded(prompt)
-        for token in dict.fromkeys(t for t, i in zip(found.tokens, found.ids, strict=True) if i in self._rows):
+        encoding = self._encoded(prompt)
+        added = [token for token, i in zip(encoding.tokens, encoding.ids, strict=True) if i in self._rows]
+        for token in dict.fromkeys(added):
             names = [token]
             while self._backend.token_to_id(f"{token}_{len(names)}") in self._rows:
                 names.append(f"{token}_{len(names)}")

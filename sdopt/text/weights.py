@@ -76,16 +76,17 @@ def chunks(tokenizer: Tokenizer, prompt: str) -> Chunks:
     ids: list[int] = []
     weights: list[float] = []
     for text, weight in parse(prompt):
-        found = tokenizer.fragment(text)
-        ids += found
-        weights += [weight] * len(found)
+        piece_ids = tokenizer.fragment(text)
+        ids += piece_ids
+        weights += [weight] * len(piece_ids)
     room = tokenizer.max_length - 2
     starts = range(0, max(len(ids), 1), room)
     rows = [tokenizer.framed(ids[i : i + room]) for i in starts]
-    heavy = np.ones((len(rows), tokenizer.max_length), np.float32)
-    for row, i in zip(heavy, starts, strict=True):
-        row[1 : 1 + len(weights[i : i + room])] = weights[i : i + room]
-    return np.stack(rows), heavy
+    weight_rows = np.ones((len(rows), tokenizer.max_length), np.float32)
+    for row, i in zip(weight_rows, starts, strict=True):
+        of_chunk = weights[i : i + room]
+        row[1 : 1 + len(of_chunk)] = of_chunk
+    return np.stack(rows), weight_rows
 
 
 def stacked(tokenizer: Tokenizer, cut: Sequence[Chunks], count: int) -> Chunks:
@@ -98,10 +99,12 @@ def stacked(tokenizer: Tokenizer, cut: Sequence[Chunks], count: int) -> Chunks:
 
 
 def weighted(hidden: Float32, weights: Float32) -> Float32:
-    """Embeddings [n, tokens, features] times weights [n, tokens], each of the n at the mean that it had."""
+    """Embeddings [n, tokens, features] times weights [n, tokens]; each of the n then gets back its old mean."""
     if (weights == 1).all():
         return hidden
     scaled = hidden * weights[:, :, None]
+    old_means = np.mean(hidden, (1, 2), keepdims=True)
     means = np.mean(scaled, (1, 2), keepdims=True)
-    heavy = (weights != 1).any(1)[:, None, None] & (means != 0)
-    return np.where(heavy, scaled * (np.mean(hidden, (1, 2), keepdims=True) / np.where(heavy, means, 1)), hidden)
+    changes = (weights != 1).any(1)[:, None, None] & (means != 0)
+    restored = scaled * (old_means / np.where(changes, means, 1))
+    return np.where(changes, restored, hidden)

@@ -103,7 +103,7 @@ def test_threads_must_be_positive(threads: int) -> None:
         open_engine(Bundle.open(EMOJI_BUNDLE), "unet", threads=threads)
 
 
-def test_a_graph_that_is_not_what_the_manifest_says_is_refused(bundle_copy: object) -> None:
+def test_a_graph_that_is_not_what_the_manifest_says_is_refused() -> None:
     bundle = Bundle.open(EMOJI_BUNDLE)
     entry = replace(bundle.manifest.components["unet"], graph="vae_decoder.onnx", graphs={})
     manifest = replace(bundle.manifest, components={**bundle.manifest.components, "unet": entry})

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sdopt.bundle.disk import parse_json
 from sdopt.bundle.files import Bundle, new_folder
 from sdopt.bundle.specs import Profile
 from sdopt.engine import store
@@ -223,12 +224,10 @@ def test_an_engine_that_another_process_removes_meanwhile_is_passed_over(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone, kept = put(bundle), put(bundle, options={"precision": "fp32"})
-    read = store._read  # pyright: ignore[reportPrivateUsage]
 
-    def slow(path: Path) -> object:
-        found = read(path)
+    def remove_then_parse(content: bytes) -> object:
         shutil.rmtree(gone, ignore_errors=True)
-        return found
+        return parse_json(content)
 
-    monkeypatch.setattr(store, "_read", slow)
+    monkeypatch.setattr(store, "parse_json", remove_then_parse)
     assert [s.folder for s in stored(bundle, "tensorrt")] == [kept]
