@@ -1,8 +1,8 @@
-"""diffusers on PyTorch, as the baseline: eager or compiled, in the precisions that the device likes.
+"""The baseline: diffusers on PyTorch, eager or compiled, in the precisions that suit the device.
 
-Only this module of the harness imports torch, and only when a baseline is made. It sets none of the device's clocks,
-and of torch's switches the number of threads alone. What other sides are compared with is computed with TF32 switched
-off (`exact`); every timing is with it as torch sets it: on in convolutions, off in matrix products.
+Only this module of the harness imports torch, and only when a baseline is made. It sets the number of torch's threads
+and nothing else: no clocks of the device, no other switches of torch. The outputs that other sides are compared with
+are computed without TF32 (`exact`). Timings use TF32 as torch does by default: in convolutions, not in matrix products.
 """
 
 from __future__ import annotations
@@ -61,14 +61,16 @@ class Baseline:
 
 
 def find_device(device: str = "auto") -> str:
-    """ "cuda" or "cpu", as asked for or, for "auto", as PyTorch finds it.
+    """The device that is given or, for "auto", "cuda" if PyTorch finds a GPU and "cpu" if not.
 
-    Raises: BackendError if PyTorch is not there, or finds no GPU where one is asked for.
+    Raises: BackendError if PyTorch is missing, or if the device is "cuda" and PyTorch finds no GPU.
     """
-    found = "cuda" if _torch().cuda.is_available() else "cpu"
-    if device == "cuda" != found:
+    has_gpu: bool = _torch().cuda.is_available()
+    if device == "auto":
+        return "cuda" if has_gpu else "cpu"
+    if device == "cuda" and not has_gpu:
         raise BackendError("device cuda: PyTorch finds no NVIDIA GPU here; use --device cpu")
-    return found if device == "auto" else device
+    return device
 
 
 class DiffusersSide:
@@ -100,7 +102,7 @@ class DiffusersSide:
 
     @contextmanager
     def exact(self) -> Generator[None]:
-        """Inside, float32 is float32: convolutions and products of a GPU do without TF32."""
+        """A context in which a GPU computes convolutions and matrix products in float32, without TF32."""
         switches: list[Any] = [self._torch.backends.cudnn, self._torch.backends.cuda.matmul]
         before = [switch.allow_tf32 for switch in switches]
         try:
@@ -126,8 +128,9 @@ class DiffusersSide:
         tensors = {k: self._tensor(v) for k, v in inputs.unet.items()}
         sample, hidden = tensors["sample"], tensors["encoder_hidden_states"]
         added = {k: tensors[k] for k in ("text_embeds", "time_ids") if k in tensors}
-        told = self._torch.tensor(float(inputs.unet["timestep"][0]))  # not in half: bfloat16 has no 999
-        timestep, latents = told.to(self._device, self._timestep().dtype), self._tensor(inputs.latents)
+        timestep = torch.tensor(float(inputs.unet["timestep"][0]))  # not in half: bfloat16 has no 999
+        timestep = timestep.to(self._device, self._timestep().dtype)
+        latents = self._tensor(inputs.latents)
 
         def unet() -> Any:
             return pipe.unet(
@@ -166,7 +169,7 @@ class DiffusersSide:
         ).images  # fmt: skip
 
     def _generators(self) -> list[Any]:
-        """Of the noise that a sampler adds: image i's from seed i, as sdopt's."""
+        """Generators of the noise that a sampler adds. Image i has seed i, as in sdopt."""
         return [self._torch.Generator("cpu").manual_seed(i) for i in range(self._case.batch)]
 
     def _tensor(self, array: Array) -> Any:
@@ -178,7 +181,7 @@ class DiffusersSide:
         return scheduler.timesteps[len(scheduler.timesteps) // 2]
 
     def _conditions(self) -> dict[str, Any]:
-        """One prompt's conditional inputs of the UNet, with guidance below the unconditional ones."""
+        """The UNet's inputs from one prompt. With guidance, the rows without the prompt come first."""
         case, torch = self._case, self._torch
         encoded = self._pipe.encode_prompt(
             prompt=case.prompt, device=self._device, num_images_per_prompt=1, do_classifier_free_guidance=case.guided
@@ -196,15 +199,15 @@ class DiffusersSide:
 
     def _embeds(self, hidden: Any, added: Mapping[str, Any]) -> dict[str, Any]:
         """The pipeline's arguments in place of a prompt."""
-        names = {"prompt_embeds": hidden}
+        embeds = {"prompt_embeds": hidden}
         if "text_embeds" in added:
-            names["pooled_prompt_embeds"] = added["text_embeds"]
+            embeds["pooled_prompt_embeds"] = added["text_embeds"]
         if not self._case.guided:
-            return names
-        halves = {name: both.chunk(2) for name, both in names.items()}
-        return {name: cond for name, (_, cond) in halves.items()} | {
-            f"negative_{name}": uncond for name, (uncond, _) in halves.items()
-        }
+            return embeds
+        halves: dict[str, Any] = {}
+        for name, both in embeds.items():
+            halves[f"negative_{name}"], halves[name] = both.chunk(2)
+        return halves
 
     def _decode(self, latents: Any) -> Any:
         pipe, vae = self._pipe, self._pipe.vae
@@ -217,12 +220,12 @@ class DiffusersSide:
         return pipe.image_processor.postprocess(decoded, output_type="pt")
 
     def _loop_calls(self) -> int:
-        """How often the loop calls the UNet: some schedulers more often than they are asked to."""
+        """How often the loop calls the UNet. Some schedulers call it more than once in a step."""
         self._pipe.scheduler.set_timesteps(self._case.steps)
         return len(self._pipe.scheduler.timesteps)
 
     def _on_device(self, call: Callable[[], Any]) -> Call:
-        """A timed call that ends with its tensor in NumPy; on a GPU, CUDA events time the device's part."""
+        """A timed call, up to the tensor as a NumPy array. On a GPU, CUDA events time the device's part."""
         torch = self._torch
 
         def sample() -> Sample:
@@ -245,7 +248,7 @@ class DiffusersSide:
         return sample
 
     def _compile(self) -> None:
-        """Compile UNet and decoder with the first mode that runs; the first call, here, does the work."""
+        """Compile UNet and decoder with the first mode that runs. The first call compiles, so it is made here."""
         torch, pipe, errors = self._torch, self._pipe, list[str]()
         for mode in COMPILE_MODES[self._device]:
             pipe.unet.compile(mode=mode)
@@ -263,7 +266,7 @@ class DiffusersSide:
 
 @contextmanager
 def _instant(unet: Any, answer: Any) -> Generator[None]:
-    """Inside, the UNet answers at once."""
+    """A context in which the UNet answers at once with `answer`."""
     compiled, unet._compiled_call_impl = unet._compiled_call_impl, None
 
     def forward(*args: Any, **keywords: Any) -> tuple[Any]:
@@ -286,7 +289,7 @@ def _torch() -> Any:
 
 
 def _load(checkpoint: Path, dtype: Any) -> Any:
-    """The checkpoint's pipeline without safety checker and watermark, which sdopt has not either."""
+    """The checkpoint's pipeline without safety checker and watermark, because sdopt has neither."""
     import diffusers
     import diffusers.utils.logging
     import transformers.utils.logging

@@ -1,6 +1,6 @@
-"""Two records of one machine, side by side, and whether the second is slower than is allowed.
+"""Compare two records of one machine, and tell whether the second is slower than allowed.
 
-A component is too slow when even the lower end of its slowdown's 95 % interval is past the limit: noise alone does
+A component is too slow when the lower end of the 95 % interval of its slowdown exceeds the limit. So noise alone does
 not fail a build.
 """
 
@@ -41,7 +41,7 @@ class Change:
 
 
 def unlike(old: Record, new: Record) -> list[str]:
-    """In what the machines differ; empty if they are alike."""
+    """How the machines differ, one text for each difference."""
     before, after = _machine(old), _machine(new)
     return [f"{key}: {before[key]} and {after[key]}" for key in before if before[key] != after[key]]
 
@@ -56,37 +56,50 @@ def _machine(record: Record) -> dict[str, Any]:
 
 
 def changes(old: Record, new: Record, *, side: str = OURS, against: str | None = None) -> list[Change]:
-    """What both records measured of `side`; in the old one the side is `against` where that is given.
+    """The components of `side` that both records measured. If `against` is given, it is the side of the old record.
 
-    Raises: UsageError when a side is in neither result, or nothing in common was measured.
+    Raises: UsageError when a record has no timings of its side, or the records have nothing in common.
     """
     before, after = _series(old, against or side), _series(new, side)
-    found = [
-        Change(case, component, summary(b).median, summary(a).median, min(len(a), len(b)), slowdown(b, a))
-        for (key, component), a in after.items()
-        if (b := before.get((key, component))) is not None
-        for case in [dict(key)["name"]]
-    ]
-    if not found:
+    compared: list[Change] = []
+    for (key, component), new_series in after.items():
+        old_series = before.get((key, component))
+        if old_series is None:
+            continue
+        change = Change(
+            case=dict(key)["name"],
+            component=component,
+            old=summary(old_series).median,
+            new=summary(new_series).median,
+            rounds=min(len(old_series), len(new_series)),
+            ratio=slowdown(old_series, new_series),
+        )
+        compared.append(change)
+    if not compared:
         raise UsageError(
             "the records have nothing in common: a case is the same when its name, model, size, steps, threads and "
             f"device are. Old: {_names(old)}. New: {_names(new)}"
         )
-    return found
+    return compared
 
 
-def table(found: list[Change], fail_over: float | None) -> list[str]:
+def table(compared: list[Change], fail_over: float | None) -> list[str]:
     """The changes as lines of text."""
     lines = [f"{'case':<16}{'component':<14}{'old ms':>10}{'new ms':>10}{'change':>9}  95 % interval"]
-    for c in found:
-        interval = f"{c.ratio.low - 1:+.1%} to {c.ratio.high - 1:+.1%}"
-        verdict = "" if fail_over is None else "too slow" if c.too_slow(fail_over) else ""
-        verdict = verdict if c.judged else f"not judged: {c.rounds} rounds, {MIN_ROUNDS} needed"
-        lines.append(
-            f"{c.case:<16}{c.component:<14}{1e3 * c.old:>10.3f}{1e3 * c.new:>10.3f}{c.ratio.value - 1:>+9.1%}  "
-            f"{interval:<20}{verdict}".rstrip()
-        )
+    for change in compared:
+        names = f"{change.case:<16}{change.component:<14}"
+        medians = f"{1e3 * change.old:>10.3f}{1e3 * change.new:>10.3f}{change.ratio.value - 1:>+9.1%}"
+        interval = f"{change.ratio.low - 1:+.1%} to {change.ratio.high - 1:+.1%}"
+        lines.append(f"{names}{medians}  {interval:<20}{_verdict(change, fail_over)}".rstrip())
     return lines
+
+
+def _verdict(change: Change, fail_over: float | None) -> str:
+    if not change.judged:
+        return f"not judged: {change.rounds} rounds, {MIN_ROUNDS} needed"
+    if fail_over is not None and change.too_slow(fail_over):
+        return "too slow"
+    return ""
 
 
 def to_json(change: Change, fail_over: float | None) -> dict[str, Any]:
@@ -99,16 +112,18 @@ Key = tuple[tuple[str, Any], ...]
 
 
 def _series(record: Record, name: str) -> dict[tuple[Key, str], list[float]]:
-    found: dict[tuple[Key, str], list[float]] = {}
+    """The timings of one side, by case and component."""
+    timings: dict[tuple[Key, str], list[float]] = {}
     for result, side in _sides(record):
         if side["name"] == name and side["failed"] is None:
             case = {**result["case"], "threads": result["threads"], "device": result["device"]}
             key = tuple(sorted(case.items()))
-            found |= {(key, component): series for component, series in side["seconds"].items()}
-    if not found:
+            for component, series in side["seconds"].items():
+                timings[key, component] = series
+    if not timings:
         names = {side["name"] for _, side in _sides(record)}
         raise UsageError(f"side {name!r} has no timings in this record; there are {choices(name, sorted(names))}")
-    return found
+    return timings
 
 
 def _sides(record: Record) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:

@@ -1,4 +1,7 @@
-"""Cost curves: the picture's seconds against steps, pixels or images, from results that differ in nothing else."""
+"""Cost curves: seconds for a picture against steps, pixels or images.
+
+The results of one curve differ in nothing but the quantity on its horizontal axis.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ Result = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Cost:
-    """One family of results along an axis: (x, result) in ascending order of x."""
+    """Results that differ only along one axis, as pairs (x, result) in ascending order of x."""
 
     axis: str
     model: str
@@ -28,50 +31,60 @@ class Cost:
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """The sides that have a picture at more than one x; sdopt's counts only where its parity allows."""
+        """The sides that made a picture at more than one x. Pictures of sdopt below the parity floor do not count."""
         names = [side["name"] for _, result in self.points for side in _shown(result)]
         return tuple(dict.fromkeys(name for name in names if names.count(name) > 1))
 
     def svg(self) -> str:
         """Its plot."""
-        curves = [
-            Curve(name, [(x, summary(s["seconds"]["picture"]).median) for x, s in self._of(name)], colour)
-            for colour, name in enumerate(self.sides)
-        ]
+        curves: list[Curve] = []
+        for colour, name in enumerate(self.sides):
+            points = [(x, summary(side["seconds"]["picture"]).median) for x, side in self._of(name)]
+            curves.append(Curve(name, points, colour))
         return lines(self.title, self.axis, "seconds", curves)
 
     def rows(self) -> list[list[str]]:
-        """Its table: seconds of every side, and how many times as fast sdopt is, where its parity lets it be quoted."""
+        """Its table: seconds of every side, and how many times as fast sdopt is where that may be quoted."""
         others = [name for name in self.sides if name != OURS] if OURS in self.sides else []
         head = [self.axis, *(f"{name}, s" for name in self.sides), *(f"faster than {name} by" for name in others)]
-        found = {name: dict(self._of(name)) for name in self.sides}
+        sides_by_x = {name: dict(self._of(name)) for name in self.sides}
         rows = [head]
         for x, _ in self.points:
-            here = {name: sides.get(x) for name, sides in found.items()}
+            here = {name: sides.get(x) for name, sides in sides_by_x.items()}
             ratios = [_ratio(here[OURS], here[name]) for name in others]
             rows.append([str(x), *(_seconds(side) for side in here.values()), *ratios])
         return rows
 
     def _of(self, name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """The pairs (x, side) of one side."""
         for x, result in self.points:
-            yield from ((x, side) for side in _shown(result) if side["name"] == name)
+            for side in _shown(result):
+                if side["name"] == name:
+                    yield x, side
 
 
 def costs(results: Sequence[Result], axis: str) -> list[Cost]:
     """What can be drawn along an axis: two or more results that differ in it alone."""
-    found: dict[tuple[Any, ...], dict[int, Result]] = {}
+    families: dict[tuple[Any, ...], dict[int, Result]] = {}  # the results by all that has to be equal, then by x
     for result in results:
         case = result["case"]
-        at: dict[str, int] = {"steps": case["steps"], "pixels": case["width"] * case["height"], "images": case["batch"]}
-        x, how = at.pop(axis), [case[name] for name in ("guidance", "backend", "precision", "memory")]
-        found.setdefault((case["model"], *at.values(), *how, result["device"], result["threads"]), {})[x] = result
-    drawn = [Cost(axis, model, sorted(points.items())) for (model, *_), points in found.items()]
+        quantities: dict[str, int] = {
+            "steps": case["steps"],
+            "pixels": case["width"] * case["height"],
+            "images": case["batch"],
+        }
+        x = quantities.pop(axis)
+        settings = [case[name] for name in ("guidance", "backend", "precision", "memory")]
+        key = (case["model"], *quantities.values(), *settings, result["device"], result["threads"])
+        families.setdefault(key, {})[x] = result
+    drawn = [Cost(axis, key[0], sorted(points.items())) for key, points in families.items()]
     return [cost for cost in drawn if cost.sides]
 
 
 def _shown(result: Result) -> list[Mapping[str, Any]]:
-    """The sides of a result that made a picture; sdopt only with a parity that may be quoted."""
-    return [s for s in result["sides"] if s["failed"] is None and (s["quotable"] or s["kind"] != "sdopt")]
+    """The sides of a result that made a picture. sdopt is left out where its speed may not be quoted."""
+    measured = [side for side in result["sides"] if side["failed"] is None]
+    return [side for side in measured if side["quotable"] or side["kind"] != "sdopt"]
 
 
 def _seconds(side: Mapping[str, Any] | None) -> str:

@@ -1,4 +1,4 @@
-"""One case on every side: open, prove the parity, take turns, start cold."""
+"""Measure one case on every side: open all, compare their outputs, time them in turns, start them cold."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Setup:
     def __post_init__(self) -> None:
         object.__setattr__(self, "baselines", [Baseline.parse(name).name for name in self.baselines])
         names = [OURS, *self.baselines, *self.peers]
-        twice = sorted({n for n in names if names.count(n) > 1})
+        twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise UsageError(f"{', '.join(twice)}: a side is named twice; they are {', '.join(names)}")
         if min(self.rounds, self.warmup, self.threads) < 1 or self.cold_rounds < 0:
@@ -69,7 +69,7 @@ def new_record(command: str, results: Sequence[Mapping[str, Any]] = ()) -> dict[
 def run_case(case: Case, setup: Setup, report: Report = print) -> dict[str, Any]:
     """The result of a case, as a record holds it.
 
-    Raises: what sdopt or the reference raise; another side that cannot be opened or called is an entry that says why.
+    Raises: what sdopt or the reference raises. Another side that fails becomes an entry that says why.
     """
     report(f"{case.name}: {case.width}x{case.height}, {case.steps} steps, guidance {case.guidance}")
     bundle = Bundle.open(setup.bundle)
@@ -77,7 +77,7 @@ def run_case(case: Case, setup: Setup, report: Report = print) -> dict[str, Any]
         latents, path = latents_of(case, bundle), Path(folder) / "latents.npy"
         np.save(path, latents)
         request = _request(case, setup, path)
-        entries = _together(case, setup, latents, request, report)
+        entries = _warm_entries(case, setup, latents, request, report)
         add_cold_starts([entry for entry in entries if starts_cold(entry)], setup, request, report)
     return {
         "case": case.to_json(),
@@ -88,10 +88,10 @@ def run_case(case: Case, setup: Setup, report: Report = print) -> dict[str, Any]
     }
 
 
-def _together(
+def _warm_entries(
     case: Case, setup: Setup, latents: Float32, request: Mapping[str, Any], report: Report
 ) -> list[dict[str, Any]]:
-    """The entries of all sides but for the cold start: open all, prove each, take turns, close all."""
+    """The entries of all sides, still without cold starts."""
     with ExitStack() as stack:
         ours = open_side(case, setup.bundle, setup.threads)
         stack.callback(ours.close)
@@ -99,12 +99,15 @@ def _together(
         stack.callback(reference.close)
         opened: dict[str, Side | str] = {OURS: ours, REFERENCE: reference}
         for name in [*setup.baselines, *setup.peers]:
-            if name not in opened:
-                opened[name] = side = _open(name, case, setup, request, report)
-                if not isinstance(side, str):
-                    stack.callback(side.close)
+            if name in opened:
+                continue
+            side = _open(name, case, setup, request, report)
+            opened[name] = side
+            if not isinstance(side, str):
+                stack.callback(side.close)
         inputs = reference.inputs(latents)
-        inputs = ours.first_inputs(inputs) if isinstance(ours, BuiltSide) else inputs
+        if isinstance(ours, BuiltSide):
+            inputs = ours.first_inputs(inputs)
         with reference.exact():
             expected = _outputs(reference.calls(inputs))
         prediction = expected["unet"]
@@ -113,12 +116,12 @@ def _together(
         proven = {name: _prove(name, side, inputs, expected, case, report) for name, side in opened.items()}
         _refuse_failure(proven)
         warm = _warm(proven, setup, report)
-        return [_entry(p, case, warm[name]) for name, p in proven.items()]
+        return [_entry(side, case, warm[name]) for name, side in proven.items()]
 
 
 @dataclass(frozen=True)
 class _Proven:
-    """A side after its first calls: how near their outputs are to the reference's, or why there are none."""
+    """A side after its first calls: their parity with the reference, or why they failed."""
 
     name: str
     side: Side | None
@@ -154,7 +157,7 @@ def _open(name: str, case: Case, setup: Setup, request: Mapping[str, Any], repor
 def _prove(
     name: str, side: Side | str, inputs: Inputs, expected: Mapping[str, Array | None], case: Case, report: Report
 ) -> _Proven:
-    """The first call of every component: it warms up, and its output tells the parity."""
+    """Call every component once. This call warms it up, and its output is compared with the reference."""
     unknown: dict[str, float | None] = {"picture_db": None, "unet_db": None}
     if isinstance(side, str):
         return _Proven(name, None, {}, unknown, side)
@@ -187,7 +190,7 @@ def _warm(proven: Mapping[str, _Proven], setup: Setup, report: Report) -> dict[s
     """Series by side and component; the sides take turns within each component."""
     series: dict[str, dict[str, Series]] = {name: {} for name in proven}
     for component in COMPONENTS:
-        calls = {name: p.calls[component] for name, p in proven.items() if component in p.calls}
+        calls = {name: side.calls[component] for name, side in proven.items() if component in side.calls}
         if not calls:
             continue
         report(f"  {component}: {', '.join(calls)}")
@@ -196,21 +199,25 @@ def _warm(proven: Mapping[str, _Proven], setup: Setup, report: Report) -> dict[s
     return series
 
 
-def _entry(p: _Proven, case: Case, warm: Mapping[str, Series]) -> dict[str, Any]:
-    """A side of the result, but for the cold start."""
-    side = p.side
+def _entry(proven: _Proven, case: Case, warm: Mapping[str, Series]) -> dict[str, Any]:
+    """A side of the result, still without its cold start."""
+    side = proven.side
+    parts: dict[str, list[float]] = {}
+    for component, series in warm.items():
+        for part, seconds in series.parts.items():
+            parts[f"{component}.{part}"] = list(seconds)
     return {
-        "name": p.name,
+        "name": proven.name,
         "kind": side.kind if side else "",
         "backend": side.backend if side else "",
         "precision": side.precision if side else "",
         "note": side.note if side else "",
         "versions": dict(side.versions) if side else {},
-        "failed": p.failed,
-        "parity": dict(p.parity),
-        "quotable": p.failed is None and record.quotable(p.parity, case),
-        "seconds": {name: list(s.seconds) for name, s in warm.items()},
-        "parts": {f"{name}.{part}": list(v) for name, s in warm.items() for part, v in s.parts.items()},
+        "failed": proven.failed,
+        "parity": dict(proven.parity),
+        "quotable": proven.failed is None and record.quotable(proven.parity, case),
+        "seconds": {component: list(series.seconds) for component, series in warm.items()},
+        "parts": parts,
         "memory": {
             "peak_rss_bytes": None,
             "peak_device_bytes": None,
@@ -221,32 +228,38 @@ def _entry(p: _Proven, case: Case, warm: Mapping[str, Series]) -> dict[str, Any]
 
 def parity_db(
     expected: Mapping[str, Array | None],
-    found: Mapping[str, Array | None],
+    outputs: Mapping[str, Array | None],
     name: str,
     peak: float | None = None,
     half_level: float = 0.0,
 ) -> float | None:
-    """dB, or None where there is nothing to compare.
+    """The likeness of one output to the expected one in dB; None if either is missing.
 
-    `half_level`: outputs that were rounded to levels count as equal to what lies within half a level of them.
+    `half_level` is half the step between the levels of an output that was rounded, and 0 for one that was not.
+    Differences of up to half a step count as none.
     Raises: UsageError for different shapes; NumericsError for NaN or infinity.
     """
-    reference, output = expected.get(name), found.get(name)
+    reference, output = expected.get(name), outputs.get(name)
     if reference is None or output is None:
         return None
-    nearest = np.clip(reference, output - half_level, output + half_level) if half_level else output
-    likeness = psnr(reference, nearest, peak)
+    if half_level:
+        output = np.clip(reference, output - half_level, output + half_level)
+    likeness = psnr(reference, output, peak)
     if likeness == -np.inf:
         raise NumericsError(f"{name}: an output has NaN or infinity, so it has no parity")
     return round(likeness, 2)
 
 
 def starts_cold(entry: dict[str, Any]) -> bool:
-    """Whether a side is started in fresh processes; a compiled one is not, and its note says so."""
+    """Whether a side is started in fresh processes. A compiled one is not, and gets a note that says so."""
     compiled = entry["kind"] == "diffusers" and Baseline.parse(entry["name"]).compiled
     if compiled:
-        entry["note"] = f"{entry['note']}; not started cold, compiling takes minutes".lstrip("; ")
+        _add_note(entry, "not started cold, compiling takes minutes")
     return entry["failed"] is None and not compiled
+
+
+def _add_note(entry: dict[str, Any], text: str) -> None:
+    entry["note"] = f"{entry['note']}; {text}".lstrip("; ")
 
 
 def add_cold_starts(
@@ -255,13 +268,14 @@ def add_cold_starts(
     """Add the cold starts and the memory of fresh processes to the entries."""
     if not setup.cold_rounds or not entries:
         return
-    report(f"  cold_start: {', '.join(e['name'] for e in entries)}")
-    peaks: dict[str, list[int]] = {e["name"]: [] for e in entries}
+    report(f"  cold_start: {', '.join(entry['name'] for entry in entries)}")
+    peaks: dict[str, list[int]] = {entry["name"]: [] for entry in entries}
 
     def start(name: str) -> Callable[[], Sample]:
         def call() -> Sample:
             sample, peak = cold_start(command_of(name, setup.peers), request)
-            peaks[name] += [peak] if peak is not None else []
+            if peak is not None:
+                peaks[name].append(peak)
             return sample
 
         return call
@@ -271,13 +285,15 @@ def add_cold_starts(
             start(entry["name"])()  # brings the files into memory
         except BackendError as error:
             del peaks[entry["name"]]
-            entry["note"] = f"{entry['note']}; cold start failed: {error}".lstrip("; ")
+            _add_note(entry, f"cold start failed: {error}")
             report(f"  {entry['name']}: {entry['note']}")
     series = interleaved({name: start(name) for name in peaks}, setup.cold_rounds, warmup=0)
-    for entry in (e for e in entries if e["name"] in series):
+    for entry in entries:
+        if entry["name"] not in series:
+            continue
         taken = series[entry["name"]]
         entry["seconds"]["cold_start"] = list(taken.seconds)
-        entry["parts"] |= {f"cold_start.{part}": list(v) for part, v in taken.parts.items()}
+        entry["parts"] |= {f"cold_start.{part}": list(seconds) for part, seconds in taken.parts.items()}
         entry["memory"]["peak_rss_bytes"] = max(peaks[entry["name"]], default=None)
         if setup.device != "cpu":
             _, entry["memory"]["peak_device_bytes"] = machine.with_peak_device_bytes(start(entry["name"]))

@@ -1,4 +1,4 @@
-"""The machine that a record was made on, as far as it decides the figures. It is read, never set."""
+"""What a record tells of its machine: all that influences the timings. Nothing of the machine is changed."""
 
 from __future__ import annotations
 
@@ -29,27 +29,28 @@ T = TypeVar("T")
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory, system, and how busy it was beforehand (processes that want to run, over a minute)."""
+    """Processor, cores, memory, system, and the load average of the minute before."""
+    has_sysconf, has_load = hasattr(os, "sysconf"), hasattr(os, "getloadavg")  # not on Windows
     return {
         "cpu": _cpu(),
         "cores": usable_cores(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if has_sysconf else 0,
         "system": platform.system(),
         "release": platform.platform(),
         "architecture": platform.machine(),
-        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0,
+        "load_before": round(os.getloadavg()[0], 2) if has_load else 0.0,
     }
 
 
 def versions() -> dict[str, str]:
     """Python, sdopt, and the libraries that are installed."""
-    found = {"python": platform.python_version(), "sdopt": __version__}
+    installed = {"python": platform.python_version(), "sdopt": __version__}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def commit() -> str | None:
@@ -63,20 +64,22 @@ def commit() -> str | None:
 
 
 def gpu() -> dict[str, str] | None:
-    """What nvidia-smi tells of the first GPU; None without one."""
+    """The first GPU as nvidia-smi describes it; None without one."""
     text = _output("nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits", "--id=0")
     rows = list(csv.reader((text or "").splitlines(), skipinitialspace=True))
-    return dict(zip(GPU_FIELDS, rows[0], strict=True)) if rows and len(rows[0]) == len(GPU_FIELDS) else None
+    if not rows or len(rows[0]) != len(GPU_FIELDS):
+        return None
+    return dict(zip(GPU_FIELDS, rows[0], strict=True))
 
 
 def device_bytes() -> int | None:
-    """Memory in use on the first GPU, by whomever; None without one."""
+    """The memory of the first GPU that is in use, by any process; None without a GPU."""
     text = _output("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0")
     return int(text) << 20 if text and text.strip().isdigit() else None
 
 
 def with_peak_device_bytes(run: Callable[[], T]) -> tuple[T, int | None]:
-    """`run()`, and by how much it raised the memory in use on the GPU at most: asked ten times a second."""
+    """(the result of `run`, by how much it raised the GPU's memory in use at most, read ten times a second)"""
     before = device_bytes()
     if before is None:
         return run(), None

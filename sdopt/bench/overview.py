@@ -1,7 +1,7 @@
-"""The figures of every case in one small table and one plot, for the page that a newcomer reads first.
+"""One small table and one plot of all cases, for the page that a newcomer reads first.
 
-A row is one picture from end to end, or a cold start that was measured often enough. Its speed-up is against
-diffusers in float32, and against the fastest other side that makes the same picture.
+A row is a picture from end to end, or a cold start that was measured often enough. It has two speed-ups: over
+diffusers in float32, and over the fastest other side that makes the same picture.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sdopt.bench.sides import OURS
 from sdopt.bench.stats import paired_ratio, summary
 from sdopt.bench.svg import Bar, bars
 
-COLD_ROUNDS = 3  # fewer cold starts are in the full tables alone
+COLD_ROUNDS = 3  # with fewer cold starts, a case has no row of them here
 HEAD = [
     "one picture, end to end",
     OURS,
@@ -40,7 +40,7 @@ def rows(records: Sequence[Record]) -> list[list[str]]:
 
 
 def svg(records: Sequence[Record]) -> str:
-    """The plot: a group of bars for each case whose speed may be quoted; empty where there is none."""
+    """The plot: a group of bars for each case whose speed may be quoted; empty without such a case."""
     shown = [result for result in _results(records) if result["sides"][0]["quotable"]]
     names = dict.fromkeys(side["name"] for result in shown for side in _with(result, "picture"))
     colours = {name: colour for colour, name in enumerate(names)}
@@ -65,8 +65,9 @@ def _results(records: Sequence[Record]) -> list[Result]:
 
 
 def _label(case: Mapping[str, Any]) -> str:
-    """A case in words; what is everybody's default is left out."""
-    words = [f"{case['model']} {case['width']}x{case['height']}", f"{case['steps']} step{'s' * (case['steps'] > 1)}"]
+    """A case in words, without values that are defaults."""
+    steps = "1 step" if case["steps"] == 1 else f"{case['steps']} steps"
+    words = [f"{case['model']} {case['width']}x{case['height']}", steps]
     if case["batch"] > 1:
         words.append(f"{case['batch']} images")
     if case["precision"] not in ("auto", "float32", "fp32"):
@@ -101,7 +102,9 @@ def _row(label: str, part: str, result: Result) -> list[str]:
 
 
 def _ratio(ours: Side, other: Side, part: str) -> str:
-    return str(paired_ratio(other["seconds"][part], ours["seconds"][part])) if ours["quotable"] else "not quoted"
+    if not ours["quotable"]:
+        return "not quoted"
+    return str(paired_ratio(other["seconds"][part], ours["seconds"][part]))
 
 
 def _time(side: Side, part: str) -> str:

@@ -1,7 +1,7 @@
-"""Tables (Markdown) and plots (SVG) from records. Every number here is computed from their raw timings.
+"""Tables (Markdown) and plots (SVG) from records. Every number is computed from the raw timings of the records.
 
-A speed-up is the other side's time divided by sdopt's, pair by pair: below 1 the other side is faster. It is quoted
-only where sdopt's parity is above the case's floors.
+A speed-up is the other side's time divided by sdopt's, pair by pair. Below 1, the other side is faster. A speed-up is
+quoted only where sdopt's parity is above the case's floors.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ PARTS = {
     "cold_start.load": "cold start: load",
     "cold_start.picture": "cold start: first picture",
 }
-BESIDE = {"step": "unet"}  # a whole step beside a call of the UNet alone: what is added counts against sdopt
+# component of sdopt -> what it is compared with where the other side does not have it. A step does more than the UNet
+# alone, so this comparison is to sdopt's disadvantage.
+BESIDE = {"step": "unet"}
 Result = Mapping[str, Any]
 
 
@@ -52,48 +54,56 @@ def report(
     The results of `more` only join the cost curves.
     """
     parts, plots = list[str](), dict[str, str]()
-    for i, (record, result) in enumerate((r, result) for r in records for result in r["results"]):
-        name = f"{stem}-{i + 1}-{_file(result['case']['name'])}"
+    pairs = [(record, result) for record in records for result in record["results"]]
+    for number, (record, result) in enumerate(pairs, 1):
+        name = f"{stem}-{number}-{_file(result['case']['name'])}"
         drawn = {f"{name}-latency.svg": _latency(result), f"{name}-speedup.svg": _speedup(result)}
         drawn = {file: text for file, text in drawn.items() if text}
         plots |= drawn
-        shown = [f"![{Path(file).stem}]({Path(folder, file).as_posix()})" for file in drawn]
-        parts.append("\n\n".join([*_tables(record, result), *shown]))
+        parts.append("\n\n".join([*_tables(record, result), *(_shown(folder, file) for file in drawn)]))
     results = [result for record in (*records, *more) for result in record["results"]]
     for axis in AXES:
-        for i, cost in enumerate(costs(results, axis)):
-            file = f"{stem}-{axis}-{i + 1}-{_file(cost.model)}.svg"
+        for number, cost in enumerate(costs(results, axis), 1):
+            file = f"{stem}-{axis}-{number}-{_file(cost.model)}.svg"
             plots[file] = cost.svg()
-            shown = f"![{Path(file).stem}]({Path(folder, file).as_posix()})"
-            parts += [f"**{cost.title}**", _markdown(cost.rows()), shown]
+            parts += [f"**{cost.title}**", _markdown(cost.rows()), _shown(folder, file)]
     parts += [f"<sub>{_machine(record)}.</sub>\n\n    {record['command']}" for record in more]
     return "\n\n".join(parts) + "\n", plots
 
 
+def _shown(folder: str, file: str) -> str:
+    """The Markdown that shows a plot."""
+    return f"![{Path(file).stem}]({Path(folder, file).as_posix()})"
+
+
 def _file(name: str) -> str:
-    """The name as a part of a file's name."""
+    """The name with only those characters that suit the name of a file."""
     return re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip(".-")
 
 
 def short_report(
     records: Sequence[Record], stem: str = "bench", folder: str = "", more: Sequence[Record] = ()
 ) -> tuple[str, dict[str, str]]:
-    """The same for a page with room for one small table and one plot; `more` has no place in it."""
-    file, drawn = f"{stem}-overview.svg", overview.svg(records)
-    shown = [f"![{Path(file).stem}]({Path(folder, file).as_posix()})"] if drawn else []
-    parts = [_markdown(overview.rows(records)), f"<sub>{overview.note(records)}.</sub>", *shown]
-    return "\n\n".join(parts) + "\n", {file: drawn} if drawn else {}
+    """The same as one small table and at most one plot. `more` is not used."""
+    parts = [_markdown(overview.rows(records)), f"<sub>{overview.note(records)}.</sub>"]
+    plots: dict[str, str] = {}
+    drawn = overview.svg(records)
+    if drawn:
+        file = f"{stem}-overview.svg"
+        plots[file] = drawn
+        parts.append(_shown(folder, file))
+    return "\n\n".join(parts) + "\n", plots
 
 
 SECTIONS = {"bench": report, "bench-overview": short_report}  # what is written between the marks of this name
 
 
 def write(path: Path, records: Sequence[Record], plots: Path | None = None, more: Sequence[Record] = ()) -> list[Path]:
-    """Write the report to `path` and its plots to the folder `plots` (beside it, unless given); the files written.
+    """Write the report to `path` and its plots to the folder `plots` (default: beside it). Return the files written.
 
-    A file that has the marks `<!-- bench:start -->` and `<!-- bench:end -->` is kept, and only what is between them
-    is replaced. Between `<!-- bench-overview:start -->` and `<!-- bench-overview:end -->` comes the short report.
-    Raises: UsageError for a file with one of two marks alone.
+    If the file has the marks `<!-- bench:start -->` and `<!-- bench:end -->`, only the text between them is replaced.
+    The short report is written between `<!-- bench-overview:start -->` and `<!-- bench-overview:end -->`.
+    Raises: UsageError for a file with only one of two marks.
     """
     folder = plots or path.parent
     stem = "bench" if plots else path.stem
@@ -119,11 +129,17 @@ def _marks(name: str) -> tuple[str, str]:
 
 
 def _is_marked(path: Path, text: str, name: str) -> bool:
-    """Whether a text has both marks of a section. Raises: UsageError where it has one, or the second one first."""
+    """Whether a text has both marks of a section.
+
+    Raises: UsageError if it has only one of them, or the second one first.
+    """
     start, end = _marks(name)
-    if (start in text) != (end in text) or text.find(start) > text.find(end):
+    if start not in text and end not in text:
+        return False
+    start_at, end_at = text.find(start), text.find(end)
+    if min(start_at, end_at) < 0 or start_at > end_at:
         raise UsageError(f"{path}: it has to have both {start} and {end}, in this order, or neither")
-    return start in text
+    return True
 
 
 def _replaced(text: str, name: str, section: str) -> str:
@@ -137,47 +153,43 @@ def _replaced(text: str, name: str, section: str) -> str:
 
 
 def _tables(record: Record, result: Result) -> list[str]:
-    case = result["case"]
+    case, sides = result["case"], result["sides"]
+    images = "1 image" if case["batch"] == 1 else f"{case['batch']} images"
     heading = (
         f"**{case['model']}, {case['width']}x{case['height']}, {case['steps']} steps, guidance {case['guidance']:g}, "
-        f"{case['batch']} image{'s' * (case['batch'] > 1)}** (case `{case['name']}`)"
+        f"{images}** (case `{case['name']}`)"
     )
-    failed = [f"- {s['name']} could not be measured: {_line(s['failed'])}" for s in result["sides"] if s["failed"]]
-    notes = [f"- {s['name']}: {_line(s['note'])}" for s in result["sides"] if s["note"]]
-    marks = [*failed, *notes, *_not_quoted(result), *_unlike_pictures(result)]
-    return [
-        heading,
-        _timings(result),
-        _ratios(result),
-        *(["\n".join(marks)] if marks else []),
-        _provenance(record, result),
-    ]
+    tables = [heading, _timings(result), _ratios(result)]
+    failed = [f"- {side['name']} could not be measured: {_line(side['failed'])}" for side in sides if side["failed"]]
+    notes = [f"- {side['name']}: {_line(side['note'])}" for side in sides if side["note"]]
+    remarks = [*failed, *notes, *_not_quoted(result), *_unlike_pictures(result)]
+    if remarks:
+        tables.append("\n".join(remarks))
+    return [*tables, _provenance(record, result)]
 
 
 def _timings(result: Result) -> str:
-    """Median milliseconds (10th to 90th percentile) of every side, component by component; memory and parity below."""
+    """A table of every side: milliseconds of each component, then memory, then parity."""
     sides = _measured(result)
-    rows = [["ms, median (p10-p90)", *(s["name"] for s in sides)]]
-    for component, title in TITLES.items():
-        if any(component in s["seconds"] for s in sides):
-            rows.append([title, *(_timing(s["seconds"].get(component)) for s in sides)])
-    for part, title in PARTS.items():
-        if any(part in s["parts"] for s in sides):
-            rows.append([title, *(_timing(s["parts"].get(part)) for s in sides)])
-    rows.append(
-        ["engines on disk, MB", *(_megabytes(sum(s["memory"]["engine_bytes"].values()) or None) for s in sides)]
-    )
-    if any(s["memory"]["peak_rss_bytes"] is not None for s in sides):
-        rows.append(["peak memory of a fresh process, MB", *(_megabytes(s["memory"]["peak_rss_bytes"]) for s in sides)])
-    if any(s["memory"]["peak_device_bytes"] is not None for s in sides):
-        rows.append(["peak GPU memory, MB", *(_megabytes(s["memory"]["peak_device_bytes"]) for s in sides)])
-    rows.append(["parity of the picture, dB", *(_decibel(s["parity"]["picture_db"]) for s in sides)])
-    rows.append(["parity of one UNet call, dB", *(_decibel(s["parity"]["unet_db"]) for s in sides)])
+    memories = [side["memory"] for side in sides]
+    rows = [["ms, median (p10-p90)", *(side["name"] for side in sides)]]
+    for key, titles in (("seconds", TITLES), ("parts", PARTS)):
+        for name, title in titles.items():
+            if any(name in side[key] for side in sides):
+                rows.append([title, *(_timing(side[key].get(name)) for side in sides)])
+    engine_bytes = [sum(memory["engine_bytes"].values()) or None for memory in memories]
+    rows.append(["engines on disk, MB", *map(_megabytes, engine_bytes)])
+    peaks = {"peak_rss_bytes": "peak memory of a fresh process, MB", "peak_device_bytes": "peak GPU memory, MB"}
+    for key, title in peaks.items():
+        if any(memory[key] is not None for memory in memories):
+            rows.append([title, *(_megabytes(memory[key]) for memory in memories)])
+    rows.append(["parity of the picture, dB", *(_decibel(side["parity"]["picture_db"]) for side in sides)])
+    rows.append(["parity of one UNet call, dB", *(_decibel(side["parity"]["unet_db"]) for side in sides)])
     return _markdown(rows)
 
 
 def _ratios(result: Result) -> str:
-    """How many times as fast sdopt is, with the 95 % interval; where the other side is faster it says so."""
+    """A table of how many times as fast sdopt is, with the 95 % interval. It says where the other side is faster."""
     ours, others = result["sides"][0], _measured(result)[1:]
     compared = ("picture", "unet", "step", "vae_decoder", "text_encoder", "cold_start")
     components = [c for c in compared if c in ours["seconds"]]
@@ -193,22 +205,21 @@ def _ratio(ours: Mapping[str, Any], other: Mapping[str, Any], component: str) ->
         return "-"
     if not ours["quotable"]:
         return "not quoted"
-    e = paired_ratio(theirs, ours["seconds"][component])
-    verdict = f" ({other['name']} is faster)" if e.high < 1 else ""
-    return f"{e}{verdict}"
+    ratio = paired_ratio(theirs, ours["seconds"][component])
+    return f"{ratio} ({other['name']} is faster)" if ratio.high < 1 else str(ratio)
 
 
 def _not_quoted(result: Result) -> list[str]:
-    """What the table leaves out, struck: the parity is below the floor, so the speed is not of the same picture."""
+    """The speed-ups that the table leaves out, struck through, because sdopt made another picture."""
     ours, case = result["sides"][0], result["case"]
     if ours["quotable"]:
         return []
     floors = f"the floors are {case['picture_floor_db']:g} and {case['unet_floor_db']:g} dB"
     at = f"{_decibel(ours['parity']['picture_db'])} dB (picture), {_decibel(ours['parity']['unet_db'])} dB (UNet)"
-    struck = [
-        f"~~{paired_ratio(o['seconds']['picture'], ours['seconds']['picture']).value:.2f}x {o['name']}~~"
-        for o in _measured(result)[1:]
-    ]
+    struck: list[str] = []
+    for other in _measured(result)[1:]:
+        ratio = paired_ratio(other["seconds"]["picture"], ours["seconds"]["picture"])
+        struck.append(f"~~{ratio.value:.2f}x {other['name']}~~")
     return [f"- not quoted: {', '.join(struck)}: sdopt's parity is {at}; {floors}"]
 
 
@@ -218,8 +229,9 @@ def _unlike_pictures(result: Result) -> list[str]:
 
 
 def _provenance(record: Record, result: Result) -> str:
-    own = {f"{s['name']}: {_pairs(s['versions'])}" for s in _measured(result) if s["kind"] == "peer"}
-    texts = [_machine(record), f"{result['threads']} threads, device {result['device']}", *sorted(own)]
+    peers = [side for side in _measured(result) if side["kind"] == "peer"]
+    versions = sorted({f"{peer['name']}: {_pairs(peer['versions'])}" for peer in peers})
+    texts = [_machine(record), f"{result['threads']} threads, device {result['device']}", *versions]
     return f"<sub>{'; '.join(texts)}.</sub>\n\n    {record['command']}"
 
 
@@ -249,13 +261,17 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 def _timing(series: Sequence[float] | None) -> str:
     if series is None:
         return "-"
-    s = summary(series)
-    return f"{_ms(s.median)} ({_ms(s.p10)}-{_ms(s.p90)})"
+    times = summary(series)
+    return f"{_ms(times.median)} ({_ms(times.p10)}-{_ms(times.p90)})"
 
 
 def _ms(seconds: float) -> str:
+    """Milliseconds; the larger they are, the fewer decimals."""
     ms = 1e3 * seconds
-    return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}" if ms >= 1 else f"{ms:.3f}"
+    for least, decimals in ((100, 0), (10, 1), (1, 2)):
+        if ms >= least:
+            return f"{ms:.{decimals}f}"
+    return f"{ms:.3f}"
 
 
 def _megabytes(count: int | None) -> str:
@@ -283,28 +299,31 @@ def _latency(result: Result) -> str:
         group: list[Bar] = []
         for colour, side in enumerate(result["sides"]):
             if component in side["seconds"]:
-                s = summary(side["seconds"][component])
-                mark = "" if side["quotable"] else " *"
-                group.append(Bar(side["name"] + mark, f"{_ms(s.median)} ms", s.median, s.p10, s.p90, colour))
+                times = summary(side["seconds"][component])
+                name = side["name"] if side["quotable"] else f"{side['name']} *"
+                group.append(Bar(name, f"{_ms(times.median)} ms", times.median, times.p10, times.p90, colour))
         if group:
             groups.append((TITLES[component], group))
     return bars(f"{_title(result)}: latency, median and p10-p90 (* below the parity floor)", groups)
 
 
 def _speedup(result: Result) -> str:
-    """Bars of the quoted speed-ups; empty where there are none."""
+    """Bars of the speed-ups; empty if none may be quoted."""
     ours = result["sides"][0]
+    if not ours["quotable"]:
+        return ""
     groups: list[tuple[str, list[Bar]]] = []
     for component in ("picture", "unet", "cold_start"):
         group: list[Bar] = []
         for colour, other in enumerate(result["sides"]):
-            if other is not ours and component in other["seconds"] and component in ours["seconds"]:
-                e = paired_ratio(other["seconds"][component], ours["seconds"][component])
-                group.append(Bar(other["name"], f"{e.value:.2f}x", e.value, e.low, e.high, colour))
+            both_measured = component in other["seconds"] and component in ours["seconds"]
+            if other is not ours and both_measured:
+                ratio = paired_ratio(other["seconds"][component], ours["seconds"][component])
+                group.append(Bar(other["name"], f"{ratio.value:.2f}x", ratio.value, ratio.low, ratio.high, colour))
         if group:
             groups.append((f"{TITLES[component]}: other time / sdopt's", group))
     title = f"{_title(result)}: speed-up of sdopt, 95 % interval (line: equal)"
-    return bars(title, groups, mark=1.0) if groups and ours["quotable"] else ""
+    return bars(title, groups, mark=1.0) if groups else ""
 
 
 def _title(result: Result) -> str:

@@ -1,10 +1,12 @@
-"""What is measured: sdopt itself, and what every side has to offer.
+"""The sides that are measured: what each of them offers, and sdopt itself.
 
-text_encoder   the prompt (and the empty one, with guidance) to embeddings, tokenizer and all
-unet           one call, with guidance for both halves
-step           in place of `unet` where a whole step is one launch (`sdopt.bench.built`): guidance and sampler too
-host_step      the host's time for a step of such a loop, in which it waits for nothing
-loop_step      one step of the loop when the UNet answers at once: guidance, sampler, checks
+The components that a side may have:
+
+text_encoder   the prompt to embeddings, tokenizer included; with guidance the empty prompt too
+unet           one call; with guidance it has both halves
+step           UNet, guidance and sampler in one launch, in place of `unet`; only `sdopt.bench.built` has it
+host_step      the host's time for a step of that loop, which does not wait for the GPU
+loop_step      one step of the loop with a UNet that answers at once: guidance, sampler, checks
 vae_decoder    latents to a picture in 0..1
 picture        prompt and latents to a picture in 0..1, end to end
 """
@@ -40,7 +42,7 @@ class Inputs:
 
 
 class Side(Protocol):
-    """A program that makes the case's picture, loaded, and its parts as timed calls."""
+    """A loaded program that makes the case's picture, with its components as timed calls."""
 
     name: str
     kind: str
@@ -49,7 +51,7 @@ class Side(Protocol):
     note: str
     versions: Mapping[str, str]
     engine_bytes: Mapping[str, int]
-    half_level: float  # half a step of a picture that has few bits: it is compared up to that
+    half_level: float  # half the step between the levels of a rounded picture: smaller differences do not count
 
     def calls(self, inputs: Inputs) -> Mapping[str, Call]: ...
     def close(self) -> None: ...
@@ -71,13 +73,12 @@ class SdoptSide:
 
     def __init__(self, case: Case, bundle: Path, threads: int) -> None:
         self._case = case
+        opened = Bundle.open(bundle)
         how: dict[str, Any] = {"precision": precision_for(case), "memory": case.memory, "threads": threads}
-        self._pipe = Pipeline(EnginePool(Bundle.open(bundle), case.backend, **how))
+        self._pipe = Pipeline(EnginePool(opened, case.backend, **how))
         self.backend, self.precision = self._pipe.backend, self._pipe.precision
         self.versions: Mapping[str, str] = {}
-        self.engine_bytes: Mapping[str, int] = {
-            name: self._pipe.bundle.nbytes(name) for name in self._pipe.bundle.components
-        }
+        self.engine_bytes: Mapping[str, int] = {name: opened.nbytes(name) for name in opened.components}
 
     @property
     def bundle(self) -> Bundle:
@@ -85,18 +86,21 @@ class SdoptSide:
 
     def calls(self, inputs: Inputs) -> Mapping[str, Call]:
         case, pipe = self._case, self._pipe
-        zeros = self.bundle.manifest.conditioning.zeros_for_empty
-        texts = [case.prompt, ""] if case.guided and not zeros else [case.prompt]
-        loop = Pipeline(EnginePool(self.bundle, given={"unet": _Instant(np.zeros_like(inputs.unet["sample"]))}))
-        embeds, steps = embeds_of(case, inputs), len(loop_steps(loop, case, inputs))
-        unet = _once(self.bundle, inputs.unet, case.batch)
+        texts = [case.prompt]
+        if case.guided and not self.bundle.manifest.conditioning.zeros_for_empty:
+            texts.append("")
+        instant_unet = _Instant(np.zeros_like(inputs.unet["sample"]))
+        loop = Pipeline(EnginePool(self.bundle, given={"unet": instant_unet}))
+        embeds = embeds_of(case, inputs)
+        unet_inputs = _shared_once(self.bundle, inputs.unet, case.batch)
+
+        def run_loop() -> Array:
+            return loop(None, output_type="latent", latents=inputs.latents, **options(case), **embeds).images
+
         return {
             "text_encoder": timed(lambda: pipe.encode(texts)),
-            "unet": timed(lambda: pipe.engine("unet")(**unet)["noise_pred"]),
-            "loop_step": timed(
-                lambda: loop(None, output_type="latent", latents=inputs.latents, **options(case), **embeds).images,
-                per=steps,
-            ),
+            "unet": timed(lambda: pipe.engine("unet")(**unet_inputs)["noise_pred"]),
+            "loop_step": timed(run_loop, per=len(loop_steps(loop, case, inputs))),
             "vae_decoder": timed(lambda: pipe.decode(inputs.latents, "np")),
             "picture": timed(lambda: picture(pipe, case, inputs.latents)),
         }
@@ -106,9 +110,10 @@ class SdoptSide:
 
 
 def precision_for(case: Case) -> str:
-    """What a pipeline is told: a backend whose engines are built runs them in the precision that they have."""
-    entry = BACKENDS.get(case.backend.partition(":")[0])
-    return "auto" if entry is not None and not entry.precisions else case.precision
+    """The precision to open a pipeline with. Engines that were built have their own, so it is "auto" for them."""
+    backend = BACKENDS.get(case.backend.partition(":")[0])
+    has_built_engines = backend is not None and not backend.precisions
+    return "auto" if has_built_engines else case.precision
 
 
 def picture(pipe: Pipeline, case: Case, latents: Float32) -> Array:
@@ -117,7 +122,7 @@ def picture(pipe: Pipeline, case: Case, latents: Float32) -> Array:
 
 
 def loop_steps(loop: Pipeline, case: Case, inputs: Inputs) -> Sequence[Any]:
-    """The steps of the case's loop; some samplers call the UNet more often than they are asked to."""
+    """The steps of the case's loop. Some samplers call the UNet more than once for each step of the case."""
     return list(loop.denoise(None, latents=inputs.latents, **options(case), **embeds_of(case, inputs)))
 
 
@@ -132,19 +137,19 @@ def options(case: Case) -> Any:
 
 
 def embeds_of(case: Case, inputs: Inputs) -> Any:
-    """The embeddings in the UNet's inputs, under the names that a pipeline takes them by."""
+    """The embeddings among the UNet's inputs, under the names of a pipeline's arguments."""
     names = {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "text_embeds"}
-    found = {name: inputs.unet[key] for name, key in names.items() if key in inputs.unet}
+    embeds = {name: inputs.unet[key] for name, key in names.items() if key in inputs.unet}
     if not case.guided:
-        return found
-    halves = {name: np.split(both, 2) for name, both in found.items()}
-    return {name: cond for name, (_, cond) in halves.items()} | {
-        f"negative_{name}": uncond for name, (uncond, _) in halves.items()
-    }
+        return embeds
+    halves: dict[str, Float32] = {}
+    for name, both in embeds.items():
+        halves[f"negative_{name}"], halves[name] = np.split(both, 2)
+    return halves
 
 
-def _once(bundle: Bundle, arrays: Mapping[str, Float32], images: int) -> dict[str, Float32]:
-    """The UNet's inputs, those that both halves of guidance share only once where its graph takes them so."""
+def _shared_once(bundle: Bundle, arrays: Mapping[str, Float32], images: int) -> dict[str, Float32]:
+    """The UNet's inputs. An input that its graph takes once for both halves of guidance is cut to one half."""
     shared = {spec.name for spec in bundle.component("unet").inputs if spec.shape[0] == "images"}
     return {name: array[:images] if name in shared else array for name, array in arrays.items()}
 

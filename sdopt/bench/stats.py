@@ -1,6 +1,6 @@
-"""What a list of timings says: median and spread, and a ratio with its 95 % interval.
+"""Statistics of timings: median and spread, and ratios with their 95 % intervals.
 
-Timings have long right tails, so everything is a median; intervals are bootstrap percentiles, with a fixed seed.
+Timings have long right tails, so every value is a median. Intervals are bootstrap percentiles, with a fixed seed.
 Ref: Efron & Tibshirani 1993, An Introduction to the Bootstrap, section 13.3.
 """
 
@@ -19,7 +19,7 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Summary:
-    """A series in four numbers; seconds as they came."""
+    """The number of timings, their median and their 10th and 90th percentile, in seconds."""
 
     n: int
     median: float
@@ -29,7 +29,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its 95 % interval; of a single pair the interval is the value."""
+    """A value and its 95 % interval. The interval of a single pair is the value itself."""
 
     value: float
     low: float
@@ -46,7 +46,7 @@ def summary(series: Sequence[float]) -> Summary:
 
 
 def paired_ratio(above: Sequence[float], below: Sequence[float], seed: int = 0) -> Estimate:
-    """The median of `above[i] / below[i]`: both of a pair were measured within one round.
+    """The median of `above[i] / below[i]`. The two timings of a pair come from the same round.
 
     Raises: UsageError for series of different length.
     """
@@ -57,7 +57,7 @@ def paired_ratio(above: Sequence[float], below: Sequence[float], seed: int = 0) 
 
 
 def slowdown(old: Sequence[float], new: Sequence[float], seed: int = 0) -> Estimate:
-    """median(new) / median(old), for two runs that have no pairs: 1.1 is a tenth slower."""
+    """median(new) / median(old) of two runs without pairs. 1.1 is a tenth slower."""
     rng = np.random.default_rng(seed)
     before, after = _checked(old), _checked(new)
     return _estimate(float(np.median(after) / np.median(before)), _medians(after, rng) / _medians(before, rng))

@@ -1,4 +1,4 @@
-"""Calls that tell how long they took, and the order in which several sides take turns."""
+"""Timed calls, and the order in which several sides take turns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sdopt.errors import UsageError
 
 @dataclass(frozen=True)
 class Sample:
-    """One timed call: seconds of wall clock, what it gave, and seconds of its parts by name (`device`: CUDA events)."""
+    """One timed call: its seconds, its output, and the seconds of its parts by name (`device`: by CUDA events)."""
 
     seconds: float
     output: Array | None = None
@@ -21,7 +21,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Series:
-    """The samples of one side: seconds in the order of the rounds, of the whole and of the parts, and one output."""
+    """The samples of one side, in the order of the rounds: seconds of the call and of its parts, and one output."""
 
     seconds: tuple[float, ...]
     parts: Mapping[str, tuple[float, ...]]
@@ -32,7 +32,7 @@ Call = Callable[[], Sample]
 
 
 def timed(call: Callable[[], Array], per: int = 1) -> Call:
-    """`call` as a timed one; the time is divided by `per`, for what happens so many times in it."""
+    """`call` as a timed call. Its time is divided by `per`, the number of times that it repeats what is measured."""
 
     def sample() -> Sample:
         started = time.perf_counter()
@@ -43,9 +43,9 @@ def timed(call: Callable[[], Array], per: int = 1) -> Call:
 
 
 def interleaved(calls: Mapping[str, Call], rounds: int, warmup: int = 1) -> dict[str, Series]:
-    """Every call `rounds` times after `warmup` untimed ones: A B C, C B A, A B C ... so that a drift of the machine
-    falls on all alike, and round i of one is the pair of round i of another.
+    """Make `warmup` untimed calls of each side, then `rounds` rounds of timed ones in the order A B C, C B A, A B C ...
 
+    So a drift of the machine affects all sides alike, and the timings of one round are pairs.
     Raises: UsageError unless rounds >= 1 and warmup >= 0.
     """
     if rounds < 1 or warmup < 0:
@@ -61,7 +61,7 @@ def interleaved(calls: Mapping[str, Call], rounds: int, warmup: int = 1) -> dict
 
 
 def turn(names: Sequence[str], i: int) -> list[str]:
-    """The order of round `i`: as given, and every other time backwards."""
+    """The order of round `i`: as given if `i` is even, else backwards."""
     return list(names) if i % 2 == 0 else list(reversed(names))
 
 

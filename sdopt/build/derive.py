@@ -1,4 +1,4 @@
-"""The typed graph of one engine: fused, in half, and in operators that its library knows."""
+"""Make the graph of one engine: with the fused step, in its precision, and in operators that its library knows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sdopt.graph.ort_ops import ort_ops
 def derive(
     bundle: Bundle, part: EngineSpec, options: Mapping[str, Any], builder: Builder | None = None, device: str = ""
 ) -> tuple[ir.Model, dict[str, Any]]:
-    """(the graph, what is noted about it); without a builder it is for ONNX Runtime on `device`."""
+    """(the graph, notes for the engine's record). Without a builder, the graph is for ONNX Runtime on `device`."""
     model = graph.load(bundle.component(part.graph).graph)
     notes: dict[str, Any] = {}
     if part.fuse:
@@ -32,17 +32,17 @@ def derive(
         join_halves(model, 2 if guided else 1)
     dtype = PRECISIONS[options["precision"]]
     if dtype:
-        found = half(model, dtype=dtype, islands=part.islands, attention=options["attention"])
-        notes |= {"half_nodes": found.half_nodes, "islands": len(found.islands), "outside": found.outside}
+        report = half(model, dtype=dtype, islands=part.islands, attention=options["attention"])
+        notes |= {"half_nodes": report.half_nodes, "islands": len(report.islands), "outside": report.outside}
     if builder is not None:
         notes |= _for_parser(model, builder)
-    elif not dtype or (device == "cuda" and options["precision"] == "fp16"):  # its CPU kernels are float32 alone
+    elif not dtype or (device == "cuda" and options["precision"] == "fp16"):  # on a CPU, these kernels are float32 only
         ort_ops(model)
     return model, notes
 
 
 def _for_parser(model: ir.Model, builder: Builder) -> dict[str, Any]:
-    """Write the operators that the parser does not know in others; which they were."""
+    """Replace the operators that the parser does not know; a note of which they were."""
     if not builder.strongly_typed:
         lower(model)
         return {"lowered": [f"all operators to opset {OPSET}"]}
@@ -54,7 +54,10 @@ def _for_parser(model: ir.Model, builder: Builder) -> dict[str, Any]:
 
 
 def constant_lengths(profiles: Sequence[Profile]) -> dict[str, int]:
-    """The dimensions that have one length in all profiles, with it."""
-    ranges = [profile.ranges for profile in profiles]
-    lengths = {name: {end for r in ranges for end in r[name]} for name in ranges[0]}
-    return {name: ends.pop() for name, ends in lengths.items() if len(ends) == 1}
+    """The dimensions that have the same single length in all profiles, with that length."""
+    constant: dict[str, int] = {}
+    for name in profiles[0].ranges:
+        lengths = {length for profile in profiles for length in profile.ranges[name]}
+        if len(lengths) == 1:
+            constant[name] = lengths.pop()
+    return constant

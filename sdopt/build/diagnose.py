@@ -1,7 +1,8 @@
-"""Where a half graph leaves the float32 one: every value of both, compared on ONNX Runtime.
+"""Find where a half graph differs from the float32 one: compare every value of both on ONNX Runtime.
 
-Both graphs are lowered first, so that attention scores and the statistics of norms are values that can be seen, and the
-half one is run as `simulate_half` makes it. Values are compared in topological order, some hundred to a run.
+Both graphs are lowered first, so that attention scores and the statistics of norms become values of the graph.
+`simulate_half` then makes the half one run on any machine. Values are compared in topological order, the outputs of
+GROUP nodes in a run.
 """
 
 from __future__ import annotations
@@ -21,16 +22,18 @@ from sdopt.bundle.specs import Array
 from sdopt.graph import BF16, F32, behind, is_float, load, name_of, save, weights
 from sdopt.metrics import psnr
 
-GROUP = 150  # values to a run: they are all in memory at once
+GROUP = 150  # nodes in a run: all their outputs are in memory at once
 EXACT_DB = 200.0
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One node's output in half against float32.
+    """One node's output in half, compared with float32.
 
-    `db` is its likeness; `before_db` what it could be, given the worst of what the node reads and one rounding;
-    `largest` its largest absolute value in float32; `island` the pattern that keeps the node in float32.
+    island      the pattern that keeps the node in float32
+    db          how alike the outputs are
+    before_db   the least alike of the node's inputs, or one rounding if that is less: the best that `db` can be
+    largest     the largest absolute value in float32
     """
 
     island: str
@@ -42,13 +45,13 @@ class Layer:
 
     @property
     def drop(self) -> float:
-        """How much of the likeness is lost in this node."""
+        """How many dB this node loses."""
         return 0.0 if self.before_db == -np.inf else self.before_db - self.db
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Every layer in topological order; `outputs` are the graph's own in dB, `half` what the conversion did."""
+    """All layers in topological order. `outputs`: the likeness of the graph's outputs; `half`: the conversion."""
 
     layers: tuple[Layer, ...]
     outputs: Mapping[str, float]
@@ -62,7 +65,8 @@ class Diagnosis:
 
     def worst(self, count: int = 5) -> list[Layer]:
         """The layers that lose most, the worst first."""
-        return sorted((layer for layer in self.layers if layer.drop > 0), key=lambda layer: -layer.drop)[:count]
+        losing = [layer for layer in self.layers if layer.drop > 0]
+        return sorted(losing, key=lambda layer: -layer.drop)[:count]
 
 
 def diagnose(
@@ -75,7 +79,7 @@ def diagnose(
     attention: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> Diagnosis:
-    """Every value of the graph at `graph`, computed from `arrays` in float32 and in `dtype`, compared."""
+    """Compute every value of the graph at `graph` from `arrays`, in float32 and in `dtype`, and compare them."""
     exact, coarse = load(graph), load(graph)
     done = half(coarse, dtype=dtype, islands=islands, attention=attention)
     lower(exact)
@@ -85,28 +89,28 @@ def diagnose(
         for name, model in (("exact", exact), ("coarse", coarse)):
             save(model, folder / f"{name}.onnx")
         nodes = _comparable(exact, coarse)
-        found: dict[str, _Seen] = {}
+        compared: dict[str, _Compared] = {}
         for start in range(0, len(nodes), GROUP):
             names = [name_of(value) for node in nodes[start : start + GROUP] for value in node.outputs]
             report(f"{min(start + GROUP, len(nodes))} of {len(nodes)} nodes")
             wanted, got = (_values(folder / f"{name}.onnx", names, arrays) for name in ("exact", "coarse"))
-            found.update((name, _compare(wanted[name], got[name], TYPES[dtype])) for name in names)
-    layers = tuple(_layer(node, value, found) for node in nodes for value in node.outputs)
-    outputs = {name_of(value): found[name_of(value)].db for value in exact.graph.outputs if name_of(value) in found}
+            for name in names:
+                compared[name] = _compare(wanted[name], got[name], TYPES[dtype])
+    layers = tuple(_layer(node, value, compared) for node in nodes for value in node.outputs)
+    output_names = [name_of(value) for value in exact.graph.outputs]
+    outputs = {name: compared[name].db for name in output_names if name in compared}
     return Diagnosis(layers, outputs, done, floor_db)
 
 
 def _comparable(exact: ir.Model, coarse: ir.Model) -> list[ir.Node]:
     """The nodes whose floating-point outputs both graphs have under one name."""
-    there = {name_of(value) for node in coarse.graph for value in node.outputs}
-    constants = {name_of(value) for value in weights(exact)}
-    return [
-        node
-        for node in exact.graph
-        if all(
-            is_float(value) and name_of(value) in there and name_of(value) not in constants for value in node.outputs
-        )
-    ]
+    in_half = {name_of(value) for node in coarse.graph for value in node.outputs}
+    names = in_half - {name_of(value) for value in weights(exact)}
+
+    def comparable(value: ir.Value) -> bool:
+        return is_float(value) and name_of(value) in names
+
+    return [node for node in exact.graph if all(comparable(value) for value in node.outputs)]
 
 
 def _values(path: Path, names: Collection[str], arrays: Mapping[str, Array]) -> dict[str, Array]:
@@ -126,28 +130,29 @@ def _wide(model: ir.Model, value: ir.Value) -> ir.Value:
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """One value of both graphs: how alike they are, how alike one rounding would leave them, the largest number."""
+class _Compared:
+    """One value of both graphs: how alike they are, how alike after one rounding alone, the largest number."""
 
     db: float = EXACT_DB
     best: float = EXACT_DB
     largest: float = 0.0
 
 
-def _compare(wanted: Array, got: Array, dtype: ir.DataType) -> _Seen:
-    """The likeness of a value; what stands for minus infinity in a mask is left out."""
-    seen = (wanted > MINUS_INFINITY) & np.isfinite(wanted)
-    if not seen.any():
-        return _Seen()
-    wanted, got = wanted[seen], got[seen].astype(np.float32)
+def _compare(wanted: Array, got: Array, dtype: ir.DataType) -> _Compared:
+    """Compare a value, except where a mask has minus infinity or the number that stands for it."""
+    counted = (wanted > MINUS_INFINITY) & np.isfinite(wanted)
+    if not counted.any():
+        return _Compared()
+    wanted, got = wanted[counted], got[counted].astype(np.float32)
     with np.errstate(over="ignore"):
         best = psnr(wanted, wanted.astype(dtype.numpy()).astype(np.float32))
-    return _Seen(psnr(wanted, got), best if np.isfinite(best) else EXACT_DB, float(np.abs(wanted).max()))
+    return _Compared(psnr(wanted, got), best if np.isfinite(best) else EXACT_DB, float(np.abs(wanted).max()))
 
 
-def _layer(node: ir.Node, value: ir.Value, found: Mapping[str, _Seen]) -> Layer:
-    """A lowered node's name begins with that of the node of the bundle's graph that it comes from."""
-    seen = found[name_of(value)]
-    inputs = [found[name_of(v)].db for v in node.inputs if v is not None and name_of(v) in found]
-    island = name_of(node).partition("/")[0]
-    return Layer(island, node.op_type, name_of(value), seen.db, min([*inputs, seen.best]), seen.largest)
+def _layer(node: ir.Node, value: ir.Value, compared: Mapping[str, _Compared]) -> Layer:
+    """The layer of one output of a lowered node."""
+    output = compared[name_of(value)]
+    names = [name_of(source) for source in node.inputs if source is not None]
+    inputs = [compared[name].db for name in names if name in compared]
+    island = name_of(node).partition("/")[0]  # the node of the bundle's graph that it was lowered from
+    return Layer(island, node.op_type, name_of(value), output.db, min([*inputs, output.best]), output.largest)

@@ -1,8 +1,8 @@
-"""A float32-typed graph as a float16 or bfloat16 one, with float32 islands.
+"""Convert a float32 graph to float16 or bfloat16, with float32 islands.
 
-Every node computes in one type, the islands in float32 and all others in half; a Cast stands exactly where a value
-crosses, once for each value and direction. Weights are converted when they are written, never all at once; they keep
-their names, and one that is there in both types is called NAME in half, NAME@float32 in float32.
+Every node computes in one type: the islands in float32, all others in half. A value that is read in the other type has
+one Cast. Weights are converted one by one when they are written. They keep their names; a weight that is needed in
+both types is called NAME in half and NAME@float32 in float32.
 
 | stays float32                                   | because                                             |
 |-------------------------------------------------|-----------------------------------------------------|
@@ -58,8 +58,8 @@ FLOAT32_INPUTS = {"Resize": (1, 2)}  # inputs that are float32 whatever the node
 class HalfReport:
     """What `half` did: nodes in half, nodes in float32 with the reason, weights that half cannot hold.
 
-    `outside` has the largest absolute value of each; their readers are islands. `clamped` are mask constants that stand
-    for minus infinity and became the least finite number.
+    `outside` has the largest absolute value of each of these weights; their readers are islands. `clamped` names mask
+    constants that stand for minus infinity and became the least finite number.
     """
 
     dtype: str
@@ -78,11 +78,11 @@ def half(
     attention: bool = False,
     half_edges: Collection[str] = (),
 ) -> HalfReport:
-    """`model`, changed in place to compute in `dtype` ("float16" or "bfloat16"); doing it again changes nothing.
+    """Change `model` in place to compute in `dtype` ("float16" or "bfloat16"). A second time changes nothing.
 
-    `attention=True` keeps attention in float32 (SD 2.1); `islands` are patterns, as in a shell, for the names or
-    operators of further nodes: "node_conv2d_4*", "Softmax". Inputs and outputs stay float32 with a Cast inside, but for
-    those whose names match `half_edges`. A component in the manifest's `float16_unsafe` is the caller's to leave alone.
+    `attention=True` keeps attention in float32 (SD 2.1). `islands` are the names or operators of further nodes to keep
+    in float32; a name may be a pattern as in a shell: "node_conv2d_4*", "Softmax". Inputs and outputs stay float32,
+    except those whose names match `half_edges`. A component in the manifest's `float16_unsafe` must not come here.
     Raises: UsageError for an unknown dtype, and for a pattern that matches nothing.
     """
     if dtype not in TYPES:
@@ -105,7 +105,7 @@ def half(
 
 
 def _forget_casts(model: ir.Model) -> None:
-    """Take out every Cast between float types: where one is needed follows from the types alone.
+    """Remove every Cast between float types. `_retype` adds those that are needed.
 
     A weight behind its Cast is used directly, so what was stored as float16 is float16 again.
     """
@@ -127,21 +127,22 @@ def _forget_casts(model: ir.Model) -> None:
 
 def _islands(model: ir.Model, dtype: str, patterns: Sequence[str], attention: bool) -> dict[str, str]:
     """Node name -> why it computes in float32."""
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     nodes = [node for node in model.graph if any(map(is_float, (*node.inputs, *node.outputs)))]
     for node in nodes:
         reason = _reason(node, dtype, attention)
         if reason:
-            found[name_of(node)] = reason
+            reasons[name_of(node)] = reason
         if node.op_type in ("Sin", "Cos"):
-            found.update((name_of(n), "leads to the timestep embedding") for n in _leading_to(node))
+            for source in _leading_to(node):
+                reasons[name_of(source)] = "leads to the timestep embedding"
     for pattern in patterns:
         named = [name_of(node) for node in nodes if fnmatchcase(name_of(node), pattern) or node.op_type == pattern]
         if not named:
             operators = sorted({node.op_type for node in nodes})
             raise UsageError(f"island {pattern!r} matches no node of this graph; operators are {', '.join(operators)}")
-        found.update((name, f"named by {pattern!r}") for name in named)
-    return found
+        reasons.update((name, f"named by {pattern!r}") for name in named)
+    return reasons
 
 
 def _reason(node: ir.Node, dtype: str, attention: bool) -> str:
@@ -159,7 +160,7 @@ def _reason(node: ir.Node, dtype: str, attention: bool) -> str:
 
 
 def _leading_to(node: ir.Node) -> Iterable[ir.Node]:
-    """A node and all that compute its floating-point inputs."""
+    """A node and all nodes from which its floating-point inputs are computed."""
     waiting, seen = [node], set[ir.Node]()
     while waiting:
         current = waiting.pop()
@@ -243,7 +244,7 @@ def _retype(model: ir.Model, low: ir.DataType, kept: dict[str, str], low_edges: 
 
 
 def _output_type(node: ir.Node, low: ir.DataType, kept: dict[str, str]) -> ir.DataType:
-    """What a node's floating-point outputs are."""
+    """The type of a node's floating-point outputs."""
     if node.op_type in OWN_TYPE:
         return F32
     return F32 if name_of(node) in kept else low
@@ -273,7 +274,7 @@ def _as(
 
 
 def _name_weights(model: ir.Model, dtype: str) -> None:
-    """A weight keeps its name; where it is there twice, the half one does, and the other says that it is float32."""
+    """Give weights their own names again. Of two types of a weight, the float32 one is called NAME@float32."""
     initializers = model.graph.initializers
     for name in [name for name in initializers if name == names.copy(name, dtype)]:
         plain = names.plain(name)
@@ -285,7 +286,7 @@ def _name_weights(model: ir.Model, dtype: str) -> None:
 
 
 def _edge(model: ir.Model, value: ir.Value, target: ir.DataType) -> ir.Value:
-    """A graph output in another type than its node computes in; it keeps its name, the value inside gets another."""
+    """A graph output in another type than its node computes in. The Cast takes its name, and `value` gets another."""
     name = name_of(value)
     assert value.dtype is not None
     value.name = f"{name}.{SHORT[value.dtype]}"

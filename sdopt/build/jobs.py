@@ -1,13 +1,15 @@
-"""`sdopt build`: a bundle's graphs into engines for this machine, each built once, kept under its `engines/`.
+"""`sdopt build`: build engines for this machine from a bundle's graphs, and keep them in the bundle's `engines/`.
 
-    graph --fuse_step, half, lower--> typed graph --TensorRT--> engine.plan + record.json     in one rename
+    graph --fuse_step, half, lower--> typed graph --TensorRT--> engine.plan + record.json
 
-The folder's name is a digest of all that changes the engine. One process builds an engine at a time; another that
-wants the same waits for it. What is stale is told in a sentence, built again and removed.
+An engine's folder is named by a digest of everything that changes the engine, and appears in one rename. An engine
+that is there is not built again. While one process builds an engine, another that needs the same one waits. A stale
+engine is reported in a sentence, built again and then removed.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -61,30 +63,32 @@ def build(
     report: Report = print,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """The folders of the engines of `bundle`, each built unless it is there already.
+    """Build the engines of `bundle` that are not there yet, and return the folders of all.
 
-    An engine takes all the profiles; with `static`, there is one for each of them.
-    Raises: UsageError for a wrong option; BackendError where the library or the GPU is missing, or does not build.
+    One engine takes all the profiles. With `static`, each profile has an engine of its own.
+    Raises: UsageError for a wrong option; BackendError if the library or the GPU is missing, or the build fails.
     """
     target = Target.here(backend)
-    recipe, asked = recipe or read_recipe(), (options or BuildOptions()).resolved(target.precision)
+    recipe = recipe or read_recipe()
+    options = (options or BuildOptions()).resolved(target.precision)
     ranges = user_profiles(bundle, recipe, profiles, static)
+    groups = [(profile,) for profile in ranges] if static else [ranges]
     command = command or f"{COMMAND} --backend {backend}"
     if target.lib is not None:
-        check_options(target.lib, asdict(asked))
+        check_options(target.lib, asdict(options))
     folders: list[Path] = []
     for part in recipe.chosen(bundle, components):
-        own = part_options(asked, part, bundle, target.has_bf16)
-        lines = exceptions(own, asked.precision, part, bundle)
-        for together in [(one,) for one in ranges] if static else [ranges]:
-            job = Job(bundle, part, target, own, together, command, tuple(lines))
+        own = part_options(options, part, bundle, target.has_bf16)
+        lines = exceptions(own, options.precision, part, bundle)
+        for group in groups:
+            job = Job(bundle, part, target, own, group, command, tuple(lines))
             folders.append(job.folder if job.is_done(report) else job.run(report, progress))
     return folders
 
 
 @dataclass(frozen=True)
 class Job:
-    """One engine to be built: what it is made from, and so its folder."""
+    """One engine to be built, with everything it is made from. That also gives its folder."""
 
     bundle: Bundle
     part: EngineSpec
@@ -96,7 +100,7 @@ class Job:
 
     @property
     def record(self) -> Record:
-        """Its record, as far as it is known before it is built."""
+        """The engine's record, as far as it is known before the build."""
         component = self.bundle.component(self.part.graph)
         files = self.bundle.manifest.files
         names = (component.graph.name, f"{component.graph.name}.data")
@@ -120,14 +124,15 @@ class Job:
         return engines_folder(self.bundle) / self.record.key
 
     def is_done(self, report: Report) -> bool:
-        """Whether the engine is there, whole and this user's own; what else stands in its place is removed."""
+        """Whether this user has built the engine and all its files are sound. If not, the folder is removed."""
         if not self.folder.exists():
             return False
-        found = next((s for s in stored(self.bundle, self.target.backend) if s.folder == self.folder), None)
+        engines = stored(self.bundle, self.target.backend)
+        engine = next((entry for entry in engines if entry.folder == self.folder), None)
         try:
-            if found is not None and found.ours:
-                for name in found.record.files:
-                    found.checked(name)
+            if engine is not None and engine.ours:
+                for name in engine.record.files:
+                    engine.checked(name)
                 report(f"{self.part.name}: already built, {self.folder}")
                 return True
             reason = "somebody else built it"
@@ -184,20 +189,20 @@ class Job:
         report(f"{name}: {bytes_text(sum((folder / file).stat().st_size for file in names))}")
 
     def _builder(self, report: Report, progress: Progress | None) -> Builder | None:
-        """What makes the plan; None where the graph is all."""
+        """The builder of the plan; None for ONNX Runtime, which takes the graph itself."""
         if self.target.lib is None:
             return None
-        name = "-".join(self.record.environment.values())
-        name = "".join(c if c.isalnum() or c in ".-" else "_" for c in name) + ".cache"
-        timing = user_folder("XDG_CACHE_HOME", ".cache") / "timing" / name
+        name = re.sub(r"[^\w.-]", "_", "-".join(self.record.environment.values()))
+        timing = user_folder("XDG_CACHE_HOME", ".cache") / "timing" / f"{name}.cache"
         return Builder(self.target.lib, self.options, self.target.free, timing, progress, report, self.part.name)
 
     def _checked(
         self, builder: Builder, plan: Path, record: Record, types: Mapping[str, str], weights: int, report: Report
     ) -> dict[str, Any]:
-        """What was found in the finished plan.
+        """Check the finished plan, and return notes for its record.
 
-        Raises: BackendError for what makes its pictures wrong; what makes it slow or large is reported and noted.
+        A fault that makes the engine slow or large is reported and noted.
+        Raises: BackendError for a fault that makes its pictures wrong.
         """
         name, precision, notes = self.part.name, self.options["precision"], dict[str, Any]()
         warning = size_warning(precision, plan.stat().st_size, weights, len(self.ranges))
@@ -221,12 +226,13 @@ class Job:
         return notes
 
     def _why_not_run(self, error: str) -> str:
-        """Why a finished engine does not run on this machine's GPU, with the library's words behind."""
+        """Why a finished engine does not run on this machine's GPU, followed by the library's words."""
         gpu = self.target.gpu
         if gpu is not None and "driver version is insufficient" in error:
+            cuda = f"{gpu.driver // 1000}.{gpu.driver % 1000 // 10}"
             return (
-                f"this machine's NVIDIA driver (CUDA {gpu.driver // 1000}.{gpu.driver % 1000 // 10}) is older than the "
-                f"library needs; install a newer one to run the engine here. It says: {error}"
+                f"this machine's NVIDIA driver (CUDA {cuda}) is older than the library needs; "
+                f"install a newer one to run the engine here. It says: {error}"
             )
         return f"it does not run on this GPU: {error}"
 
@@ -249,20 +255,17 @@ class Job:
         )
 
     def _stale(self) -> list[tuple[Stored, str]]:
-        """Engines of the same request, for this GPU, that were made from something else; and what it was."""
-        mine = self.record
-        asked = (
-            mine.component,
-            mine.options,
-            mine.asked,
-            mine.environment.get("GPU"),
-            mine.environment.get("provider"),
-        )
-        found: list[tuple[Stored, str]] = []
+        """This user's engines of the same request and the same GPU that are out of date, with the reason of each."""
+        record = self.record
+        stale: list[tuple[Stored, str]] = []
         for old in stored(self.bundle, self.target.backend):
-            theirs = old.record
-            there = theirs.environment
-            given = (theirs.component, theirs.options, theirs.asked, there.get("GPU"), there.get("provider"))
-            if old.ours and given == asked and old.folder != self.folder:
-                found.append((old, changed(theirs, self.bundle, mine.environment)))
-        return found
+            same_request = _request(old.record) == _request(record)
+            if old.ours and same_request and old.folder != self.folder:
+                stale.append((old, changed(old.record, self.bundle, record.environment)))
+        return stale
+
+
+def _request(record: Record) -> tuple[Any, ...]:
+    """What an engine was asked to be and where it runs, whatever it was made from."""
+    where = (record.environment.get("GPU"), record.environment.get("provider"))
+    return (record.component, record.options, record.asked, *where)

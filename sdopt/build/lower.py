@@ -1,7 +1,9 @@
-"""A graph of opset 18 to 23 in older operators: all of it in opset 17, which is what TensorRT 8.6 parses, or only those
-operators that a newer TensorRT's parser does not know, the others as they are.
+"""Rewrite a graph of opset 18 to 23 with older operators.
 
-The source is the bundle's own graph (opset 23): one node per concept, so that each is lowered in one place. After
+`lower` writes all of it in opset 17, which TensorRT 8.6 parses. `lower_operators` replaces only the operators that the
+parser of a newer TensorRT does not know.
+
+The source is the bundle's own graph (opset 23). It has one node per concept, so each is lowered in one place. After
 `half`, norms compute in float32 between two Casts, as their `stash_type` says, and attention scores are half.
 
 | opset 23                             | becomes                                                                 |
@@ -30,30 +32,30 @@ from sdopt.graph import F32, I64, Writer, attribute, constant_of, drop_unused, n
 
 OPSET = 17
 Rule = Callable[[Writer, ir.Node], ir.Value]
-LOWEST = {ir.DataType.FLOAT16: -65504.0}  # what stands for minus infinity; elsewhere -3e38
-IMPLIED: dict[str, dict[str, Any]] = {  # attributes that came later -> the value that says nothing new
-    "Split": {"num_outputs": ...},  # equal parts, as without sizes before 18
-    "Reshape": {"allowzero": ...},  # our dimensions are never 0
+LOWEST = {ir.DataType.FLOAT16: -65504.0}  # what stands for minus infinity; -3e38 in other types
+# attributes that opset 17 does not have -> the value with which a node computes the same without them
+ANY = object()
+IMPLIED: dict[str, dict[str, Any]] = {
+    "Split": {"num_outputs": ANY},  # before opset 18, a Split without sizes makes equal parts
+    "Reshape": {"allowzero": ANY},  # our dimensions are never 0
     "Cast": {"saturate": 1, "round_mode": "up"},
     "Resize": {"antialias": 0, "keep_aspect_ratio_policy": "stretch", "axes": None},
 }
 
 
 def lower(model: ir.Model, *, ir_version: int = 8) -> ir.Model:
-    """`model`, changed in place to opset 17 with the same results; in float32 or half.
+    """Change `model`, which may be float32 or half, to opset 17 in place. It computes the same.
 
-    Raises: UsageError naming the operators, and what about them, that have no form in opset 17.
+    Raises: UsageError naming the operators, attributes and inputs that opset 17 does not have.
     """
     _refuse_old_norms(model)
     _apply_rules(model, RULES)
     for node in model.graph:
         if node.op_type in REDUCTIONS:
             _axes_as_attribute(node)
-        for name, value in IMPLIED.get(node.op_type, {}).items():
-            if name in node.attributes and value in (..., _plain(attribute(node, name))):
-                del node.attributes[name]
+        _drop_implied(node)
     drop_unused(model)
-    problems = sorted({problem for node in model.graph if (problem := _problem(node))})
+    problems = sorted({_problem(node) for node in model.graph} - {""})
     if problems:
         raise UsageError(f"no form in opset {OPSET}: {'; '.join(problems)}")
     model.graph.opset_imports.clear()
@@ -63,7 +65,7 @@ def lower(model: ir.Model, *, ir_version: int = 8) -> ir.Model:
 
 
 def lower_operators(model: ir.Model, operators: Collection[str]) -> ir.Model:
-    """`model` without these operators, changed in place; its opset and all its other operators stay.
+    """Replace these operators in `model`, in place. Its opset and all its other operators stay.
 
     Raises: UsageError naming the operators that have no other form.
     """
@@ -92,12 +94,21 @@ def _apply_rules(model: ir.Model, operators: Collection[str]) -> None:
             _replace(model, node, RULES[node.op_type])
 
 
+def _drop_implied(node: ir.Node) -> None:
+    """Remove the attributes that opset 17 does not have and that change nothing."""
+    for name, value in IMPLIED.get(node.op_type, {}).items():
+        if name not in node.attributes:
+            continue
+        if value is ANY or value == _plain(attribute(node, name)):
+            del node.attributes[name]
+
+
 def _plain(value: Any) -> Any:
     return value.decode() if isinstance(value, bytes) else value
 
 
 def _replace(model: ir.Model, node: ir.Node, rule: Rule) -> None:
-    """Write the nodes that stand for `node` in its place; the last one takes its output's name."""
+    """Replace `node` by the nodes that `rule` writes. The last of them takes the name of the output."""
     old = node.outputs[0]
     if any(output.uses() or output in model.graph.outputs for output in node.outputs[1:]):
         raise UsageError(
@@ -115,7 +126,7 @@ def _replace(model: ir.Model, node: ir.Node, rule: Rule) -> None:
 
 
 def _problem(node: ir.Node) -> str:
-    """What opset 17 does not know about a node; empty if it knows it all."""
+    """What opset 17 does not have of a node; empty if it has everything."""
     try:
         schema: Any = cast(Any, onnx.defs).get_schema(node.op_type, OPSET, node.domain)
     except onnx.defs.SchemaError:
@@ -127,11 +138,12 @@ def _problem(node: ir.Node) -> str:
 
 
 def _axes_as_attribute(node: ir.Node) -> None:
-    """ReduceMean(x, axes) -> ReduceMean(x) with axes: since 18 they are an input, in ReduceSum since 13."""
+    """Make the axes of a reduction an attribute. They are an input since opset 18, in ReduceSum since 13."""
     noop = attribute(node, "noop_with_empty_axes", 0)
     node.attributes.pop("noop_with_empty_axes", None)
-    axes = constant_of(node.inputs[1]) if len(node.inputs) > 1 else None
-    if (len(node.inputs) > 1 and node.inputs[1] is not None and axes is None) or (axes is None and noop):
+    source = _given(node, 1)
+    axes = constant_of(source) if source is not None else None
+    if axes is None and (source is not None or noop):
         raise UsageError(f"{node.op_type} {name_of(node)}: its axes are computed; opset {OPSET} takes constant ones")
     if len(node.inputs) > 1:
         node.resize_inputs(1)
@@ -231,10 +243,10 @@ def _gelu(write: Writer, node: ir.Node) -> ir.Value:
     if _plain(attribute(node, "approximate", "none")) == "tanh":
         cube = write("Mul", [write("Mul", [x, x], "square"), x], "cube")
         inner = write("Add", [x, write("Mul", [cube, number("cubic", 0.044715)], "bend")], "inner")
-        share = write("Tanh", [write("Mul", [inner, number("slope", math.sqrt(2 / math.pi))], "angle")], "tanh")
+        bent = write("Tanh", [write("Mul", [inner, number("slope", math.sqrt(2 / math.pi))], "angle")], "tanh")
     else:
-        share = write("Erf", [write("Div", [x, number("sqrt2", math.sqrt(2))], "deviations")], "erf")
-    grown = write("Add", [share, number("one", 1.0)], "grown")
+        bent = write("Erf", [write("Div", [x, number("sqrt2", math.sqrt(2))], "deviations")], "erf")
+    grown = write("Add", [bent, number("one", 1.0)], "grown")
     return write("Mul", [write("Mul", [x, grown], "twice"), number("half", 0.5)], "gelu")
 
 
@@ -260,24 +272,31 @@ def _attention(write: Writer, node: ir.Node) -> ir.Value:
 
 def _check_attention(node: ir.Node, q: ir.Value, k: ir.Value) -> None:
     """Raises: UsageError for what Stable Diffusion's graphs do not use: packed heads, causal, caches, soft caps."""
-    odd = [name for name in ("is_causal", "softcap", "q_num_heads", "kv_num_heads") if attribute(node, name, 0)]
-    heads = [None if v.shape is None or rank(v) != 4 else v.shape[1] for v in (q, k)]
-    odd += ["a cache of past keys"] * any(_given(node, i) is not None for i in (4, 5, 6))
-    odd += ["shapes that are not [batch, heads, tokens, features]"] * (heads[0] is None or heads[0] != heads[1])
-    if odd:
-        raise UsageError(f"Attention {name_of(node)}: {', '.join(odd)} cannot be lowered to opset {OPSET}")
+    refused = [name for name in ("is_causal", "softcap", "q_num_heads", "kv_num_heads") if attribute(node, name, 0)]
+    if any(_given(node, i) is not None for i in (4, 5, 6)):
+        refused.append("a cache of past keys")
+    q_heads, k_heads = _heads(q), _heads(k)
+    if q_heads is None or q_heads != k_heads:
+        refused.append("shapes that are not [batch, heads, tokens, features]")
+    if refused:
+        raise UsageError(f"Attention {name_of(node)}: {', '.join(refused)} cannot be lowered to opset {OPSET}")
+
+
+def _heads(x: ir.Value) -> Any:
+    """The number of heads of a tensor [batch, heads, tokens, features]; None for other shapes."""
+    return x.shape[1] if x.shape is not None and rank(x) == 4 else None
 
 
 def _shape(write: Writer, node: ir.Node) -> ir.Value:
-    """Shape of some dimensions only: opset 15 has it, TensorRT 8's parsers came later to it."""
+    """A Shape of some dimensions. Opset 15 has it, but parsers of TensorRT 8 may not know it."""
     x = _input(node, 0)
-    whole = write("Shape", [x], "whole", dtype=I64, shape=(rank(x),))
+    shape = write("Shape", [x], "whole", dtype=I64, shape=(rank(x),))
     first, last = attribute(node, "start", 0), attribute(node, "end", rank(x))
     if (first, last) == (0, rank(x)):
-        return whole
+        return shape
     kept = range(rank(x))[first:last]
     bounds = [write.constant(name, [n], I64) for name, n in (("from", kept.start), ("to", kept.stop))]
-    return write("Slice", [whole, *bounds], "part", shape=(len(kept),))
+    return write("Slice", [shape, *bounds], "part", shape=(len(kept),))
 
 
 RULES: dict[str, Rule] = {

@@ -1,4 +1,4 @@
-"""What may be asked of a build, and what of it one engine gets: the model's own needs go before what was asked."""
+"""The options of a build, and the options of one engine: the model's own needs override those of the user."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sdopt.bundle.precision import precision_word
 from sdopt.errors import UsageError, choices
 
 PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": ""}  # what `half` calls them
-AUTO = "auto"  # fp16; on a CPU, which computes in nothing else as fast, fp32
+AUTO = "auto"  # fp16 on a GPU; fp32 on a CPU, where it is the fastest
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class BuildOptions:
             raise UsageError(f"workspace = {self.workspace} bytes; allowed is a MiB or more")
 
     def resolved(self, default: str) -> BuildOptions:
-        """These options with `default` as the precision where none was asked for."""
+        """These options, with `default` in place of an automatic precision."""
         return replace(self, precision=default) if self.precision == AUTO else self
 
 
 def part_options(options: BuildOptions, part: EngineSpec, bundle: Bundle, bf16: bool = False) -> dict[str, Any]:
-    """The options of one engine. `bf16`: the GPU that will run it is known, and computes in it."""
+    """The options of one engine. `bf16`: whether the GPU that will run it is known to compute in bf16."""
     precision = part.precision or options.resolved("fp16").precision
     if precision == "fp16" and part.graph in bundle.manifest.float16_unsafe:
         precision = "bf16" if bf16 else "fp32"
@@ -58,13 +58,13 @@ def part_options(options: BuildOptions, part: EngineSpec, bundle: Bundle, bf16: 
 
 
 def exceptions(options: Mapping[str, Any], asked: str, part: EngineSpec, bundle: Bundle) -> list[str]:
-    """What one engine gets other than it was asked for, in sentences."""
-    found: list[str] = []
+    """Sentences about the options of one engine that differ from those of the user."""
+    sentences: list[str] = []
     if options["precision"] != asked and not part.precision:
-        found.append(f"{options['precision']} instead of {asked}, in which this model's {part.graph} overflows")
+        sentences.append(f"{options['precision']} instead of {asked}, in which this model's {part.graph} overflows")
     if options["attention"] and not part.attention:
-        found.append("attention is computed in fp32: in fp16 this model's overflows")
-    return found
+        sentences.append("attention is computed in fp32: in fp16 this model's overflows")
+    return sentences
 
 
 def _attention_overflows(part: EngineSpec, bundle: Bundle) -> bool:

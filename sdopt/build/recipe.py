@@ -1,11 +1,14 @@
-"""Recipes: which engines a bundle becomes, and the ranges of each one's dimensions, from sizes in pixels.
+"""Recipes: which engines are built from a bundle, and for which sizes.
 
-profile  batch=1:1:4 height=512:512:768 width=512 tokens=77      as it is typed, for all engines
+A profile gives sizes in pixels for all engines; each engine takes from it the ranges of its own dimensions:
+
+profile  batch=1:1:4 height=512:512:768 width=512 tokens=77      as a user types it
 unet     batch=1:1:4 latent_height=64:64:96 latent_width=64 tokens=77
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +48,7 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class _File:
-    """A recipe as it is written: each engine has its name before it, as its table's."""
+    """A recipe's file: one table for each engine, under the engine's name."""
 
     profile: Profile
     engine: Mapping[Name, Mapping[str, Json]]
@@ -53,13 +56,13 @@ class _File:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The engines, and the profile where none is given."""
+    """The engines, and the profile to use if none is given."""
 
     profile: Profile
     parts: Mapping[str, EngineSpec]
 
     def chosen(self, bundle: Bundle, names: Sequence[str] | None) -> list[EngineSpec]:
-        """The engines that `names` ask for, or those that this bundle runs with.
+        """The engines with these names or, without names, those that this bundle uses.
 
         Raises: UsageError for a name that the recipe or the bundle does not have.
         """
@@ -69,11 +72,10 @@ class Recipe:
             raise UsageError(f"component {unknown[0]!r}: this bundle becomes {choices(unknown[0], possible)}")
         distilled = bundle.manifest.conditioning.guidance_embedding  # its UNet has no unconditional half
         guided = bundle.manifest.defaults.guidance_scale > 1 and not distilled
-        return [
-            p
-            for n, p in possible.items()
-            if (n in names if names else p.when in ("", "guided" if guided else "unguided"))
-        ]
+        if names:
+            return [part for name, part in possible.items() if name in names]
+        when = ("", "guided" if guided else "unguided")
+        return [part for part in possible.values() if part.when in when]
 
 
 def read_recipe(path: Path | None = None) -> Recipe:
@@ -98,9 +100,9 @@ def _part(name: str, entry: Mapping[str, Any]) -> EngineSpec:
 
 
 def user_profiles(bundle: Bundle, recipe: Recipe, texts: Sequence[str], static: bool) -> tuple[Profile, ...]:
-    """The profiles that were typed, completed with the bundle's own sizes; `static` fixes each at its best lengths.
+    """The profiles in `texts`, completed with the bundle's own sizes. `static` reduces each to its best lengths.
 
-    Raises: UsageError for an unknown dimension, or a size that is no multiple of the model's.
+    Raises: UsageError for an unknown dimension, too large a batch, or pixels that the model cannot divide.
     """
     defaults = bundle.manifest.defaults
     tokens = max(entry.max_length for entry in bundle.manifest.tokenizers.values())
@@ -112,18 +114,19 @@ def user_profiles(bundle: Bundle, recipe: Recipe, texts: Sequence[str], static: 
     }
     factor = bundle.manifest.latents.factor
     profiles: list[Profile] = []
-    for given in [Profile.parse(text) for text in dict.fromkeys(texts)] or [recipe.profile]:
+    given_profiles = [Profile.parse(text) for text in dict.fromkeys(texts)] or [recipe.profile]
+    for given in given_profiles:
         unknown = [name for name in given.ranges if name not in NAMES]
         if unknown:
             raise UsageError(f"profile {str(given)!r}: {unknown[0]} is unknown; there are {', '.join(NAMES)}")
         ranges = {**own, **given.ranges}
-        odd = [n for n in ("height", "width") if any(length % factor for length in ranges[n])]
+        odd = [name for name in ("height", "width") if any(length % factor for length in ranges[name])]
         if ranges["batch"][2] > MAX_BATCH:
             raise UsageError(f"profile {str(given)!r}: batch is up to {MAX_BATCH} pictures, which is what a call takes")
         if odd:
             raise UsageError(f"profile {str(given)!r}: {odd[0]} must be in multiples of {factor} pixels")
         if static:
-            ranges = {n: (best, best, best) for n, (_, best, _) in ranges.items()}
+            ranges = {name: (best, best, best) for name, (_, best, _) in ranges.items()}
         profiles.append(Profile(ranges))
     return tuple({str(profile): profile for profile in profiles}.values())
 
@@ -133,19 +136,22 @@ def part_profile(bundle: Bundle, part: EngineSpec, inputs: Sequence[TensorSpec],
     factor = bundle.manifest.latents.factor
     batch, tokens = profile.ranges["batch"], profile.ranges["tokens"]
     chunk = max(entry.max_length for entry in bundle.manifest.tokenizers.values())
-    if part.tokens == "chunk":  # longer prompts are more rows, each of one chunk
-        chunks = -(-tokens[2] // chunk)
+    if part.tokens == "chunk":  # each chunk of a long prompt is a row
+        chunks = math.ceil(tokens[2] / chunk)
         batch, tokens = (batch[0], batch[1], batch[2] * chunks), (chunk, chunk, chunk)
     pixels = {name: profile.ranges[name] for name in ("height", "width")}
+    latents: dict[str, Range] = {}
+    for name, (low, best, high) in pixels.items():
+        latents[f"latent_{name}"] = (low // factor, best // factor, high // factor)
     ranges: dict[str, Range] = {
         "batch": (batch[0], batch[1] * part.rows, batch[2] * part.rows),
         "images": batch,
         "tokens": tokens,
         "extra_tokens": (1, 1, LEARNT_TOKENS),
         **pixels,
-        **{f"latent_{n}": (a // factor, b // factor, c // factor) for n, (a, b, c) in pixels.items()},
+        **latents,
     }
-    names = {d for spec in inputs for d in spec.shape if isinstance(d, str)}
+    names = {dimension for spec in inputs for dimension in spec.shape if isinstance(dimension, str)}
     if part.fuse:  # the graph itself makes two rows of a picture
         names.discard("images")
     return Profile({name: lengths for name, lengths in ranges.items() if name in names})

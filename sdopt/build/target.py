@@ -20,9 +20,9 @@ BF16_FROM = 8.0  # compute capability: Ampere
 
 
 def parse_backend(text: str) -> tuple[str, str]:
-    """("tensorrt", "1") of "tensorrt:1"; the device is "" where none is named.
+    """("tensorrt", "1") of "tensorrt:1". The device is "" if the text names none.
 
-    Raises: UsageError for a backend that builds nothing, or a device that it does not have.
+    Raises: UsageError for a backend without engines to build, or a device that it does not have.
     """
     name, _, device = text.partition(":")
     if name not in (*LIBRARIES, ORT):
@@ -36,7 +36,7 @@ def parse_backend(text: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Target:
-    """A library, and the GPU that is here, if any; `device` is its index, or ONNX Runtime's device."""
+    """A library and this machine's GPU, if it has one. `device` is the index of the GPU, or ONNX Runtime's device."""
 
     backend: str
     lib: TensorRT | None
@@ -46,7 +46,7 @@ class Target:
 
     @staticmethod
     def here(backend: str) -> Target:
-        """This machine; TensorRT-RTX and ONNX Runtime's graphs need no GPU to be built.
+        """This machine as the target. TensorRT-RTX and ONNX Runtime's graphs can be built without a GPU.
 
         Raises: UsageError for an unknown backend; BackendError for a library, driver or GPU that is missing.
         """
@@ -69,12 +69,12 @@ class Target:
 
     @property
     def index(self) -> int:
-        """The GPU's."""
+        """The index of the GPU."""
         return int(self.device) if self.device.isdecimal() else 0
 
     @property
     def precision(self) -> str:
-        """The precision where none is asked for."""
+        """The precision to use if the user gives none."""
         return "fp32" if self.backend == ORT and PROVIDERS[self.device] == "CPU" else "fp16"
 
     @property
@@ -85,24 +85,27 @@ class Target:
         return float(self.gpu.compute_capability) >= BF16_FROM
 
     def environment(self, options: Mapping[str, Any]) -> dict[str, str]:
-        """What must be the same where an engine runs."""
+        """What must be the same on a machine that runs the engine."""
         if self.lib is None:
             return {"provider": PROVIDERS[self.device]}
         return environment(self.lib, self.gpu, options)
 
     def uses(self, precision: str) -> str:
-        """What a graph for ONNX Runtime is, and what takes it, in a sentence."""
+        """A sentence about a graph for ONNX Runtime: what it is, and the options that load it."""
         kind = PROVIDERS[self.device]
         words = f"--backend ort:{kind.lower()}"
         if kind == "CPU" and precision != "fp32":
             words += f" --precision {precision}"
-        told = f"a graph for ONNX Runtime on {'the CPU' if kind == 'CPU' else 'CUDA'}, {precision}; taken by {words}"
+        place = "the CPU" if kind == "CPU" else "CUDA"
+        sentence = f"a graph for ONNX Runtime on {place}, {precision}; taken by {words}"
         if kind == "CUDA" and not _ort_has_cuda():
-            told += '. There is no ONNX Runtime with CUDA here: it is for another machine, or pip install "sdopt[cuda]"'
-        return told
+            sentence += (
+                '. There is no ONNX Runtime with CUDA here: it is for another machine, or pip install "sdopt[cuda]"'
+            )
+        return sentence
 
     def current(self) -> AbstractContextManager[None]:
-        """Inside, this thread builds on the GPU that was asked for."""
+        """A context in which this thread builds on this target's GPU."""
         return nullcontext() if self.gpu is None else shared_device(self.index).cuda.current()
 
 

@@ -1,6 +1,6 @@
-"""A typed ONNX graph into a TensorRT plan: the builder's half of the layer over its bindings.
+"""Build a TensorRT plan from a typed ONNX graph. `sdopt.engine.trt_api` is the same layer for running plans.
 
-Features are found by `hasattr` and enum members by name, as in `sdopt.engine.trt_api`.
+Both look for features with `hasattr`, and for enum members by name.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ NOT_IN_RTX = {
     "hardware_compatible": "its engines run on every GPU that it knows",
     "version_compatible": "its engines run with the version that built them",
 }
-# what TensorRT logs -> what it means and what helps; the first that fits is told. Last what is in every log without a
-# driver, whatever the cause.
+# words in TensorRT's log -> what they mean and what helps. The first that occur in the log are taken. "cudaError 35" is
+# in every log of a machine without a driver, whatever the cause, so it comes last.
 MEANINGS = {
     "Could not find any implementation": "no kernel fits into the memory that it may use: free some of the GPU's, "
     "or give a smaller profile",
@@ -68,10 +68,11 @@ class Builder:
         types: Mapping[str, str] | None = None,
         half_products: int = 0,
     ) -> dict[str, int]:
-        """Write `plan`, with less workspace where there is no memory; how many layers have each type.
+        """Write `plan`, and return how many layers have each type. If memory runs out, try again with less workspace.
 
-        `types` are those of the graph's tensors, `half_products` its convolutions and matrix products in half.
-        Raises: BackendError with what TensorRT's log says and means; UsageError for an option that it does not have.
+        `types` are the types of the graph's tensors; `half_products` counts its convolutions and matrix products in
+        half.
+        Raises: BackendError with TensorRT's errors and their meaning; UsageError for an option that it does not have.
         """
         check_options(self.lib, self.options)
         builder = self._builder()
@@ -93,7 +94,8 @@ class Builder:
                 del parser  # it holds the weights until here
                 return layer_types(network)
             errors = self.lib.log.errors()
-            if not any(word in errors for word in MEMORY) or workspace is None:
+            out_of_memory = any(words in errors for words in MEMORY)
+            if workspace is None or not out_of_memory:
                 break
             self.report(f"{self.name}: {bytes_text(workspace)} of workspace did not do; trying less")
         raise self._failed("builds no engine", errors)
@@ -106,13 +108,13 @@ class Builder:
 
     @property
     def strongly_typed(self) -> bool:
-        """Whether precision is in the graph, or a flag of the builder as well."""
+        """Whether the library takes all types from the graph. If not, half precision is a flag of the builder too."""
         return hasattr(self.lib.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
 
     def _builder(self) -> Any:
         """The library's builder.
 
-        Raises: BackendError where there is none: without a driver its constructor raises a TypeError.
+        Raises: BackendError if its constructor fails. Without a driver that is a TypeError.
         """
         self.lib.log.clear()
         try:
@@ -127,10 +129,13 @@ class Builder:
         return UsageError(f"{self.name}: {self.lib.backend} refuses the profile {profile}: {meaning(errors)}")
 
     def _check_half(self, network: Any, wanted: int) -> None:
-        """Raises: BackendError if what is in half in the graph is not so in the network: it would be slow unnoticed."""
+        """Refuse a network that computes in float32 what is in half in the graph: its engine would be slow.
+
+        Raises: BackendError when less than half of the `wanted` products are in half.
+        """
         products = product_types(network)
-        found = products.get("HALF", 0) + products.get("BF16", 0)
-        if 2 * found < wanted:
+        in_half = products.get("HALF", 0) + products.get("BF16", 0)
+        if 2 * in_half < wanted:
             raise BackendError(
                 f"{self.name}: the graph has {wanted} convolutions and matrix products in {self.options['precision']}, "
                 f"and {self.lib.backend} {self.lib.version} makes {dict(products)} of them. "
@@ -146,19 +151,25 @@ class Builder:
         parser = self.lib.trt.OnnxParser(network, self.lib.log)
         if not parser.parse_from_file(str(graph)):
             errors = [parser.get_error(i) for i in range(parser.num_errors)]
-            found = "; ".join(f"{getattr(e, 'node_name', str)() or f'node {e.node()}'}: {e.desc()}" for e in errors)
-            raise self._failed("cannot parse it", f"{found} | {self.lib.log.errors()}")
-        for i in range(network.num_layers if hasattr(self.lib.trt, "IAttentionInputLayer") else 0):
-            made = network.get_layer(i)
-            if made.type.name == "ATTENTION_INPUT":  # where no kernel fits, e.g. float32, its parts will do
-                made.__class__ = self.lib.trt.IAttentionInputLayer
-                made.attention.decomposable = True
+            described = "; ".join(_described(error) for error in errors)
+            raise self._failed("cannot parse it", f"{described} | {self.lib.log.errors()}")
+        if hasattr(self.lib.trt, "IAttentionInputLayer"):
+            self._allow_decomposed_attention(network)
         return parser
 
+    def _allow_decomposed_attention(self, network: Any) -> None:
+        """Let the library take attention apart where it has no kernel for it, as in float32."""
+        for i in range(network.num_layers):
+            layer = network.get_layer(i)
+            if layer.type.name == "ATTENTION_INPUT":
+                layer.__class__ = self.lib.trt.IAttentionInputLayer
+                layer.attention.decomposable = True
+
     def _workspaces(self) -> list[int | None]:
-        """What to try in turn: as asked, or nearly all that is free; then half and a quarter of it."""
-        asked = self.options["workspace"]
-        most = asked if self.free is None else min(asked or self.free, int(0.9 * self.free))
+        """The sizes to try in turn: what the option says, at most 0.9 of the free memory; then half and a quarter."""
+        most = self.options["workspace"]
+        if self.free is not None:
+            most = min(most or self.free, int(0.9 * self.free))
         return [None] if most is None else [most, most // 2, most // 4]
 
     def _config(
@@ -209,7 +220,7 @@ class Builder:
         return config
 
     def _written(self, builder: Any, network: Any, config: Any, plan: Path, held: list[BaseException]) -> bool:
-        """Build, straight to disk where the library can."""
+        """Build the plan and write it, without a copy in memory where the library can. Whether it was built."""
         if hasattr(builder, "build_serialized_network_to_stream"):
             with plan.open("wb") as stream:
                 writer = make_writer(self.lib.trt, stream, held)
@@ -241,8 +252,9 @@ def check_options(lib: TensorRT, options: Mapping[str, Any]) -> None:
     trt = lib.trt
     if options["precision"] == "bf16" and not has_bf16(lib):
         raise UsageError(f"precision 'bf16': {lib.backend} {lib.version} does not have it; --precision fp16 or fp32")
-    for option, reason in NOT_IN_RTX.items() if hasattr(trt, "ComputeCapability") else ():
-        if options[option]:
+    is_rtx = hasattr(trt, "ComputeCapability")
+    for option, reason in NOT_IN_RTX.items():
+        if is_rtx and options[option]:
             raise UsageError(f"--{option.replace('_', '-')}: {lib.backend} does not have it: {reason}")
     members = {option: (trt.BuilderFlag, name) for option, name in FLAGS.items()}
     members["hardware_compatible"] = (getattr(trt, "HardwareCompatibilityLevel", None), "AMPERE_PLUS")
@@ -258,15 +270,22 @@ def has_bf16(lib: TensorRT) -> bool:
 
 
 def meaning(errors: str) -> str:
-    """What TensorRT's errors mean, with its own words behind."""
-    told = next((text for words, text in MEANINGS.items() if words in errors), None)
-    return f"{told}. TensorRT says: {errors}" if told else errors
+    """What TensorRT's errors mean, followed by its own words."""
+    explanation = next((text for words, text in MEANINGS.items() if words in errors), None)
+    return errors if explanation is None else f"{explanation}. TensorRT says: {errors}"
+
+
+def _described(error: Any) -> str:
+    """A parser's error with the name of its node; old releases have only its number."""
+    name = error.node_name() if hasattr(error, "node_name") else ""
+    return f"{name or f'node {error.node()}'}: {error.desc()}"
 
 
 def make_monitor(trt: Any, progress: Progress, held: list[BaseException]) -> Any:
-    """TensorRT's progress as calls of `progress`; what one raises, as Ctrl-C does, stops the build at the next step.
+    """A monitor that passes TensorRT's progress on to `progress`.
 
-    `held` has it then: no exception may pass through the library.
+    If a call raises, as Ctrl-C does, the build stops at the next step. The exception is kept in `held`, because none
+    may pass through the library.
     """
 
     class Monitor(trt.IProgressMonitor):
@@ -295,9 +314,10 @@ def make_monitor(trt: Any, progress: Progress, held: list[BaseException]) -> Any
 
 
 def make_writer(trt: Any, stream: Any, held: list[BaseException]) -> Any:
-    """TensorRT's stream of a finished plan into a file.
+    """A writer through which TensorRT writes a finished plan into a file.
 
-    `held` has what a write raises, as on a full disk: the library takes a plan that was not written for a good one.
+    If a write raises, as on a full disk, the exception is kept in `held`. The library itself does not notice that
+    the plan is incomplete.
     """
 
     class Writer(trt.IStreamWriter):

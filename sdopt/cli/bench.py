@@ -16,14 +16,13 @@ GATE = 5  # exit code of a gate that is not met
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     words = parser.add_subparsers(dest="word", required=True, metavar="run | compare | report")
-    run_, compare_, report_ = (
-        words.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        for name, text in (
-            ("run", "measure a bundle beside its checkpoint (the word may be left out)"),
-            ("compare", "two records of one machine; exit code 5 when the second is slower than allowed"),
-            ("report", "tables and plots from records"),
-        )
-    )
+
+    def add_word(name: str, text: str) -> argparse.ArgumentParser:
+        return words.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+
+    run_ = add_word("run", "measure a bundle beside its checkpoint (the word may be left out)")
+    compare_ = add_word("compare", "two records of one machine; exit code 5 when the second is slower than allowed")
+    report_ = add_word("report", "tables and plots from records")
     _run_arguments(run_)
     compare_.add_argument("old", type=Path, metavar="OLD.json")
     compare_.add_argument("new", type=Path, metavar="NEW.json")
@@ -72,14 +71,14 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def percent(text: str) -> float:
-    """0.05 of "5%"; the sign is not needed."""
+    """0.05 of "5%" or "5"."""
     try:
-        share = float(text.removesuffix("%")) / 100
+        fraction = float(text.removesuffix("%")) / 100
     except ValueError:
-        share = -1.0
-    if not 0 <= share < 100:
+        fraction = -1.0
+    if not 0 <= fraction < 100:
         raise argparse.ArgumentTypeError(f"{text!r} is not a percentage, e.g. 5%")
-    return share
+    return fraction
 
 
 def names(text: str) -> list[str]:
@@ -113,20 +112,21 @@ def _run(args: argparse.Namespace) -> int:
         args.baselines or baseline.DEFAULTS[device], dict(args.peer), args.rounds, args.warmup, args.cold_rounds,
         device, args.cache,
     )  # fmt: skip
-    found = harness.new_record(_command(args))
+    measured = harness.new_record(_command(args))
     for case in cases:
-        found["results"].append(harness.run_case(case, setup, lambda line: print(line, file=sys.stderr, flush=True)))
+        result = harness.run_case(case, setup, lambda line: print(line, file=sys.stderr, flush=True))
+        measured["results"].append(result)
         if args.json:
-            record.write(args.json, found)
+            record.write(args.json, measured)
     if args.json:
         print(args.json)
     else:
-        print(json.dumps(record.check(found)))
+        print(json.dumps(record.check(measured)))
     if args.report:
         from sdopt.bench import report
 
-        report.write(args.report, [found])
-        print(args.report, file=sys.stderr if not args.json else sys.stdout)
+        report.write(args.report, [measured])
+        print(args.report, file=sys.stdout if args.json else sys.stderr)
     return 0
 
 
@@ -145,7 +145,10 @@ def _command(args: argparse.Namespace) -> str:
         ("--device", None if args.device == "auto" else args.device),
         ("--json", args.json),
     ]
-    return shlex.join([*words, *(str(word) for pair in given if pair[1] is not None for word in pair)])
+    for flag, value in given:
+        if value is not None:
+            words += [flag, str(value)]
+    return shlex.join(words)
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -156,12 +159,12 @@ def _compare(args: argparse.Namespace) -> int:
     differences = compare.unlike(old, new)
     if differences and not args.anyway:
         raise UsageError(f"unlike machines ({'; '.join(differences)}): measure on one, or add --anyway")
-    found = compare.changes(old, new, side=args.side, against=args.against)
-    slow = [] if args.fail_over is None else [c for c in found if c.too_slow(args.fail_over)]
+    changes = compare.changes(old, new, side=args.side, against=args.against)
+    slow = [] if args.fail_over is None else [change for change in changes if change.too_slow(args.fail_over)]
     if args.json:
-        print(json.dumps([compare.to_json(c, args.fail_over) for c in found]))
+        print(json.dumps([compare.to_json(change, args.fail_over) for change in changes]))
     else:
-        print("\n".join(compare.table(found, args.fail_over)))
+        print("\n".join(compare.table(changes, args.fail_over)))
     for change in slow:
         print(
             f"sdopt: {change.case}, {change.component}: slower by {change.ratio.low - 1:.1%} at least (95 %); "
@@ -174,7 +177,8 @@ def _compare(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from sdopt.bench import record, report
 
-    results, curves = ([record.read(path) for path in paths] for paths in (args.results, args.curves))
+    results = [record.read(path) for path in args.results]
+    curves = [record.read(path) for path in args.curves]
     written = report.write(args.output, results, args.plots, curves)
     print(*written, sep="\n")
     return 0

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--opt-level", type=int, default=3, metavar="0-5", help="how long TensorRT searches (default: 3)")
     add("--workspace", type=float, metavar="GIB", help="memory that a kernel may use (default: what is free)")
     for name, meaning in FLAGS.items():
-        add(f"--{name.replace('_', '-')}", action="store_true", help=meaning)
+        add(_flag(name), action="store_true", help=meaning)
     add("--recipe", type=Path, metavar="FILE", help="which engines, with which float32 islands (default: sdopt's own)")
 
 
@@ -95,7 +95,7 @@ def _refuse_for_ort(args: argparse.Namespace) -> None:
         "workspace": None,
         **dict.fromkeys(FLAGS, False),
     }
-    given = [f"--{name.replace('_', '-')}" for name, default in plain.items() if getattr(args, name) != default]
+    given = [_flag(name) for name, default in plain.items() if getattr(args, name) != default]
     if given:
         raise UsageError(
             f"{', '.join(given)}: a graph for ONNX Runtime takes every size, and its library optimises it when it "
@@ -104,16 +104,25 @@ def _refuse_for_ort(args: argparse.Namespace) -> None:
 
 
 def command(args: argparse.Namespace) -> str:
-    """What builds with the same options other components and profiles, of a bundle that may move: a record keeps it."""
+    """The command with these options, for an engine's record. BUNDLE stands for the bundle, which may move.
+
+    It has no components and no profiles, so that others can be built with the same options.
+    """
     words = ["sdopt", "build", "BUNDLE", "--backend", args.backend]
     for name, default in (("precision", "auto"), ("opt_level", 3), ("workspace", None), ("recipe", None)):
         if getattr(args, name) != default:
-            words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    return shlex.join(words + [f"--{name.replace('_', '-')}" for name in FLAGS if getattr(args, name)])
+            words += [_flag(name), str(getattr(args, name))]
+    words += [_flag(name) for name in FLAGS if getattr(args, name)]
+    return shlex.join(words)
+
+
+def _flag(name: str) -> str:
+    """The command line's flag of an option: --opt-level of opt_level."""
+    return f"--{name.replace('_', '-')}"
 
 
 class Bar:
-    """A progress bar of TensorRT's phases where a person is watching; lines on stderr in any case."""
+    """A progress bar of TensorRT's phases, shown only on a terminal. Lines of the report go to stderr."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -126,7 +135,7 @@ class Bar:
             self._bar.close()
 
     def report(self, line: str) -> None:
-        """A line of its own."""
+        """Print a line of the report."""
         if self._bar is not None:
             self._bar.clear()
         print(line, file=sys.stderr, flush=True)

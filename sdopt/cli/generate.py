@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         args.model,
         backend,
         precision=precision,
-        memory="low",  # each component is used once, so that letting go of it costs nothing
+        memory="low",  # each component is used once, so closing it afterwards costs nothing
         threads=args.threads,
         paranoid=args.paranoid,
         trust_engines=args.trust_engines,
@@ -79,20 +79,21 @@ def run(args: argparse.Namespace) -> int:
             _same_model(args.replay, record, pipe.bundle)
             _same_embeddings(args.replay, record, pipe.parameters(plan, 0))
         decoded = pipe.finish(plan, _denoise(pipe, plan, paths, args.preview_every))
-        model = {"model": pipe.bundle.manifest.name or pipe.bundle.path.name, "bundle": pipe.bundle.digest}
+        engines = {"backend": pipe.backend, "precision": pipe.precision}
+        provenance = {
+            "model": pipe.bundle.manifest.name or pipe.bundle.path.name,
+            "bundle": pipe.bundle.digest,
+            "version": __version__,
+            **engines,
+        }
         records: list[dict[str, Any]] = []
         for i, (image, path) in enumerate(zip(decoded, paths, strict=True)):
-            how = {"version": __version__, "backend": pipe.backend, "precision": pipe.precision}
-            parameters = {**pipe.parameters(plan, i), **model, **how}
+            parameters = {**pipe.parameters(plan, i), **provenance}
             images.save_png(image, path, None if args.no_metadata else parameters)
             records.append({"path": str(path), **parameters})
     seconds = time.perf_counter() - started
     if args.json:
-        print(
-            json.dumps(
-                {"images": records, "backend": pipe.backend, "precision": pipe.precision, "seconds": round(seconds, 3)}
-            )
-        )
+        print(json.dumps({"images": records, **engines, "seconds": round(seconds, 3)}))
     else:
         print(*paths, sep="\n")
         print(f"seed {', '.join(map(str, plan.seeds))}; {seconds:.2f} s", file=sys.stderr)
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _request(args: argparse.Namespace) -> tuple[Any, dict[str, Any] | None]:
-    """The keywords that the command line or the PNG of --replay asks for, and what that PNG tells."""
+    """(the keywords from the command line or from the PNG of --replay, the parameters in that PNG)"""
     from sdopt.cli import flags
     from sdopt.image.pil import read_parameters
     from sdopt.request.keywords import KEYWORDS, replayed
@@ -122,14 +123,18 @@ def _request(args: argparse.Namespace) -> tuple[Any, dict[str, Any] | None]:
 
 
 def _as_made(args: argparse.Namespace, record: dict[str, Any]) -> tuple[str, str]:
-    """The backend and precision of --replay, unless others are named; that they differ is told."""
+    """The backend and precision of the replayed picture, unless the command names others. Say so if they differ."""
     from sdopt.engine import installed_backends
 
-    made_by, made_in = str(record.get("backend", "auto")), with_precision_words(str(record.get("precision", "auto")))
-    main = made_in.partition(" ")[0]  # "fp16" of "fp16 (vae_decoder bf16)"
-    backend = made_by if args.backend == "auto" and made_by.partition(":")[0] in installed_backends() else args.backend
-    precision = main if args.precision == "auto" and backend == made_by else args.precision
-    if "backend" in record and (backend, precision) != (made_by, main):
+    made_by = str(record.get("backend", "auto"))
+    made_in = with_precision_words(str(record.get("precision", "auto")))
+    main_precision = made_in.partition(" ")[0]  # "fp16" of "fp16 (vae_decoder bf16)"
+    backend, precision = args.backend, args.precision
+    if backend == "auto" and made_by.partition(":")[0] in installed_backends():
+        backend = made_by
+    if precision == "auto" and backend == made_by:
+        precision = main_precision
+    if "backend" in record and (backend, precision) != (made_by, main_precision):
         print(f"sdopt: {args.replay} was made by {made_by} in {made_in}; this picture may differ", file=sys.stderr)
     return backend, precision
 
@@ -141,22 +146,23 @@ def _check_output(path: Path) -> None:
         raise UsageError(f"-o {path}: there is no folder {path.parent}; make it first")
 
 
-def _same_model(png: Path, found: dict[str, Any], bundle: Any) -> None:
-    if found.get("bundle") != bundle.digest:
-        raise BundleError(f"{png} was made by the bundle {found.get('model')} ({found.get('bundle')}); name it with -m")
+def _same_model(png: Path, record: dict[str, Any], bundle: Any) -> None:
+    model, digest = record.get("model"), record.get("bundle")
+    if digest != bundle.digest:
+        raise BundleError(f"{png} was made by the bundle {model} ({digest}); name it with -m")
 
 
 def _file_and_token(text: str) -> tuple[str, str | None]:
-    """("cat.safetensors", "<cat>") of "cat.safetensors=<cat>"; without a token None."""
+    """("cat.safetensors", "<cat>") of "cat.safetensors=<cat>". The token is None if the text has none."""
     if Path(text).is_file() or "=" not in text:
         return text, None
     path, _, token = text.rpartition("=")
     return path, token
 
 
-def _same_embeddings(png: Path, found: dict[str, Any], parameters: dict[str, Any]) -> None:
-    """Raises UsageError unless the embeddings that the PNG was made with are loaded under their tokens."""
-    wanted, used = (entry.get("embeddings", {}) for entry in (found, parameters))
+def _same_embeddings(png: Path, record: dict[str, Any], parameters: dict[str, Any]) -> None:
+    """Raises: UsageError unless the embeddings that the PNG was made with are loaded under their tokens."""
+    wanted, used = record.get("embeddings", {}), parameters.get("embeddings", {})
     for token, digest in {**used, **wanted}.items():
         if used.get(token) != wanted.get(token):
             raise UsageError(
@@ -166,7 +172,7 @@ def _same_embeddings(png: Path, found: dict[str, Any], parameters: dict[str, Any
 
 
 def _denoise(pipe: Pipeline, plan: Plan, paths: Sequence[Path], every: int | None) -> Float32:
-    """The latents of a plan, with a progress bar where a person is watching, and previews if they are asked for."""
+    """The latents of a plan. Shows a progress bar on a terminal; writes previews every `every` steps if it is given."""
     for note in plan.table.notes:
         print(f"sdopt: {note}", file=sys.stderr)
     steps, step = pipe.steps(plan), None
@@ -182,7 +188,7 @@ def _denoise(pipe: Pipeline, plan: Plan, paths: Sequence[Path], every: int | Non
 
 
 def _show(pipe: Pipeline, latents: Float32, number: int, paths: Sequence[Path]) -> None:
-    """Write the previews of one step beside the pictures that are to come."""
+    """Write the previews of one step beside the files of the pictures."""
     from sdopt.image.pil import save_png
 
     pictures = pipe.preview(latents, pipe.bundle.manifest.latents.factor)

@@ -123,7 +123,7 @@ def test_a_wrong_option_is_named(options: dict[str, Any], message: str) -> None:
 )
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "recipe.toml").write_text(text)
-    with pytest.raises(UsageError, match="recipe"):
+    with pytest.raises(UsageError, match=r"recipe\.toml is not a recipe: .+; see engines/recipe\.toml"):
         read_recipe(tmp_path / "recipe.toml")
 
 
@@ -400,15 +400,27 @@ def test_a_build_that_fails_leaves_nothing(bundle: Bundle) -> None:
     assert not [p for p in (bundle.path / "engines").iterdir() if not p.name.endswith(".lock")]
 
 
-def test_a_backend_that_builds_nothing_or_has_no_gpu_says_so(bundle: Bundle) -> None:
+def test_a_backend_that_builds_nothing_is_named(bundle: Bundle) -> None:
     with pytest.raises(UsageError, match="backend 'openvino' builds no engines; these do: "):
         build(bundle, "openvino")
     with pytest.raises(UsageError, match="backend 'tensorrt:cuda' is not known; there are tensorrt, tensorrt:0, tens"):
         build(bundle, "tensorrt:cuda")
     with pytest.raises(UsageError, match="backend 'ort:0' is not known; there are ort, ort:cpu and ort:cuda"):
         build(bundle, "ort:0")
-    with pytest.raises(BackendError, match="cuda-bindings|NVIDIA driver|GPU|tensorrt"):
-        build(bundle, "tensorrt", report=lambda line: None)
+
+
+def test_a_build_for_a_gpu_that_is_missing_says_why_and_leaves_nothing(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_gpu(index: int = 0) -> Any:
+        raise BackendError("there is no NVIDIA driver")
+
+    monkeypatch.setattr("sdopt.build.target.shared_device", no_gpu)
+    with pytest.raises(
+        BackendError, match=r"^there is no NVIDIA driver\. Without a GPU, --backend tensorrt-rtx builds"
+    ):
+        build(bundle, "tensorrt", report=pytest.fail)
+    assert not (bundle.path / "engines").exists()
 
 
 # ---- TensorRT-RTX: real builds, without a GPU

@@ -130,17 +130,23 @@ def test_a_missing_engine_library_ends_with_exit_code_4(tmp_path: Path) -> None:
     assert "pip install" in done.stderr
 
 
-def test_an_interrupt_ends_with_130_and_leaves_no_file(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sdopt", "generate", "a", "--steps", "900", "-o", str(tmp_path / "a.png")],
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    time.sleep(1.5)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+def test_an_interrupt_ends_with_130_and_leaves_no_picture(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sdopt", "generate", "a", "--steps", "900", "--preview-every", "3"]
+    process = subprocess.Popen([*command, "-o", str(tmp_path / "a.png")], stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "a-step-003.png").exists():  # from then on it is in the loop of steps
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "a.png").exists()
+    assert all(path.match("a-step-*.png") for path in tmp_path.iterdir())
 
 
 def test_inspect_shows_components_sizes_parity_and_provenance() -> None:
