@@ -160,10 +160,10 @@ class Builder:
     def _allow_decomposed_attention(self, network: Any) -> None:
         """Let the library take attention apart where it has no kernel for it, as in float32."""
         for i in range(network.num_layers):
-            layer = network.get_layer(i)
-            if layer.type.name == "ATTENTION_INPUT":
-                layer.__class__ = self.lib.trt.IAttentionInputLayer
-                layer.attention.decomposable = True
+            entry = network.get_layer(i)
+            if entry.type.name == "ATTENTION_INPUT":
+                entry.__class__ = self.lib.trt.IAttentionInputLayer
+                entry.attention.decomposable = True
 
     def _workspaces(self) -> list[int | None]:
         """The sizes to try in turn: what the option says, at most 0.9 of the free memory; then half and a quarter."""
