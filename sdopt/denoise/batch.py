@@ -42,9 +42,8 @@ class Job:
     @property
     def key(self) -> Hashable:
         """What another job must have in common to share its next call: the launch, and all shapes but the batch's."""
-        conditions = self.board.conditions
-        shapes = tuple((name, array.shape[1:]) for name, array in conditions.cond.items())
-        return self.launch, self.board.sample.shape[1:], shapes, conditions.negative is None
+        shapes = tuple((name, array.shape[1:]) for name, array in self.board.conditions.cond.items())
+        return self.launch, self.board.sample.shape[1:], shapes
 
 
 @dataclass(eq=False)

@@ -111,6 +111,23 @@ def test_guided_and_unguided_requests_large_and_small_ones_share_a_batch_as_far_
         np.testing.assert_array_equal(latents, alone(pipe, request), err_msg=str(request))
 
 
+def test_a_call_outside_the_interval_shares_the_one_of_a_request_without_guidance(pipe: sdopt.Pipeline) -> None:
+    requests = [
+        {"prompt": "a cat", "seed": 1, "num_inference_steps": 4, "guidance_scale": 1.0, **SMALL},
+        {"prompt": "a car", "seed": 4, "num_inference_steps": 4, "guidance_interval": (0.5, 1.0), **SMALL},
+    ]
+    with pipe.pool.using("unet") as unet:
+        engine = Watched(unet)
+        batch = Batch([job_of(pipe, engine, request) for request in requests])
+        last: dict[int, Array] = {}
+        jobs = list(batch.jobs)
+        while batch.jobs:
+            last |= {id(job): step.sample for job, step in batch.step()}
+    assert engine.rows == [2, 2, 1, 2, 1, 2]  # two calls together, then one row alone and two of guidance, twice
+    for job, request in zip(jobs, requests, strict=True):
+        np.testing.assert_array_equal(last[id(job)], alone(pipe, request))
+
+
 def test_a_job_that_leaves_is_not_moved_any_more_and_the_others_are_what_they_are_alone(pipe: sdopt.Pipeline) -> None:
     with pipe.pool.using("unet") as engine:
         batch = Batch()
