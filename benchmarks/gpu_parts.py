@@ -44,8 +44,9 @@ from sdopt import metrics as likeness
 from sdopt.bench import machine
 from sdopt.bench.built import Clock
 from sdopt.bench.sides import Inputs, SdoptSide, latents_of
-from sdopt.bundle.files import Bundle, new_folder
+from sdopt.bundle.files import Bundle
 from sdopt.bundle.specs import Array
+from sdopt.bundle.write import new_folder
 from sdopt.engine import BACKENDS, describe, installed_backends, open_engine
 from sdopt.engine.cores import usable_cores
 from sdopt.engine.device import shared_device

@@ -157,7 +157,7 @@ def _name_as_published(weights: Path) -> None:
 
 def prepared(name: str, cache: Path = CACHE) -> tuple[Path, Path]:
     """(checkpoint, bundle) of a model, each made where it is not there yet."""
-    from sdopt.bundle.files import new_folder
+    from sdopt.bundle.write import new_folder
     from sdopt.export import export
 
     checkpoint, bundle = cache / name / "checkpoint", cache / name / "bundle"

@@ -24,8 +24,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from sdopt.bundle.files import MANIFEST, new_folder, read_manifest, write_manifest
+from sdopt.bundle.files import MANIFEST, read_manifest
 from sdopt.bundle.format import Manifest
+from sdopt.bundle.write import new_folder, write_manifest
 from sdopt.errors import BundleError, SdoptError
 
 KEPT = "kept.npz"

@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sdopt import privacy
+
 if TYPE_CHECKING:
     from sdopt.bundle.files import Bundle as Bundle
     from sdopt.engine import Engine as Engine
@@ -23,16 +25,25 @@ if TYPE_CHECKING:
     from sdopt.errors import ParityError as ParityError
     from sdopt.errors import SdoptError as SdoptError
     from sdopt.errors import UsageError as UsageError
+    from sdopt.export import export as export
+    from sdopt.image import control as control
     from sdopt.pipeline import Pipeline as Pipeline
     from sdopt.pipeline import load as load
+    from sdopt.request.options import Options as Options
+    from sdopt.result import Result as Result
     from sdopt.samplers import SamplerTable as SamplerTable
     from sdopt.samplers import sampler_table as sampler_table
 
 __version__ = "0.1.0"
+privacy.silence()  # before any library that reads its variables
 
 _HOME = {
     "load": "pipeline",
     "Pipeline": "pipeline",
+    "Result": "result",
+    "Options": "request.options",
+    "export": "export",
+    "control": "image.control",
     "Bundle": "bundle.files",
     "Engine": "engine",
     "open_engine": "engine",
@@ -46,13 +57,15 @@ _HOME = {
     "ParityError": "errors",
     "NumericsError": "errors",
 }
+MODULES = ("export", "control")  # the first is a package that can be called
 __all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'sdopt' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"sdopt.{_HOME[name]}"), name)
+    module = importlib.import_module(f"sdopt.{_HOME[name]}")
+    return module if name in MODULES else getattr(module, name)
 
 
 def __dir__() -> list[str]:

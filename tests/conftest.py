@@ -5,11 +5,14 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import pytest
 from tests import tiny
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for a network
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads of `pytest -n` that wait leave the cores to the others
 
 if "SDOPT_TESTS_CACHE" not in os.environ:  # a child process of a test keeps what its test has set
     CACHE = os.environ["SDOPT_TESTS_CACHE"] = tempfile.mkdtemp(prefix="sdopt-tests-cache-")
@@ -25,11 +29,22 @@ if "SDOPT_TESTS_CACHE" not in os.environ:  # a child process of a test keeps wha
     os.environ["XDG_STATE_HOME"] = f"{CACHE}/state"
     atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
+PHASES = "phases.jsonl"  # a file beside the tiny bundle: what its export has reported of its progress, line by line
+SHARED = {  # fixtures of folders that are made once in a run
+    "tiny_checkpoint", "tiny_bundle", "sdxl_checkpoint", "sdxl_bundle", "sd2_checkpoint", "sd2_bundle",
+    "least_checkpoint", "controlled",
+}  # fmt: skip
+SLOW = ("test_families.py", "adapters", "export", "build", "text/test_encode.py", "bench", "engine")  # slowest first
 PlugIn = Callable[..., Any]  # of `plug_in`: (flavour, bytes of memory, GPUs) -> tests.fakes.gpu.Simulator
 
 ROOT = Path(__file__).parent.parent
 EMOJI_CHECKPOINT = ROOT / "engines/emoji/checkpoint"
 EMOJI_BUNDLE = ROOT / "engines/emoji/bundle"
+
+
+def without_address(value: object) -> str:
+    """The id of a test's parameter, equal in every process: a picture's text has its address."""
+    return re.sub(r" at 0x[0-9A-Fa-f]+", "", str(value))
 
 
 def make_tiny_tokenizer() -> Any:
@@ -42,28 +57,87 @@ def make_tiny_checkpoint(folder: Path, in_channels: int = 4) -> Path:
     return tiny.sd(folder, unet=tiny.unet(in_channels=in_channels))
 
 
-@pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """The folder `name` of the run. One process makes it, and those of `pytest -n` all use it.
+
+    `make` is given a path, which is renamed when it is finished.
+    """
+    from filelock import FileLock  # late: a machine that runs `-m gpu` alone need not have it
+
+    own = factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / name
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if not folder.exists():
+            unfinished = folder.with_name(f"{folder.name}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint: Path) -> Path:
+def exported(factory: pytest.TempPathFactory, checkpoint: Path, **options: Any) -> Path:
+    """The bundle of a checkpoint, beside it; exported once in a run."""
     from sdopt.export import export
 
-    return export(tiny_checkpoint, tiny_checkpoint.parent / "bundle", report=lambda line: None)
+    how: dict[str, Any] = {"report": lambda line: None, **options}
+    return once(factory, f"{checkpoint.parent.name}/bundle", lambda folder: export(checkpoint, folder, **how))
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return once(tmp_path_factory, "tiny/checkpoint", make_tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def progress(*phase: Any) -> None:
+        with tiny_checkpoint.with_name(PHASES).open("a", encoding="utf-8") as file:
+            print(json.dumps(phase), file=file)
+
+    return exported(tmp_path_factory, tiny_checkpoint, progress=progress)
 
 
 @pytest.fixture(scope="session")
 def sdxl_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.sdxl(tmp_path_factory.mktemp("sdxl") / "checkpoint")
+    return once(tmp_path_factory, "sdxl/checkpoint", tiny.sdxl)
 
 
 @pytest.fixture(scope="session")
-def sdxl_bundle(sdxl_checkpoint: Path) -> Path:
-    from sdopt.export import export
+def sdxl_bundle(sdxl_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(tmp_path_factory, sdxl_checkpoint)
 
-    return export(sdxl_checkpoint, sdxl_checkpoint.parent / "bundle", report=lambda line: None)
+
+@pytest.fixture(scope="session")
+def sd2_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return once(tmp_path_factory, "sd2/checkpoint", tiny.sd2)
+
+
+@pytest.fixture(scope="session")
+def sd2_bundle(sd2_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(tmp_path_factory, sd2_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def least_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For tests of what an export does beside tracing: it is exported in less than half of the time."""
+    return once(tmp_path_factory, "least/checkpoint", tiny.least)
+
+
+@pytest.fixture(autouse=True)
+def shared_folders_stay(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that changes a folder of the whole run fails, rather than some test after it."""
+    shared = SHARED & set(request.fixturenames)
+    folders = [request.getfixturevalue(name) for name in sorted(shared)]
+    before = [contents(folder) for folder in folders]
+    yield
+    assert [contents(folder) for folder in folders] == before
+
+
+def contents(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every path in a folder, with the size of a file and the time when it was written."""
+    found = ((path, path.stat()) for path in folder.rglob("*"))
+    return {str(path): (stat.st_size, stat.st_mtime_ns) for path, stat in found}
 
 
 @pytest.fixture
@@ -86,6 +160,33 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 4 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = shutil.which("mount")
+    command = [str(mount), "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    if mount is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount a disk")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@contextmanager
+def small_files() -> Iterator[None]:
+    """No file of this process can grow beyond 8 KB. No fixture: pytest reports a test before it ends the fixtures."""
+    resource = pytest.importorskip("resource", reason="this system limits no files")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 13, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
 
 
 @pytest.fixture
@@ -118,10 +219,36 @@ def gpu(plug_in: PlugIn) -> Any:
     return plug_in()
 
 
+def hears_interrupts() -> None:
+    """For a child process, before it begins: a shell that starts jobs in the background lets them ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """`-m gpu` imports only modules with such tests: a GPU machine need not have what the others are made with."""
     gpu_only = config.option.markexpr == "gpu" and collection_path.name.startswith("test_")
     return True if gpu_only and "pytest.mark.gpu" not in collection_path.read_text(encoding="utf-8") else None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: Any, log: Any) -> Any:
+    """With `pytest -n`, one process runs all tests of a file, so that what its fixtures make is made once."""
+    from xdist.scheduler import LoadFileScheduling  # a GPU machine need not have it
+
+    config.option.loadscopereorder = False  # by the number of tests; `pytest_collection_modifyitems` knows better
+    return LoadFileScheduling(config, log) if config.getoption("dist") == "load" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slowest files come first, so that no process has one of them left at the end."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+
+    def place(item: pytest.Item) -> int:
+        path = item.path.relative_to(ROOT / "tests")
+        return next((i for i, slow in enumerate(SLOW) if path.is_relative_to(slow)), len(SLOW))
+
+    items.sort(key=place)
 
 
 def edit_manifest(bundle: Path, **changes: object) -> None:

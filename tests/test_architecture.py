@@ -16,23 +16,32 @@ from tests.conftest import ROOT
 # room -> the rooms that it imports from: exactly these, so an arrow that nothing uses any more is deleted here too
 ARROWS = {
     "errors": "",
+    "privacy": "",
+    "progress": "",
+    "cluster": "errors",
     "bundle": "errors",
     "metrics": "bundle errors",
-    "engine": "bundle errors",
+    "adapters": "bundle errors",
+    "engine": "bundle errors privacy",
     "graph": "bundle errors",
     "samplers": "bundle errors",
     "image": "bundle engine errors",
     "request": "bundle errors image samplers",
     "text": "bundle engine errors request",
     "denoise": "bundle engine errors request samplers",
-    "pipeline": "bundle denoise engine image request samplers text",
-    "export": "bundle engine errors graph metrics samplers sdopt",
-    "build": "bundle engine errors graph metrics samplers sdopt",
+    "result": "errors image",
+    "pipeline": "adapters bundle denoise engine errors image progress request result samplers sdopt text",
+    "export": "bundle engine errors graph metrics samplers sdopt text",
+    "build": "bundle engine errors graph metrics pipeline samplers sdopt",
     "bench": "bundle engine errors metrics pipeline samplers sdopt",
-    "cli": "bench build bundle engine errors export image pipeline request samplers sdopt text",
+    "serve": "adapters bundle cluster denoise engine errors image pipeline request samplers sdopt",
+    "offline": "adapters bundle cluster engine errors image pipeline progress request serve",
+    "cli": "adapters bench build bundle engine errors export image offline pipeline progress request samplers sdopt"
+    " serve text",
     "__main__": "cli",
-    "sdopt": "bundle engine errors pipeline samplers",  # sdopt/__init__.py, lazily
+    "sdopt": "bundle engine errors export image pipeline privacy request result samplers",  # sdopt/__init__.py, lazily
 }
+FOR_EVERY_ROOM = {"dataclass", "logs"}
 NOT_AT_RUN_TIME = (
     "torch",
     "diffusers",
@@ -78,12 +87,12 @@ def imports(module: str) -> set[str]:
 
 @pytest.mark.parametrize("name", ARROWS)
 def test_a_room_imports_from_exactly_these(name: str) -> None:
-    outside = {room(i) for module in MODULES if room(module) == name for i in imports(module)} - {name}
-    assert outside == set(ARROWS[name].split())
+    outside = {room(i) for module in MODULES if room(module) == name for i in imports(module)}
+    assert outside - FOR_EVERY_ROOM - {name} == set(ARROWS[name].split())
 
 
 def test_every_room_is_in_the_table() -> None:
-    assert {room(module) for module in MODULES} == set(ARROWS)
+    assert {room(module) for module in MODULES} - FOR_EVERY_ROOM == set(ARROWS)
 
 
 def test_arrows_point_one_way_but_for_the_lazy_front_door() -> None:

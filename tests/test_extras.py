@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -20,13 +21,21 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from sdopt.cli.main import COMMANDS
+from sdopt.errors import install
 from tests.conftest import EMOJI_BUNDLE, EMOJI_CHECKPOINT, ROOT
 
 tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 GRAPHS = ("sdopt.graph", "sdopt.build")  # packages with all that is in them
-ONNX_RUNTIME = ("sdopt.engine.ort",)
-BOTH = ("sdopt.build.diagnose", "sdopt.build.simulate")  # need onnx-ir and ONNX Runtime
+ONNX_RUNTIME = ("sdopt.engine.ort", "sdopt.engine.ort_device")
+BOTH = (
+    "sdopt.build.calibrate",
+    "sdopt.build.calibrations",
+    "sdopt.build.diagnose",
+    "sdopt.build.observe",
+    "sdopt.build.sensitivity",
+    "sdopt.build.simulate",
+)  # need onnx-ir and ONNX Runtime
 # extra -> what imports with it, beside what imports without any
 ALONE: dict[str, tuple[str, ...]] = {
     "": (),
@@ -37,9 +46,13 @@ ALONE: dict[str, tuple[str, ...]] = {
     "tensorrt-rtx": GRAPHS,
     "openvino": ("sdopt.engine.openvino",),
     "export": (*GRAPHS, "sdopt.export"),
+    "completion": (),
+    "control": (),
+    "server": ("sdopt.serve",),
+    "ray": ("sdopt.serve",),
     "build,cpu": (*GRAPHS, *ONNX_RUNTIME, *BOTH),
 }
-TOOLS = {"test", "train", "dev"}  # extras of this repository, which sdopt itself never imports
+TOOLS = {"test", "browser", "train", "dev"}  # extras of this repository, which sdopt itself never imports
 SAME = {"onnxruntime-gpu": "onnxruntime"}  # packages that give the same module
 STAND_INS = {
     "tensorrt/__init__.py": "",
@@ -190,7 +203,8 @@ def test_an_extra_alone_imports_what_it_is_for_and_runs_what_needs_no_engine(ext
     everywhere += [[command, "--help"] for command in COMMANDS]
     done = alone(extra, tmp_path, everywhere, imports=True)
     assert {name: error for name, error in done["failed"].items() if name in expected(extra)} == {}
-    engines = extra not in ("", "build", "export")  # without any engine library `doctor` says so, and fails
+    # without any engine library `doctor` says so, and fails
+    engines = extra not in ("", "build", "export", "completion", "control", "server", "ray")
     for result in done["results"]:
         wanted = 4 if result["words"][0] == "doctor" and "--help" not in result["words"] and not engines else 0
         assert result["code"] == wanted, result
@@ -217,6 +231,8 @@ BUILD = ["build", str(EMOJI_BUNDLE), "--backend"]
         ("export", ["export", str(EMOJI_CHECKPOINT), "-o", "bundle"], 'needs onnxruntime: pip install "sdopt[cpu]"'),
         ("cpu", ["bench", str(EMOJI_BUNDLE), "--baseline", "checkpoint"], 'pip install "sdopt[export]"'),
         ("", GENERATE, 'ort: pip install "sdopt[cpu]"'),
+        ("cpu", ["serve"], 'pip install "sdopt[server]"'),
+        ("cpu,server", ["serve", "--ray"], 'pip install "sdopt[ray]"'),
     ],
     ids=lambda value: " ".join(value[:1]) if isinstance(value, list) else str(value)[:24],
 )
@@ -251,3 +267,12 @@ def test_each_extra_that_has_an_engine_of_its_own_makes_a_picture(tmp_path: Path
         assert result["code"] == 0, result
         assert json.loads(result["out"])["backend"] == backend
         assert (folder / "apple.png").is_file()
+
+
+def test_every_hint_names_an_extra_that_exists_for_an_index_and_for_a_clone() -> None:
+    sources = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "sdopt").rglob("*.py")}
+    hints = re.findall(r"install\(['\"]([\w,-]+)['\"]\)", "".join(sources.values()))
+    assert len(hints) > 8
+    assert {extra for hint in hints for extra in hint.split(",")} <= set(PROJECT["optional-dependencies"])
+    assert install("cpu") == 'pip install "sdopt[cpu]" (in a clone of sdopt: pip install ".[cpu]")'
+    assert [name for name, text in sources.items() if 'pip install "sdopt[' in text] == ["sdopt/errors.py"]

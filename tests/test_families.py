@@ -212,11 +212,8 @@ def test_latents_with_a_mean_and_deviation_of_each_channel_are_those_of_diffuser
 
 
 @pytest.fixture(scope="module")
-def sd2(folder: Path) -> tuple[Path, Path]:
-    from sdopt.export import export
-
-    checkpoint = tiny.sd2(folder / "sd2")
-    return checkpoint, export(checkpoint, folder / "sd2-bundle", report=lambda line: None)
+def sd2(sd2_checkpoint: Path, sd2_bundle: Path) -> tuple[Path, Path]:
+    return sd2_checkpoint, sd2_bundle
 
 
 def test_sd2_predicts_velocity_as_in_diffusers(sd2: tuple[Path, Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from functools import cache
@@ -18,6 +19,8 @@ from sdopt.cli.main import main
 from sdopt.engine import BACKENDS, installed_backends, open_engine
 from sdopt.engine.pool import EnginePool
 from sdopt.errors import NumericsError, UsageError
+from sdopt.request.diffusers import INSTEAD
+from sdopt.request.plan import make_plan
 from sdopt.samplers import SAMPLERS
 from tests.conftest import EMOJI_BUNDLE, EMOJI_CHECKPOINT
 
@@ -259,7 +262,8 @@ def test_a_component_can_be_released_and_comes_back(emoji: sdopt.Pipeline) -> No
         ({"prompt_embeds": np.zeros((1, 4, 3), np.float32)}, "negative_prompt_embeds"),
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
         ({"output_type": "jpeg"}, "output_type = 'jpeg'; allowed are"),
-        ({"steps": 3}, "unknown argument steps; there are .*num_inference_steps"),
+        ({"steps": 3}, "steps: use num_inference_steps="),
+        ({"stepz": 3}, "unknown argument stepz; there are .*num_inference_steps"),
     ],
     ids=lambda v: str(v)[:40],
 )
@@ -367,3 +371,94 @@ def test_a_command_opens_each_component_once(
     assert main(["generate", "a cat", *model, *files, *more, "--preview-every", "1", "--no-cache"]) == 0
     encoders = ["text_encoder", "text_encoder_2"][: 1 + (family == "sdxl")]
     assert opened == [*encoders, "vae_encoder", "unet", "vae_decoder"]
+
+
+@pytest.mark.parametrize("name", ["scheduler", "_interrupt", "_guidance_scale", "unet", "safety_checker", "seed", "x"])
+def test_an_attribute_that_nothing_would_read_is_refused(name: str, emoji: sdopt.Pipeline) -> None:
+    with pytest.raises(UsageError, match=rf"^pipe\.{name} cannot be set: ") as caught:
+        setattr(emoji, name, None)
+    assert caught.value.param == name
+    assert not hasattr(emoji, name)
+
+
+@pytest.mark.parametrize("name", INSTEAD)
+def test_a_keyword_of_diffusers_gets_a_sentence(name: str, emoji: sdopt.Pipeline) -> None:
+    with pytest.raises(UsageError, match=f"^{name}: {re.escape(INSTEAD[name])}$") as caught:
+        emoji("a cat", **{name: None})
+    assert caught.value.param == name
+
+
+@pytest.mark.parametrize("name", ["bundle", "pool", "backend", "precision", "provenance", "_text", "_vae"])
+def test_what_load_decides_cannot_be_set(name: str, emoji: sdopt.Pipeline) -> None:
+    before = getattr(emoji, name)
+    with pytest.raises(
+        UsageError, match=rf"^pipe\.{name} cannot be set: sdopt.load decides it; make another"
+    ) as caught:
+        setattr(emoji, name, sdopt.Bundle.open(emoji.bundle.path))
+    assert caught.value.param == name
+    assert getattr(emoji, name) == before
+
+
+SAMPLE = np.zeros((1, 4, 8, 8), np.float32)
+
+
+@pytest.mark.parametrize("value", [3, 0, -8, 2.5, "16", True, 2**40])
+def test_decode_checks_its_tile_as_a_call_does(value: Any, emoji: sdopt.Pipeline) -> None:
+    messages: list[str] = []
+    for attempt in (
+        lambda: emoji.decode(SAMPLE, vae_tile=value),
+        lambda: emoji("a cat", num_inference_steps=1, vae_tile=value),
+    ):
+        with pytest.raises(UsageError, match="^vae_tile = .*; allowed are whole numbers from 4 to ") as caught:
+            attempt()
+        messages.append(str(caught.value))
+        assert caught.value.param == "vae_tile"
+    assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize(
+    ("use", "param"),
+    [
+        (lambda pipe: pipe.decode(SAMPLE, vae_slice="no"), "vae_slice"),
+        (lambda pipe: pipe.decode(SAMPLE[:, :3]), "latents"),
+        (lambda pipe: pipe.decode(SAMPLE[0]), "latents"),
+        (lambda pipe: pipe.decode(SAMPLE.astype(np.float64)), "latents"),
+        (lambda pipe: pipe.decode(SAMPLE * np.float32("nan")), "latents"),
+        (lambda pipe: pipe.decode(SAMPLE[:0]), "latents"),
+        (lambda pipe: pipe.decode("latents"), "latents"),
+        (lambda pipe: pipe.decode(None), "latents"),
+        (lambda pipe: pipe.preview(SAMPLE[:, :3]), "latents"),
+        (lambda pipe: pipe.preview([[1.0]]), "latents"),
+        (lambda pipe: pipe.preview(SAMPLE, scale=0), "scale"),
+        (lambda pipe: pipe.preview(SAMPLE, scale=1.5), "scale"),
+        (lambda pipe: pipe.preview(SAMPLE, scale=10**9), "scale"),
+        (lambda pipe: pipe.preview(SAMPLE, output_type=None), "output_type"),
+        (lambda pipe: pipe.encode([]), "prompts"),
+        (lambda pipe: pipe.encode([1]), "prompts"),
+        (lambda pipe: pipe.encode(["a"], prompt_style="A1111"), "prompt_style"),
+        (lambda pipe: pipe.encode(["a"], clip_skip=-1), "clip_skip"),
+        (lambda pipe: pipe.encode(["a"], clip_skip="1"), "clip_skip"),
+        (lambda pipe: pipe("a cat", callback_on_step_end=5), "callback_on_step_end"),
+        (lambda pipe: pipe("a cat", callback_on_step_end=int), "callback_on_step_end"),
+        (lambda pipe: pipe("a cat", callback_on_step_end=lambda pipe, index: None), "callback_on_step_end"),
+        (lambda pipe: pipe.prepare(None), "plan"),
+        (lambda pipe: pipe.steps(None), "plan"),
+        (lambda pipe: pipe.finish("a cat", SAMPLE), "plan"),
+        (lambda pipe: pipe.parameters(None, 0), "plan"),
+        (lambda pipe: pipe.parameters(make_plan(pipe.bundle, "a cat", {}), 1), "image"),
+        (lambda pipe: pipe.parameters(make_plan(pipe.bundle, "a cat", {}), None), "image"),
+        (lambda pipe: sdopt.Pipeline("x"), "pool"),
+        (lambda pipe: sdopt.Pipeline(None), "pool"),
+        (lambda pipe: EnginePool("sd15"), "bundle"),
+        (lambda pipe: sdopt.open_engine("sd15", "unet"), "bundle"),
+        (lambda pipe: sdopt.open_engine(None, "unet"), "bundle"),
+    ],
+)
+def test_every_public_method_checks_what_a_call_checks(use: Any, param: str, emoji: sdopt.Pipeline) -> None:
+    with pytest.raises(UsageError, match=rf"^{param}( = |: ).*(allowed (are|is)|has 4 channels)") as caught:
+        use(emoji)
+    assert caught.value.param == param
+
+
+def test_one_text_is_encoded_as_a_list_of_one(emoji: sdopt.Pipeline) -> None:
+    np.testing.assert_array_equal(emoji.encode("a cat"), emoji.encode(["a cat"]))

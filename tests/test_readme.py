@@ -15,7 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,12 @@ PAGES = sorted(
 )
 EMOJI = "engines/emoji/bundle"
 FOLDERS = "benchmarks/results"  # what commands of pages read, beside the embedded model
-NOT_OURS = {"pytest", "ruff", "pyright", ".ci/run", "docker"}  # what they do is not a promise of a page
-SLOW = ("export", "bench run")  # tests/export and tests/bench run them
+NOT_OURS = {  # what they do is not a promise of a page
+    "pytest", "ruff", "pyright", ".ci/run", "docker", "kubectl", "openssl", "mkdir", "cat",
+}  # fmt: skip
+SLOW = ("export", "bench run", "tune")  # tests/export and tests/bench run them
 GPU = ("tensorrt", "tensorrt-rtx", "ort:cuda")
+ADDRESS = "127.0.0.1:8000"  # of the server that a page speaks of
 NOT_HERE = ("sd15", "old.json", "bf16")  # the reader's own model and records; what not every processor has
 
 
@@ -70,6 +73,8 @@ def commands(name: str) -> list[list[str]]:
 def runs_here(words: Sequence[str]) -> bool:
     """Whether a command of sdopt can run without a network, a GPU or a model that is not here, in seconds."""
     is_run = words[0] == "bench" and words[1] not in ("compare", "report")
+    if words[0] == "serve" or "--ray" in words:  # it would not end; tests/offline/test_ray.py begins clusters
+        return False
     not_here = [word for word in words if word in NOT_HERE or word.startswith(GPU)]
     return not not_here and ("bench run" if is_run else words[0]) not in SLOW
 
@@ -84,6 +89,8 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtur
         shutil.copytree(ROOT / FOLDERS, tmp_path / FOLDERS)
         for name in ("README.md", "benchmarks/README.md"):
             shutil.copy(ROOT / name, tmp_path / name)
+    if "image=@apple.png" in text:
+        Image.fromarray(np.full((128, 128, 3), 99, np.uint8)).save(tmp_path / "apple.png")
     if "mask.png" in text:
         mask = np.zeros((128, 128), np.uint8)
         mask[40:90, 40:90] = 255
@@ -92,15 +99,36 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtur
         rows = np.random.default_rng(0).standard_normal((2, 128)).astype(np.float32)
         header = json.dumps({"<me>": {"dtype": "F32", "shape": [2, 128], "data_offsets": [0, rows.nbytes]}}).encode()
         (tmp_path / "me.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + rows.tobytes())
+    if "batch prompts.jsonl" in text:
+        (tmp_path / "prompts.jsonl").write_text("".join(blocks("sdopt/offline/README.md", "jsonl")))
     if "report emoji.json" in text:
         shutil.copy(ROOT / FOLDERS / "emoji.json", tmp_path / "emoji.json")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
+@pytest.fixture
+def address(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where a server listens, if the page speaks of one."""
+    if ADDRESS not in page(request.node.callspec.params["name"]):
+        yield ADDRESS
+        return
+    serving = pytest.importorskip("tests.serve.conftest", reason="the extra `server` is not installed")
+    with serving.running(tmp_path_factory.mktemp("server")) as server:
+        yield server.url.removeprefix("http://")
+
+
+def asks_the_server(words: Sequence[str], address: str) -> None:
+    """A command of curl gets an answer that is no error. Where there is no curl, other tests ask the same routes."""
+    if shutil.which("curl") is None:
+        return
+    there = [word.replace(ADDRESS, address) for word in words]
+    assert subprocess.run([*there, "--fail"], capture_output=True, check=False, timeout=120).returncode == 0, words
+
+
 @pytest.mark.parametrize("name", [name for name in PAGES if commands(name)])
 def test_the_commands_of_a_page_run_or_are_taken_by_their_parser(
-    name: str, desk: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, desk: Path, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for words in commands(name):
         if words[0] == "sdopt" and runs_here(words[1:]):
@@ -109,6 +137,8 @@ def test_the_commands_of_a_page_run_or_are_taken_by_their_parser(
             taken_by_its_parser(words[1:], monkeypatch)
         elif words[:2] == ["pip", "install"]:
             extras_exist(words[2:])
+        elif words[0] == "curl":
+            asks_the_server(words, address)
         elif words[0] == "python":
             options_exist(words[1:])
         else:
@@ -139,6 +169,9 @@ def extras_exist(words: Sequence[str]) -> None:
 def options_exist(words: Sequence[str]) -> None:
     """A script is there, and its own help has every option and word that a page gives it."""
     script, *rest = words
+    if script == "-m":
+        script, *rest = rest
+        script = f"{script.replace('.', '/')}/__main__.py"
     assert (ROOT / script).is_file(), script
     word = [rest[0]] if rest and Path(script).name == "skeleton.py" else []  # its words have a help each
     shown = subprocess.run(
@@ -150,10 +183,12 @@ def options_exist(words: Sequence[str]) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in PAGES if blocks(name, "python")])
-def test_the_python_of_a_page_runs(name: str, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_python_of_a_page_runs(name: str, desk: Path, address: str, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
+    host, _, port = address.partition(":")
     for code in blocks(name, "python"):
-        exec(code.replace('"sd15"', repr(str(EMOJI_BUNDLE))), names)
+        there = code.replace(ADDRESS, address).replace('host="127.0.0.1", port=8000', f'host="{host}", port={port}')
+        exec(there.replace('"sd15"', repr(str(EMOJI_BUNDLE))), names)
     assert name != "README.md" or capsys.readouterr().out.startswith("1/20  sigma ")
 
 
@@ -190,7 +225,7 @@ def test_every_page_is_reached_from_the_readme() -> None:
 def test_the_first_two_commands_are_the_set_up() -> None:
     first, second = (block.strip() for block in blocks("README.md", "sh")[:2])
     assert first == 'pip install ".[cpu]" && sdopt generate "a red apple on a blue background" -o apple.png'
-    assert second == 'pip install ".[cpu,export,test]" && pytest'
+    assert second == 'pip install ".[cpu,export,test]" && pytest -n auto'
     assert f"\n{second}\n" in page(".ci/run")
 
 
@@ -200,7 +235,9 @@ def test_the_page_of_the_command_line_has_every_option(command: str) -> None:
     assert f"[`sdopt {command}`](#" in page(name)
     section = re.search(rf"^## `sdopt {command}.*?(?=^## |\Z)", page(name), re.DOTALL | re.MULTILINE)[0]
     words = [[command, "run"], [command, "compare"], [command, "report"]] if command == "bench" else [[command]]
-    there = {option for word in words for option in options(sdopt(*word, "--help").stdout)} - {"--help"}
+    everywhere = {"--help", "--quiet", "--verbose"}  # the head of the page has them
+    assert everywhere <= options(page(name).split("\n## ")[0])
+    there = {option for word in words for option in options(sdopt(*word, "--help").stdout)} - everywhere
     assert options(section) == there
 
 
@@ -209,7 +246,8 @@ def options(text: str) -> set[str]:
 
 
 def test_the_page_of_engines_has_every_option_of_a_build() -> None:
-    assert options(sdopt("build", "--help").stdout) - {"--help"} <= options(page("engines/README.md")) | {"--backend"}
+    everywhere = {"--help", "--quiet", "--verbose"}
+    assert options(sdopt("build", "--help").stdout) - everywhere <= options(page("engines/README.md")) | {"--backend"}
 
 
 def test_the_page_of_the_house_has_every_keyword_and_every_room() -> None:
@@ -255,4 +293,14 @@ def test_the_exit_codes_it_lists_are_those_of_the_errors() -> None:
     text = re.search(r"Exit codes: (.*)", page("sdopt/cli/README.md"))[1]
     codes = {int(code) for code in re.findall(r"(?:^|, )(\d+) ", text)}
     kinds = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.SdoptError)]
-    assert {kind.exit_code for kind in kinds} | {0, 130} == codes
+    assert {kind.exit_code for kind in kinds} | {0, 130, 143} == codes
+
+
+def test_the_page_of_the_server_has_every_metric() -> None:
+    metrics = pytest.importorskip("sdopt.serve.metrics", reason="the extra `server` is not installed")
+    text = page("sdopt/serve/README.md")
+    names = {family.name for family in metrics.Metrics().registry.collect()}
+    assert len(names) > 10
+    assert {name for name in names if f"`{name}`" not in text and f"`{name}_total`" not in text} == set()
+    listed = set(re.findall(r"`(sdopt_\w+)`", text))
+    assert {name.removesuffix("_total") for name in listed} == names

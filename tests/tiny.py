@@ -117,6 +117,12 @@ def sd2(folder: Path) -> Path:
     )
 
 
+def least(folder: Path) -> Path:
+    """A Stable Diffusion checkpoint of the fewest layers: one block on each side, and TAESD."""
+    small = unet(block_out_channels=(12,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+    return sd(folder, unet=small, vae=taesd(), text_encoder=text_encoder(num_hidden_layers=1))
+
+
 def sdxl(folder: Path, kind: str = "StableDiffusionXLPipeline", **parts: Any) -> Path:
     """An SDXL checkpoint; `parts` replace its own."""
     import diffusers
@@ -169,7 +175,7 @@ def variant(checkpoint: Path, folder: Path, scheduler: Any = None, **index: Any)
 def export_like(checkpoint: Path, target: Path, base: Path, **options: Any) -> Path:
     """The bundle of a checkpoint; a graph of the bundle `base` that passes the gate for it is copied, not traced."""
     from sdopt.bundle.files import Bundle
-    from sdopt.errors import ParityError
+    from sdopt.errors import BackendError, ParityError
     from sdopt.export import component, export, parity
 
     known, write = Bundle.open(base), component.write_component
@@ -181,12 +187,71 @@ def export_like(checkpoint: Path, target: Path, base: Path, **options: Any) -> P
             if (there.inputs, there.outputs) == (part.inputs, part.outputs):
                 try:
                     parity.gate(part, parity.measure(part, there.graph))
-                except ParityError:
+                except (ParityError, BackendError):  # another model, or other sizes inside of it
                     return write(build, opened, folder, *rest)
-                for file in base.glob(f"{part.name}.*"):
+                names = [part.name, *(variant.part.name for variant in part.variants)]
+                for file in (file for name in names for file in base.glob(f"{name}.*")):
                     shutil.copy(file, folder)
-                return known.manifest.components[part.name]
+                return {name: known.manifest.components[name] for name in names}
         return write(build, opened, folder, *rest)
 
     with mock.patch.object(component, "write_component", reuse):
         return export(checkpoint, target, **{"report": lambda line: None, **options})
+
+
+def image_encoder(folder: Path, **changes: Any) -> Path:
+    """CLIP's image encoder for 18 pixels a side: 10 tokens of 24 features, 16 features in all."""
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    config = {
+        "hidden_size": 24, "intermediate_size": 40, "projection_dim": 16, "num_hidden_layers": 3,
+        "num_attention_heads": 2, "image_size": 18, "patch_size": 6,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    CLIPVisionModelWithProjection(CLIPVisionConfig(**{**config, **changes})).save_pretrained(folder)
+    return folder
+
+
+def ip_adapter(file: Path, checkpoint: Path, kind: str = "base", seed: int = 0, **others: Any) -> Path:
+    """An IP-Adapter for the UNet of a checkpoint, in the published layout; `others` are further tensors, or None."""
+    import torch
+    from diffusers import UNet2DConditionModel
+    from safetensors.torch import save_file
+
+    model: Any = UNet2DConditionModel.from_pretrained(checkpoint / "unet")
+    text, inner, hidden = model.config.cross_attention_dim, 128, 12
+    layers = [name.removesuffix(".processor") for name in model.attn_processors if "attn2" in name]
+    shapes: dict[str, tuple[int, ...]] = {}
+    if kind == "base":
+        shapes |= {
+            "proj.weight": (4 * text, 16),
+            "proj.bias": (4 * text,),
+            "norm.weight": (text,),
+            "norm.bias": (text,),
+        }
+    elif kind == "full":
+        shapes |= {"proj.0.weight": (24, 24), "proj.0.bias": (24,), "proj.2.weight": (text, 24), "proj.2.bias": (text,)}
+        shapes |= {"proj.3.weight": (text,), "proj.3.bias": (text,)}
+    else:
+        shapes |= {"latents": (1, 6, hidden), "proj_in.weight": (hidden, 24), "proj_in.bias": (hidden,)}
+        shapes |= {"proj_out.weight": (text, hidden), "proj_out.bias": (text,)}
+        shapes |= {"norm_out.weight": (text,), "norm_out.bias": (text,)}
+        for i in range(4):
+            norms = {
+                f"{i}.{name}": (hidden,) for n in ("0.norm1", "0.norm2", "1.0") for name in (f"{n}.weight", f"{n}.bias")
+            }
+            linears = {"0.to_q": (inner, hidden), "0.to_kv": (2 * inner, hidden), "0.to_out": (hidden, inner)}
+            linears |= {"1.1": (4 * hidden, hidden), "1.3": (hidden, 4 * hidden)}
+            shapes |= {f"layers.{name}": shape for name, shape in norms.items()}
+            shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in linears.items()}
+    named = {f"image_proj.{name}": shape for name, shape in shapes.items()}
+    for i, layer in enumerate(layers):
+        width = model.get_submodule(layer).to_q.out_features
+        named |= {f"ip_adapter.{2 * i + 1}.{name}.weight": (width, text) for name in ("to_k_ip", "to_v_ip")}
+    draw = torch.Generator().manual_seed(seed)
+    tensors = {name: 0.5 * torch.randn(shape, generator=draw) for name, shape in named.items()}
+    tensors = {name: tensor for name, tensor in {**tensors, **others}.items() if tensor is not None}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, file)
+    return file

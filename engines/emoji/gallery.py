@@ -4,11 +4,14 @@ python engines/emoji/gallery.py gallery -o engines/emoji/gallery.jpg     # a doz
 python engines/emoji/gallery.py seeds -o engines/emoji/seeds.jpg         # six prompts, eight seeds each
 python engines/emoji/gallery.py samplers -o engines/emoji/samplers.jpg   # twelve samplers, four numbers of steps
 python engines/emoji/gallery.py sheet -o engines/emoji/sheet.jpg         # every emoji once
+python engines/emoji/gallery.py neon -o engines/emoji/neon.jpg           # six prompts, without and with the LoRA
+python engines/emoji/gallery.py shapes -o engines/emoji/shapes.jpg       # three prompts in five shapes
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +29,9 @@ PROMPTS = (
 SAMPLER_NAMES = (
     "ddim", "pndm", "euler", "euler_a", "heun", "dpm2", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "unipc", "deis", "lms",
 )  # fmt: skip
+NEON_PROMPTS = tuple(PROMPTS[i] for i in (0, 1, 4, 5, 7, 8))
+SHAPE_PROMPTS = ("a red apple on a blue background", "a cat face", "a star on a purple background")
+SIDE = 128  # pixels
 STEPS = (5, 10, 20, 40)
 Tile = tuple[Image.Image, str]
 
@@ -61,7 +67,46 @@ def sheet(pipe: sdopt.Pipeline) -> Iterator[Tile]:
         yield pipe(f"{a(emoji.name)} on {a(colour)} background", seed=i).images[0], emoji.name
 
 
-KINDS = {"gallery": (gallery, 6), "seeds": (seeds, 8), "samplers": (samplers, 12), "sheet": (sheet, 20)}
+def neon(pipe: sdopt.Pipeline) -> Iterator[Tile]:
+    """Six prompts and their seeds, without the LoRA and with it in two weights."""
+    pipe.load_lora_weights("neon")
+    for weight in (0.0, 0.7, 1.0):
+        pipe.set_adapters("neon", weight)
+        for seed, prompt in enumerate(NEON_PROMPTS):
+            yield pipe(prompt, seed=seed).images[0], ""
+    pipe.unload_lora_weights()
+
+
+def shapes(pipe: sdopt.Pipeline) -> Iterator[Tile]:
+    """Five silhouettes, and below them what three prompts and one seed make of each; at the left without one."""
+    silhouettes = [_silhouette(kind) for kind in ("small", "large", "wide", "star", "square")]
+    yield Image.new("RGB", (SIDE, SIDE), "white"), ""
+    yield from ((silhouette, "") for silhouette in silhouettes)
+    for prompt in SHAPE_PROMPTS:
+        yield pipe(prompt, seed=3).images[0], ""
+        for silhouette in silhouettes:
+            yield pipe(prompt, seed=3, control_image={"silhouette": silhouette}).images[0], ""
+
+
+def _silhouette(kind: str) -> Image.Image:
+    """A shape in white on black."""
+    picture = Image.new("RGB", (SIDE, SIDE))
+    draw = ImageDraw.Draw(picture)
+    ellipses = {"small": (10, 60, 60, 115), "large": (14, 10, 116, 118), "wide": (8, 40, 120, 90)}
+    if kind in ellipses:
+        draw.ellipse(ellipses[kind], fill="white")
+    elif kind == "square":
+        draw.rectangle((30, 20, 80, 70), fill="white")
+    else:
+        corners = [(55 if i % 2 == 0 else 25, i * math.pi / 5) for i in range(10)]
+        draw.polygon([(64 + r * math.sin(a), 64 - r * math.cos(a)) for r, a in corners], fill="white")
+    return picture
+
+
+KINDS = {
+    "gallery": (gallery, 6), "seeds": (seeds, 8), "samplers": (samplers, 12), "sheet": (sheet, 20), "neon": (neon, 6),
+    "shapes": (shapes, 6),
+}  # fmt: skip
 LABEL = 14  # pixels under a tile that has one
 
 

@@ -139,6 +139,8 @@ def main() -> None:
     parser.add_argument("--samplers", nargs="+", default=[None], help="default: the checkpoint's own")
     parser.add_argument("--guidance", nargs="+", type=float, default=[None], help="default: the bundle's own")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--cache-interval", type=int, default=1, help="with a feature cache, which must be built")
+    parser.add_argument("--cache-depth", type=int)
     parser.add_argument("-o", "--output", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
     pipe, judge, rng = sdopt.load(args.bundle), Judge(), random.Random(1)
@@ -151,6 +153,7 @@ def main() -> None:
     for sampler in args.samplers:
         for guidance in args.guidance:
             options = {"sampler": sampler, "guidance_scale": guidance, "num_inference_steps": args.steps}
+            options |= {"cache_interval": args.cache_interval, "cache_depth": args.cache_depth}
             for name, pairs in sets.items():
                 started = time.perf_counter()
                 result = score(pipe, judge, pairs, **options)

@@ -1,8 +1,9 @@
-"""The baseline: diffusers on PyTorch, eager or compiled, in the precisions that suit the device.
+"""The baselines: diffusers on PyTorch, eager or compiled, in the precisions that suit the device.
 
-Only this module of the harness imports torch, and only when a baseline is made. It sets the number of torch's threads
-and nothing else: no clocks of the device, no other switches of torch. The outputs that other sides are compared with
-are computed without TF32 (`exact`). Timings use TF32 as torch does by default: in convolutions, not in matrix products.
+Only this module of the harness imports torch, and only when a baseline is opened. The only setting that it changes is
+torch's number of threads. Clocks of the device and other switches of torch stay as they are.
+Timings use TF32 as torch does by default: in convolutions, not in matrix products. The outputs that other sides are
+compared with are computed without TF32 (see `exact`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import json
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,12 +25,13 @@ from sdopt.bench.sides import Inputs
 from sdopt.bench.timing import Call, Sample, timed
 from sdopt.bundle.precision import precision_word
 from sdopt.bundle.specs import Array, Float32
-from sdopt.errors import BackendError, CheckpointError, UsageError
+from sdopt.dataclass import dataclass
+from sdopt.errors import BackendError, CheckpointError, UsageError, install
 
 REFERENCE = "eager-fp32"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-COMPILE_MODES = {"cpu": ("default",), "cuda": ("max-autotune", "default")}  # the first that works
-DEFAULTS = {
+COMPILE_MODES = {"cpu": ("default",), "cuda": ("max-autotune", "default")}  # the first that works is used
+DEFAULTS = {  # the baselines of each device
     "cpu": (REFERENCE, "eager-bf16-nhwc"),
     "cuda": (REFERENCE, "eager-fp16", "eager-fp16-nhwc", "compile-fp16-nhwc"),
 }
@@ -38,7 +39,10 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Baseline:
-    """MODE-PRECISION or MODE-PRECISION-nhwc: "eager-fp32", "compile-bf16-nhwc" (channels last)."""
+    """The name of a baseline, taken apart. It is MODE-PRECISION, or MODE-PRECISION-nhwc for channels last.
+
+    Examples: "eager-fp32", "compile-bf16-nhwc".
+    """
 
     name: str
     compiled: bool
@@ -47,10 +51,10 @@ class Baseline:
 
     @staticmethod
     def parse(name: str) -> Baseline:
-        """Raises: UsageError for another name."""
+        """Raises: UsageError for a name of another form."""
         mode, _, rest = name.partition("-")
-        typed, _, layout = rest.partition("-")
-        precision = precision_word(typed)
+        precision_text, _, layout = rest.partition("-")
+        precision = precision_word(precision_text)
         if mode not in ("eager", "compile") or precision not in DTYPES or layout not in ("", "nhwc"):
             raise UsageError(
                 f"baseline {name!r} is not known; it is eager or compile, then -{', -'.join(DTYPES)}, "
@@ -61,7 +65,7 @@ class Baseline:
 
 
 def find_device(device: str = "auto") -> str:
-    """The device that is given or, for "auto", "cuda" if PyTorch finds a GPU and "cpu" if not.
+    """The device itself. For "auto" it is "cuda" if PyTorch finds a GPU, and "cpu" otherwise.
 
     Raises: BackendError if PyTorch is missing, or if the device is "cuda" and PyTorch finds no GPU.
     """
@@ -74,9 +78,9 @@ def find_device(device: str = "auto") -> str:
 
 
 class DiffusersSide:
-    """A diffusers pipeline of the checkpoint, in one way of running it.
+    """A diffusers pipeline of the checkpoint, run as the baseline's name says.
 
-    Raises: BackendError without PyTorch and diffusers; CheckpointError for a folder that is no checkpoint.
+    Raises: BackendError without PyTorch and diffusers; CheckpointError for a folder that is not a checkpoint.
     """
 
     kind = "diffusers"
@@ -104,31 +108,30 @@ class DiffusersSide:
     def exact(self) -> Generator[None]:
         """A context in which a GPU computes convolutions and matrix products in float32, without TF32."""
         switches: list[Any] = [self._torch.backends.cudnn, self._torch.backends.cuda.matmul]
-        before = [switch.allow_tf32 for switch in switches]
+        allowed_before = [switch.allow_tf32 for switch in switches]
         try:
             for switch in switches:
                 switch.allow_tf32 = False
             yield
         finally:
-            for switch, allowed in zip(switches, before, strict=True):
+            for switch, allowed in zip(switches, allowed_before, strict=True):
                 switch.allow_tf32 = allowed
 
     def inputs(self, latents: Float32) -> Inputs:
-        """The UNet's inputs for the case: this side's embeddings, the latents, the timestep of the middle step."""
+        """The UNet's inputs for the case: the latents, the timestep of the middle step, and this side's embeddings."""
         with self._torch.no_grad():
-            arrays = {k: v.float().cpu().numpy() for k, v in self._conditions().items()}
-        repeats = self._case.batch
-        unet = {k: np.repeat(v, repeats, 0) for k, v in arrays.items()}
+            arrays = {name: tensor.float().cpu().numpy() for name, tensor in self._conditions().items()}
+        conditions = {name: np.repeat(array, self._case.batch, 0) for name, array in arrays.items()}
         sample = np.concatenate([latents] * (2 if self._case.guided else 1))
         times = np.full(len(sample), float(self._timestep()), np.float32)
-        return Inputs(latents, {"sample": sample, "timestep": times, **unet})
+        return Inputs(latents, {"sample": sample, "timestep": times, **conditions})
 
     def calls(self, inputs: Inputs) -> Mapping[str, Call]:
         pipe, torch = self._pipe, self._torch
-        tensors = {k: self._tensor(v) for k, v in inputs.unet.items()}
+        tensors = {name: self._tensor(array) for name, array in inputs.unet.items()}
         sample, hidden = tensors["sample"], tensors["encoder_hidden_states"]
-        added = {k: tensors[k] for k in ("text_embeds", "time_ids") if k in tensors}
-        timestep = torch.tensor(float(inputs.unet["timestep"][0]))  # not in half: bfloat16 has no 999
+        added = {name: tensors[name] for name in ("text_embeds", "time_ids") if name in tensors}
+        timestep = torch.tensor(float(inputs.unet["timestep"][0]))  # never in bf16, which has no 999
         timestep = timestep.to(self._device, self._timestep().dtype)
         latents = self._tensor(inputs.latents)
 
@@ -138,7 +141,7 @@ class DiffusersSide:
             )[0]
 
         def loop() -> Array:
-            with _instant(pipe.unet, torch.zeros_like(sample)):
+            with _instant_unet(pipe.unet, torch.zeros_like(sample)):
                 return self._run(latents, "latent", **self._embeds(hidden, added)).float().cpu().numpy()
 
         return {
@@ -161,15 +164,15 @@ class DiffusersSide:
         if self._device == "cuda":
             self._torch.cuda.empty_cache()
 
-    def _run(self, latents: Any, output_type: str, **given: Any) -> Any:
+    def _run(self, latents: Any, output_type: str, **prompt_or_embeds: Any) -> Any:
         case = self._case
         return self._pipe(
             num_inference_steps=case.steps, guidance_scale=case.guidance, height=case.height, width=case.width,
-            latents=latents, output_type=output_type, generator=self._generators(), **given,
+            latents=latents, output_type=output_type, generator=self._generators(), **prompt_or_embeds,
         ).images  # fmt: skip
 
     def _generators(self) -> list[Any]:
-        """Generators of the noise that a sampler adds. Image i has seed i, as in sdopt."""
+        """The generators of the noise that a sampler adds. Image i has seed i, as in sdopt."""
         return [self._torch.Generator("cpu").manual_seed(i) for i in range(self._case.batch)]
 
     def _tensor(self, array: Array) -> Any:
@@ -181,7 +184,7 @@ class DiffusersSide:
         return scheduler.timesteps[len(scheduler.timesteps) // 2]
 
     def _conditions(self) -> dict[str, Any]:
-        """The UNet's inputs from one prompt. With guidance, the rows without the prompt come first."""
+        """The UNet's inputs that one prompt gives. With guidance, the rows of the empty prompt come first."""
         case, torch = self._case, self._torch
         encoded = self._pipe.encode_prompt(
             prompt=case.prompt, device=self._device, num_images_per_prompt=1, do_classifier_free_guidance=case.guided
@@ -220,12 +223,12 @@ class DiffusersSide:
         return pipe.image_processor.postprocess(decoded, output_type="pt")
 
     def _loop_calls(self) -> int:
-        """How often the loop calls the UNet. Some schedulers call it more than once in a step."""
+        """How many times the loop calls the UNet. Some schedulers call it more than once in a step."""
         self._pipe.scheduler.set_timesteps(self._case.steps)
         return len(self._pipe.scheduler.timesteps)
 
     def _on_device(self, call: Callable[[], Any]) -> Call:
-        """A timed call, up to the tensor as a NumPy array. On a GPU, CUDA events time the device's part."""
+        """A timed call that ends when its tensor is a NumPy array. On a GPU, CUDA events time the device's part."""
         torch = self._torch
 
         def sample() -> Sample:
@@ -248,14 +251,14 @@ class DiffusersSide:
         return sample
 
     def _compile(self) -> None:
-        """Compile UNet and decoder with the first mode that runs. The first call compiles, so it is made here."""
+        """Compile UNet and decoder with the first mode that works. The first call compiles, so it is made here."""
         torch, pipe, errors = self._torch, self._pipe, list[str]()
         for mode in COMPILE_MODES[self._device]:
             pipe.unet.compile(mode=mode)
             pipe.vae.decoder.compile(mode=mode)
             try:
                 self._run(None, "np", prompt=[self._case.prompt] * self._case.batch)
-            except Exception as error:  # whatever the compiler raises
+            except Exception as error:  # the compiler can raise anything
                 errors.append(f"{mode}: {error}")
                 torch._dynamo.reset()
             else:
@@ -265,8 +268,8 @@ class DiffusersSide:
 
 
 @contextmanager
-def _instant(unet: Any, answer: Any) -> Generator[None]:
-    """A context in which the UNet answers at once with `answer`."""
+def _instant_unet(unet: Any, answer: Any) -> Generator[None]:
+    """A context in which the UNet returns `answer` at once."""
     compiled, unet._compiled_call_impl = unet._compiled_call_impl, None
 
     def forward(*args: Any, **keywords: Any) -> tuple[Any]:
@@ -284,7 +287,7 @@ def _torch() -> Any:
     try:
         import torch
     except ImportError as error:
-        raise BackendError(f'a baseline needs PyTorch and diffusers: pip install "sdopt[export]" ({error})') from error
+        raise BackendError(f"a baseline needs PyTorch and diffusers: {install('export')} ({error})") from error
     return cast(Any, torch)
 
 
@@ -304,12 +307,12 @@ def _load(checkpoint: Path, dtype: Any) -> Any:
         raise CheckpointError(f"{checkpoint} is not a diffusers checkpoint folder: {error}") from error
     parts = inspect.signature(kind.__init__).parameters
     absent = {"safety_checker": None, "feature_extractor": None, "add_watermarker": False, "image_encoder": None}
-    given = {name: value for name, value in absent.items() if name in parts}
-    pipe = kind.from_pretrained(checkpoint, dtype=dtype, local_files_only=True, **given)
+    left_out = {name: value for name, value in absent.items() if name in parts}
+    pipe = kind.from_pretrained(checkpoint, dtype=dtype, local_files_only=True, **left_out)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the baselines are made of."""
+    """The versions of the libraries that the baselines run on."""
     return {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}

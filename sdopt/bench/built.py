@@ -1,11 +1,11 @@
-"""sdopt on engines that `sdopt build` made: a whole step is one launch, so that is what is timed.
+"""sdopt on engines that `sdopt build` made. A whole step is one launch there, so whole steps are timed.
 
-step        a launch until its output is in NumPy: the UNet, guidance and the sampler's row. Beside it `device`: the
-            GPU's own time between two CUDA events around the launch
-host_step   the host's time for a step of the fused loop, from launch to launch; it waits for nothing
+step        one launch until its output is in NumPy: the UNet, guidance and the sampler's row. Its part `device` is the
+            GPU's own time between two CUDA events around the launch.
+host_step   the host's time for one step of the fused loop, from launch to launch, without waiting for the GPU
 launches    the GPU's time from the end of one launch of the loop to the end of the next, in `LoopTimes`
 
-Parity of a step is that of the UNet's prediction after guidance, which is solved for from the step's `denoised`.
+The parity of a step is that of the UNet's prediction after guidance, which is computed back from `denoised`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import itertools
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -26,9 +25,10 @@ from sdopt.bench.sides import Inputs, SdoptSide, embeds_of, options, picture, pr
 from sdopt.bench.timing import Call, Sample, timed
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.specs import Array, Float32, Scalar, TensorSpec
+from sdopt.dataclass import dataclass
 from sdopt.engine import Carrying, Engine, Run, built_components, choose_backend
 from sdopt.engine.pool import EnginePool
-from sdopt.engine.store import stored
+from sdopt.engine.store import Record, stored
 from sdopt.errors import BackendError, UsageError
 from sdopt.pipeline import Pipeline
 from sdopt.samplers.packed import SCALARS
@@ -41,32 +41,31 @@ NOTE = (
 
 
 def fused_step(bundle: Bundle, case: Case) -> str | None:
-    """The built component that makes whole steps of the case's picture; None if there is none."""
+    """The built component that computes whole steps of the case; None if there is none."""
     built = built_components(bundle, choose_backend(case.backend)[0], precision_for(case))
     wanted = (STEP,) if case.guided else (STEP_ALONE, STEP)
     return next((name for name in wanted if name in built), None)
 
 
 def open_side(case: Case, bundle: Path, threads: int) -> SdoptSide:
-    """sdopt on the case's backend: with fused steps where they are built."""
+    """sdopt on the case's backend, with fused steps if they are built."""
     kind = BuiltSide if fused_step(Bundle.open(bundle, verify=False), case) else SdoptSide
     return kind(case, bundle, threads)
 
 
 @dataclass(frozen=True)
 class LoopTimes:
-    """Seconds of one run of the fused loop: of the host from launch to launch, of the GPU from launch to launch (None
-    where the engine has no GPU), and of the whole, with what comes before the first and after the last launch."""
+    """The seconds of one run of the fused loop."""
 
-    host: tuple[float, ...]
-    device: tuple[float, ...] | None
-    seconds: float
+    host: tuple[float, ...]  # from launch to launch, on the host
+    device: tuple[float, ...] | None  # from launch to launch, on the GPU; None if the engine has no GPU
+    seconds: float  # of the whole run, with all that comes before the first and after the last launch
 
 
 class BuiltSide(SdoptSide):
     """sdopt on the fused engines of the case's backend.
 
-    Raises: BackendError where the engines have another precision than the case, with the command that builds them.
+    Raises: BackendError if the engines have another precision than the case, with the command that builds them.
     """
 
     def __init__(self, case: Case, bundle: Path, threads: int) -> None:
@@ -77,8 +76,11 @@ class BuiltSide(SdoptSide):
         assert name is not None
         self.step_name = name
         built = built_components(self.bundle, self.backend, precision_for(case))
-        mine = [s for s in reversed(stored(self.bundle, self._library)) if s.ours]
-        records = {s.record.component: s.record for s in mine if built.get(s.record.component) == s.precision}
+        records: dict[str, Record] = {}  # of the engines that are used; a newer one replaces an older one
+        for engine_stored in reversed(stored(self.bundle, self._library)):
+            component = engine_stored.record.component
+            if engine_stored.ours and built.get(component) == engine_stored.precision:
+                records[component] = engine_stored.record
         record = records.get(name)
         if record is not None:
             self.precision = str(record.options["precision"])
@@ -91,10 +93,12 @@ class BuiltSide(SdoptSide):
         engine = self._pipe.engine(name)
         gpu = getattr(engine, "device", None)
         self.note += f"; on {gpu.cuda.gpu.name}" if gpu is not None else ""
-        self.engine_bytes = {n: sum(file.bytes for file in r.files.values()) for n, r in records.items()}
-        self._noted, self._plain = Noted(engine), self._pipe
-        how: dict[str, Any] = {"precision": precision_for(case), "threads": threads}
-        self._pipe = Pipeline(EnginePool(self.bundle, case.backend, **how, given={self.step_name: self._noted}))
+        self.engine_bytes = {
+            component: sum(file.bytes for file in entry.files.values()) for component, entry in records.items()
+        }
+        self._recorder, self._plain_pipe = StartRecorder(engine), self._pipe
+        settings: dict[str, Any] = {"precision": precision_for(case), "threads": threads}
+        self._pipe = Pipeline(EnginePool(self.bundle, case.backend, **settings, given={self.step_name: self._recorder}))
         self._run: Run | None = None
 
     @property
@@ -106,7 +110,7 @@ class BuiltSide(SdoptSide):
         return self._pipe
 
     def calls(self, inputs: Inputs) -> Mapping[str, Call]:
-        case, pipe, clock = self._case, self._pipe, Clock.of(self._noted)
+        case, pipe, clock = self._case, self._pipe, Clock.of(self._recorder)
         zeros = self.bundle.manifest.conditioning.zeros_for_empty
         texts = [case.prompt, ""] if case.guided and not zeros else [case.prompt]
         latents = inputs.latents
@@ -121,8 +125,8 @@ class BuiltSide(SdoptSide):
         return calls
 
     def first_inputs(self, inputs: Inputs) -> Inputs:
-        """The UNet's inputs in the first step of the loop, for another side to compute what this one's step does."""
-        x, row = self._begun(inputs)
+        """The UNet's inputs in the first step of the loop, so that another side can compute the same step."""
+        x, row = self._start(inputs)
         images = len(inputs.unet["sample"]) // len(x)
         sample = np.concatenate([x * row["c_in"]] * images)
         times = np.full(len(sample), row["timestep"], np.float32)
@@ -130,55 +134,55 @@ class BuiltSide(SdoptSide):
 
     def guided(self, prediction: Float32, inputs: Inputs) -> Float32:
         """Another side's prediction of the first step, after guidance."""
-        _, row = self._begun(inputs)
+        _, row = self._start(inputs)
         if not self._case.guided:
             return prediction
         uncond, cond = np.split(prediction, 2)
         return uncond + row["guidance"] * (cond - uncond)
 
     def loop(self, inputs: Inputs, marks: bool = True) -> LoopTimes:
-        """One run of the fused loop, in which nobody reads a step; with `marks`, CUDA events stand between launches."""
-        clock = Clock.of(self._noted)
+        """One run of the fused loop, in which no step is read. With `marks`, a CUDA event follows each launch."""
+        clock = Clock.of(self._recorder)
         events = [clock.event() for _ in range(self._length(inputs))] if marks and clock.gpu else []
-        started, moments = time.perf_counter(), list[float]()
+        started, launched_at = time.perf_counter(), list[float]()
         for k, _ in enumerate(self._steps(inputs)):
-            moments.append(time.perf_counter())
+            launched_at.append(time.perf_counter())
             if events:
                 clock.record(events[k])
         seconds = time.perf_counter() - started
         device = tuple(clock.between(a, b) for a, b in itertools.pairwise(events))
         clock.drop(events)
-        return LoopTimes(tuple(np.diff(moments).tolist()), device or None, seconds)
+        return LoopTimes(tuple(np.diff(launched_at).tolist()), device or None, seconds)
 
     def close(self) -> None:
         if self._run is not None:
             self._run.close()
         super().close()
-        self._plain.close()
+        self._plain_pipe.close()
 
     def _steps(self, inputs: Inputs) -> Iterator[Any]:
-        """The loop on the embeddings of `inputs` or, where it has none, on the case's prompt."""
+        """The loop, on the embeddings of `inputs` or, if it has none, on the case's prompt."""
         embeds = embeds_of(self._case, inputs)
         prompt = None if embeds else [self._case.prompt] * self._case.batch
         return self._pipe.denoise(prompt, latents=inputs.latents, **options(self._case), **embeds)
 
     def _length(self, inputs: Inputs) -> int:
-        """How many launches the loop has: some samplers call the UNet more often than they are asked to."""
-        self._begun(inputs)
-        return len(self._noted.tables["row"])
+        """How many launches the loop has. Some samplers call the UNet more than once for each step of the case."""
+        self._start(inputs)
+        return len(self._recorder.tables["row"])
 
-    def _begun(self, inputs: Inputs) -> tuple[Float32, Mapping[str, Scalar]]:
-        """(the sample, the numbers of the row) that the loop begins with."""
+    def _start(self, inputs: Inputs) -> tuple[Float32, Mapping[str, Scalar]]:
+        """(the sample, the numbers of the first row) that the loop starts with."""
         steps = cast(Generator[Any], self._steps(inputs))
         next(steps)
         steps.close()
-        row: list[float] = self._noted.tables["row"][0][0].tolist()
-        return self._noted.arrays["sample"], dict(zip(SCALARS, row, strict=False))
+        first_row: list[float] = self._recorder.tables["row"][0][0].tolist()
+        return self._recorder.arrays["sample"], dict(zip(SCALARS, first_row, strict=False))
 
     def _step(self, inputs: Inputs, clock: Clock) -> Call:
-        """The loop's first launch, again and again, each time from the same sample."""
-        x, row = self._begun(inputs)
-        run = self._run = self._noted.engine.begin(self._noted.arrays, self._noted.tables)
+        """A timed call that repeats the loop's first launch, each time from the same sample."""
+        x, row = self._start(inputs)
+        run = self._run = self._recorder.engine.begin(self._recorder.arrays, self._recorder.tables)
 
         def sample() -> Sample:
             run.put("sample", x)
@@ -192,8 +196,8 @@ class BuiltSide(SdoptSide):
         return sample
 
 
-class Noted:
-    """A fused engine that keeps the arrays and tables with which its loop began."""
+class StartRecorder:
+    """A fused engine that remembers the arrays and tables that its last loop started with."""
 
     def __init__(self, engine: Engine) -> None:
         if not isinstance(engine, Carrying):
@@ -215,7 +219,7 @@ class Noted:
     def close(self) -> None:
         self._plain.close()
 
-    def __enter__(self) -> Noted:
+    def __enter__(self) -> StartRecorder:
         return self
 
     def __exit__(
@@ -225,15 +229,15 @@ class Noted:
 
 
 class Clock:
-    """The time of the GPU that an engine computes on, by CUDA events on its stream; without a GPU it tells nothing."""
+    """Times on the GPU that an engine computes on, by CUDA events on its stream. Without a GPU it measures nothing."""
 
     def __init__(self, device: Any) -> None:
         self.gpu: Any = device
         self._ends = [self.event(), self.event()] if device is not None else []
 
     @staticmethod
-    def of(noted: Noted) -> Clock:
-        return Clock(getattr(noted.engine, "device", None))
+    def of(recorder: StartRecorder) -> Clock:
+        return Clock(getattr(recorder.engine, "device", None))
 
     def event(self) -> int:
         with self.gpu.queueing():
@@ -244,7 +248,7 @@ class Clock:
             self.gpu.cuda.record(event, self.gpu.stream)
 
     def between(self, begin: int, end: int) -> float:
-        """Seconds from one event to another, both of which the GPU has passed or is waited for."""
+        """The seconds from one event to another. It waits until the GPU has reached `end`."""
         self.gpu.wait(end)
         return float(self.gpu.cuda.elapsed(begin, end))
 
@@ -254,7 +258,7 @@ class Clock:
 
     @contextmanager
     def around(self) -> Generator[None]:
-        """Events before and after what is queued inside; `read` tells their distance once it was waited for."""
+        """A context with an event before and one after what is queued in it. `read` gives the time between them."""
         if self._ends:
             self.record(self._ends[0])
         yield
@@ -265,7 +269,7 @@ class Clock:
         return {"device": self.between(*self._ends)} if self._ends else {}
 
     def timed(self, call: Callable[[], Array]) -> Call:
-        """`call` as a timed one, with its part `device`: copies to and from the GPU are in it."""
+        """`call` as a timed call. Its part `device` includes copies to and from the GPU."""
 
         def sample() -> Sample:
             started = time.perf_counter()

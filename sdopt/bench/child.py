@@ -1,8 +1,8 @@
-"""`python -m sdopt.bench.child SIDE`: one side (sdopt, or a baseline such as eager-fp32) that speaks `protocol`.
+"""`python -m sdopt.bench.child SIDE`: one side (sdopt, or a baseline such as eager-fp32) as a program of `protocol`.
 
-It serves the cold start, and an sdopt of another version beside this one: run it with that one's interpreter, as
-`OTHER/bin/python -P -m sdopt.bench.child sdopt` (-P: not the sdopt in the working folder).
-Nothing is imported before it is asked for, so that the import can be timed.
+Cold starts run it. It also measures another version of sdopt beside this one, when that version's interpreter runs it:
+`OTHER/bin/python -P -m sdopt.bench.child sdopt` (-P keeps it from importing the sdopt in the working folder).
+Libraries are imported only when `load` needs them, so that their import can be timed.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ Draw = Callable[[], "Array"]
 
 def main(name: str) -> None:
     """Serve the side of this name."""
-    draw: list[Draw] = []
+    draw: Draw | None = None
 
     def load(message: Message) -> Message:
-        answer, call = (_sdopt if name == "sdopt" else _diffusers)(name, message)
-        draw[:] = [call]
+        nonlocal draw
+        load_side = _sdopt if name == "sdopt" else _diffusers
+        answer, draw = load_side(name, message)
         return {"note": "", "takes_latents": True, "half_level": 0.0, **answer}
 
     def run(message: Message) -> Message:
         import numpy as np
 
+        assert draw is not None  # `load` comes before `run`
         started = time.perf_counter()
-        picture = draw[0]()
+        picture = draw()
         seconds = time.perf_counter() - started
         if message.get("picture"):
             np.save(message["picture"], picture)
@@ -57,8 +59,8 @@ def _sdopt(name: str, message: Message) -> tuple[Message, Draw]:
     precision = precision_for(case)
     pipe = pipeline.load(message["bundle"], case.backend, precision=precision, memory=case.memory, threads=threads)
     step = fused_step(pipe.bundle, case) or "unet"
-    for component in pipe.bundle.components if case.memory == "fast" else ():
-        if component != "vae_encoder":
+    for component, entry in pipe.bundle.manifest.components.items() if case.memory == "fast" else ():
+        if component != "vae_encoder" and entry.weights_of is None:  # the others are for adapters
             pipe.engine(step if component == "unet" else component)
     loaded = time.perf_counter()
     latents = np.load(message["latents"])

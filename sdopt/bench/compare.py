@@ -1,28 +1,28 @@
-"""Compare two records of one machine, and tell whether the second is slower than allowed.
+"""Compare two records of one machine, and decide whether the second is slower than allowed.
 
-A component is too slow when the lower end of the 95 % interval of its slowdown exceeds the limit. So noise alone does
-not fail a build.
+A component is too slow if the lower end of the 95 % interval of its slowdown exceeds the limit. So noise alone does not
+fail a build.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from sdopt.bench.record import Record
+from sdopt.bench.record import BenchRecord, Result, SideResult
 from sdopt.bench.sides import OURS
 from sdopt.bench.stats import Estimate, slowdown, summary
+from sdopt.dataclass import dataclass
 from sdopt.errors import UsageError, choices
 
-MIN_ROUNDS = 5  # fewer tell nothing about a change of a few percent
-SAME = ("cpu", "cores", "system", "architecture")
+MIN_ROUNDS = 5  # fewer say nothing about a change of a few percent
+COMPARED_FIELDS = ("cpu", "cores", "system", "architecture")  # of the machine; they have to be equal
 
 
 @dataclass(frozen=True)
 class Change:
-    """One component of one case: medians in seconds, and new / old (1.1: a tenth slower)."""
+    """One component of one case: medians in seconds, and the ratio new / old (1.1 is a tenth slower)."""
 
     case: str
     component: str
@@ -40,25 +40,26 @@ class Change:
         return self.judged and self.ratio.low > 1 + fail_over
 
 
-def unlike(old: Record, new: Record) -> list[str]:
-    """How the machines differ, one text for each difference."""
+def unlike(old: BenchRecord, new: BenchRecord) -> list[str]:
+    """The differences between the machines, one text for each."""
     before, after = _machine(old), _machine(new)
     return [f"{key}: {before[key]} and {after[key]}" for key in before if before[key] != after[key]]
 
 
-def _machine(record: Record) -> dict[str, Any]:
+def _machine(record: BenchRecord) -> dict[str, Any]:
     gpu: Mapping[str, Any] = record["gpu"] or {}
     return {
-        **{key: record["machine"][key] for key in SAME},
+        **{key: record["machine"][key] for key in COMPARED_FIELDS},
         "GPU": gpu.get("name"),
         "driver": gpu.get("driver_version"),
     }
 
 
-def changes(old: Record, new: Record, *, side: str = OURS, against: str | None = None) -> list[Change]:
-    """The components of `side` that both records measured. If `against` is given, it is the side of the old record.
+def changes(old: BenchRecord, new: BenchRecord, *, side: str = OURS, against: str | None = None) -> list[Change]:
+    """The changes of all components of `side` that both records measured.
 
-    Raises: UsageError when a record has no timings of its side, or the records have nothing in common.
+    If `against` is given, it is the side of the old record, and `side` that of the new one.
+    Raises: UsageError if a record has no timings of its side, or the records have nothing in common.
     """
     before, after = _series(old, against or side), _series(new, side)
     compared: list[Change] = []
@@ -103,7 +104,7 @@ def _verdict(change: Change, fail_over: float | None) -> str:
 
 
 def to_json(change: Change, fail_over: float | None) -> dict[str, Any]:
-    """A change as a JSON object; `too_slow` is null without a limit, and where there are too few rounds."""
+    """A change as a JSON object. `too_slow` is null without a limit, and with too few rounds."""
     verdict = change.too_slow(fail_over) if fail_over is not None and change.judged else None
     return {**dataclasses.asdict(change), "too_slow": verdict}
 
@@ -111,7 +112,7 @@ def to_json(change: Change, fail_over: float | None) -> dict[str, Any]:
 Key = tuple[tuple[str, Any], ...]
 
 
-def _series(record: Record, name: str) -> dict[tuple[Key, str], list[float]]:
+def _series(record: BenchRecord, name: str) -> dict[tuple[Key, str], list[float]]:
     """The timings of one side, by case and component."""
     timings: dict[tuple[Key, str], list[float]] = {}
     for result, side in _sides(record):
@@ -126,11 +127,11 @@ def _series(record: Record, name: str) -> dict[tuple[Key, str], list[float]]:
     return timings
 
 
-def _sides(record: Record) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+def _sides(record: BenchRecord) -> Iterator[tuple[Result, SideResult]]:
     for result in record["results"]:
         for side in result["sides"]:
             yield result, side
 
 
-def _names(record: Record) -> str:
-    return ", ".join(sorted({str(r["case"]["name"]) for r in record["results"]}))
+def _names(record: BenchRecord) -> str:
+    return ", ".join(sorted({str(result["case"]["name"]) for result in record["results"]}))

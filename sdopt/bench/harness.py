@@ -1,12 +1,11 @@
-"""Measure one case on every side: open all, compare their outputs, time them in turns, start them cold."""
+"""Measure one case on every side: open the sides, compare their outputs, time them in turns, start them cold."""
 
 from __future__ import annotations
 
 import datetime
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from sdopt.bench.sides import COMPONENTS, OURS, Inputs, Side, latents_of
 from sdopt.bench.timing import Call, Sample, Series, interleaved
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.specs import Array, Float32
+from sdopt.bundle.unfinished import scratch
+from sdopt.dataclass import dataclass
 from sdopt.errors import BackendError, NumericsError, UsageError
 from sdopt.metrics import psnr
 
@@ -29,7 +30,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Setup:
-    """What is measured beside what, and how often. `peers`: the command of each, by its name."""
+    """Which sides are measured, and how often. `peers`: the command of each peer, by its name."""
 
     bundle: Path
     checkpoint: Path
@@ -45,15 +46,15 @@ class Setup:
     def __post_init__(self) -> None:
         object.__setattr__(self, "baselines", [Baseline.parse(name).name for name in self.baselines])
         names = [OURS, *self.baselines, *self.peers]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise UsageError(f"{', '.join(twice)}: a side is named twice; they are {', '.join(names)}")
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise UsageError(f"{', '.join(repeated)}: a side is named twice; they are {', '.join(names)}")
         if min(self.rounds, self.warmup, self.threads) < 1 or self.cold_rounds < 0:
             raise UsageError("allowed are 1 or more rounds, warm-up calls and threads, and 0 or more cold rounds")
 
 
 def new_record(command: str, results: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """A record of this machine, now."""
+    """A record with the machine and the versions as they are now."""
     return {
         "schema": record.SCHEMA,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -67,14 +68,14 @@ def new_record(command: str, results: Sequence[Mapping[str, Any]] = ()) -> dict[
 
 
 def run_case(case: Case, setup: Setup, report: Report = print) -> dict[str, Any]:
-    """The result of a case, as a record holds it.
+    """Measure a case. Returns its result, as a record holds it.
 
-    Raises: what sdopt or the reference raises. Another side that fails becomes an entry that says why.
+    Raises: what sdopt or the reference raises. If another side fails, its entry says why.
     """
     report(f"{case.name}: {case.width}x{case.height}, {case.steps} steps, guidance {case.guidance}")
     bundle = Bundle.open(setup.bundle)
-    with tempfile.TemporaryDirectory(prefix="sdopt-bench-") as folder:
-        latents, path = latents_of(case, bundle), Path(folder) / "latents.npy"
+    with scratch() as folder:
+        latents, path = latents_of(case, bundle), folder / "latents.npy"
         np.save(path, latents)
         request = _request(case, setup, path)
         entries = _warm_entries(case, setup, latents, request, report)
@@ -91,18 +92,18 @@ def run_case(case: Case, setup: Setup, report: Report = print) -> dict[str, Any]
 def _warm_entries(
     case: Case, setup: Setup, latents: Float32, request: Mapping[str, Any], report: Report
 ) -> list[dict[str, Any]]:
-    """The entries of all sides, still without cold starts."""
+    """Open all sides, compare and time them. Returns their entries, still without cold starts."""
     with ExitStack() as stack:
         ours = open_side(case, setup.bundle, setup.threads)
         stack.callback(ours.close)
         reference = DiffusersSide(REFERENCE, case, setup.checkpoint, setup.threads, setup.device)
         stack.callback(reference.close)
-        opened: dict[str, Side | str] = {OURS: ours, REFERENCE: reference}
+        sides: dict[str, Side | str] = {OURS: ours, REFERENCE: reference}  # a side, or why it cannot be opened
         for name in [*setup.baselines, *setup.peers]:
-            if name in opened:
+            if name in sides:
                 continue
             side = _open(name, case, setup, request, report)
-            opened[name] = side
+            sides[name] = side
             if not isinstance(side, str):
                 stack.callback(side.close)
         inputs = reference.inputs(latents)
@@ -113,15 +114,18 @@ def _warm_entries(
         prediction = expected["unet"]
         if isinstance(ours, BuiltSide) and prediction is not None:
             expected["step"] = ours.guided(prediction, inputs)
-        proven = {name: _prove(name, side, inputs, expected, case, report) for name, side in opened.items()}
-        _refuse_failure(proven)
-        warm = _warm(proven, setup, report)
-        return [_entry(side, case, warm[name]) for name, side in proven.items()]
+        compared = {name: _compare(name, side, inputs, expected, case, report) for name, side in sides.items()}
+        _require_ours_and_reference(compared)
+        timings = _time_in_turns(compared, setup, report)
+        return [_entry(side, case, timings[name]) for name, side in compared.items()]
 
 
 @dataclass(frozen=True)
-class _Proven:
-    """A side after its first calls: their parity with the reference, or why they failed."""
+class _Compared:
+    """A side after its first calls: their parity with the reference, or why they failed.
+
+    `side` is None if it could not be opened.
+    """
 
     name: str
     side: Side | None
@@ -149,18 +153,18 @@ def _open(name: str, case: Case, setup: Setup, request: Mapping[str, Any], repor
         if name in setup.peers:
             return PeerSide(name, setup.peers[name], request)
         return DiffusersSide(name, case, setup.checkpoint, setup.threads, setup.device)
-    except Exception as error:  # a library's own: what fails is told, and the others go on
+    except Exception as error:  # libraries raise all kinds of errors; the other sides are still measured
         report(f"  {name} cannot be measured: {error}")
         return f"{type(error).__name__}: {error}"
 
 
-def _prove(
+def _compare(
     name: str, side: Side | str, inputs: Inputs, expected: Mapping[str, Array | None], case: Case, report: Report
-) -> _Proven:
-    """Call every component once. This call warms it up, and its output is compared with the reference."""
+) -> _Compared:
+    """Call every component once. The call warms it up, and its output is compared with the reference's."""
     unknown: dict[str, float | None] = {"picture_db": None, "unet_db": None}
     if isinstance(side, str):
-        return _Proven(name, None, {}, unknown, side)
+        return _Compared(name, None, {}, unknown, side)
     try:
         calls = side.calls(inputs)
         outputs = _outputs(calls)
@@ -168,55 +172,57 @@ def _prove(
             "picture_db": parity_db(expected, outputs, "picture", peak=1.0, half_level=side.half_level),
             "unet_db": parity_db(expected, outputs, "step" if "step" in outputs else "unet"),
         }
-    except Exception as error:  # a library's own: what fails is told, and the others go on
+    except Exception as error:  # libraries raise all kinds of errors; the other sides are still measured
         report(f"  {name} cannot be measured: {error}")
-        return _Proven(name, side, {}, unknown, f"{type(error).__name__}: {error}")
+        return _Compared(name, side, {}, unknown, f"{type(error).__name__}: {error}")
     if not record.quotable(parity, case):
         report(f"  {name}: {parity} is below the case's floor or cannot be compared; its speed is marked")
-    return _Proven(name, side, calls, parity, None)
+    return _Compared(name, side, calls, parity, None)
 
 
 def _outputs(calls: Mapping[str, Call]) -> dict[str, Array | None]:
     return {name: call().output for name, call in calls.items()}
 
 
-def _refuse_failure(proven: Mapping[str, _Proven]) -> None:
+def _require_ours_and_reference(compared: Mapping[str, _Compared]) -> None:
+    """Raises: BackendError if sdopt or the reference failed."""
     for name in (OURS, REFERENCE):
-        if proven[name].failed:
-            raise BackendError(f"{name} itself cannot be measured: {proven[name].failed}")
+        if compared[name].failed:
+            raise BackendError(f"{name} itself cannot be measured: {compared[name].failed}")
 
 
-def _warm(proven: Mapping[str, _Proven], setup: Setup, report: Report) -> dict[str, dict[str, Series]]:
-    """Series by side and component; the sides take turns within each component."""
-    series: dict[str, dict[str, Series]] = {name: {} for name in proven}
+def _time_in_turns(compared: Mapping[str, _Compared], setup: Setup, report: Report) -> dict[str, dict[str, Series]]:
+    """The timings by side and component. Within each component the sides take turns."""
+    timings: dict[str, dict[str, Series]] = {name: {} for name in compared}
     for component in COMPONENTS:
-        calls = {name: side.calls[component] for name, side in proven.items() if component in side.calls}
+        calls = {name: side.calls[component] for name, side in compared.items() if component in side.calls}
         if not calls:
             continue
         report(f"  {component}: {', '.join(calls)}")
-        for name, taken in interleaved(calls, setup.rounds, setup.warmup - 1).items():
-            series[name][component] = taken
-    return series
+        remaining_warmup = setup.warmup - 1  # `_compare` has made one call
+        for name, series in interleaved(calls, setup.rounds, remaining_warmup).items():
+            timings[name][component] = series
+    return timings
 
 
-def _entry(proven: _Proven, case: Case, warm: Mapping[str, Series]) -> dict[str, Any]:
-    """A side of the result, still without its cold start."""
-    side = proven.side
+def _entry(compared: _Compared, case: Case, timings: Mapping[str, Series]) -> dict[str, Any]:
+    """A side's entry in the result, still without its cold start."""
+    side = compared.side
     parts: dict[str, list[float]] = {}
-    for component, series in warm.items():
+    for component, series in timings.items():
         for part, seconds in series.parts.items():
             parts[f"{component}.{part}"] = list(seconds)
     return {
-        "name": proven.name,
+        "name": compared.name,
         "kind": side.kind if side else "",
         "backend": side.backend if side else "",
         "precision": side.precision if side else "",
         "note": side.note if side else "",
         "versions": dict(side.versions) if side else {},
-        "failed": proven.failed,
-        "parity": dict(proven.parity),
-        "quotable": proven.failed is None and record.quotable(proven.parity, case),
-        "seconds": {component: list(series.seconds) for component, series in warm.items()},
+        "failed": compared.failed,
+        "parity": dict(compared.parity),
+        "quotable": compared.failed is None and record.quotable(compared.parity, case),
+        "seconds": {component: list(series.seconds) for component, series in timings.items()},
         "parts": parts,
         "memory": {
             "peak_rss_bytes": None,
@@ -233,10 +239,10 @@ def parity_db(
     peak: float | None = None,
     half_level: float = 0.0,
 ) -> float | None:
-    """The likeness of one output to the expected one in dB; None if either is missing.
+    """The PSNR of one output against the expected one in dB; None if either is missing.
 
-    `half_level` is half the step between the levels of an output that was rounded, and 0 for one that was not.
-    Differences of up to half a step count as none.
+    An output that was rounded has levels. `half_level` is half the step between them, or 0 if nothing was rounded.
+    Differences of up to half a step do not count.
     Raises: UsageError for different shapes; NumericsError for NaN or infinity.
     """
     reference, output = expected.get(name), outputs.get(name)
@@ -244,18 +250,18 @@ def parity_db(
         return None
     if half_level:
         output = np.clip(reference, output - half_level, output + half_level)
-    likeness = psnr(reference, output, peak)
-    if likeness == -np.inf:
+    decibels = psnr(reference, output, peak)
+    if decibels == -np.inf:
         raise NumericsError(f"{name}: an output has NaN or infinity, so it has no parity")
-    return round(likeness, 2)
+    return round(decibels, 2)
 
 
 def starts_cold(entry: dict[str, Any]) -> bool:
-    """Whether a side is started in fresh processes. A compiled one is not, and gets a note that says so."""
-    compiled = entry["kind"] == "diffusers" and Baseline.parse(entry["name"]).compiled
-    if compiled:
+    """Whether a side is started in fresh processes. A compiled side is not, and a note in its entry says so."""
+    is_compiled = entry["kind"] == "diffusers" and Baseline.parse(entry["name"]).compiled
+    if is_compiled:
         _add_note(entry, "not started cold, compiling takes minutes")
-    return entry["failed"] is None and not compiled
+    return entry["failed"] is None and not is_compiled
 
 
 def _add_note(entry: dict[str, Any], text: str) -> None:
@@ -265,7 +271,7 @@ def _add_note(entry: dict[str, Any], text: str) -> None:
 def add_cold_starts(
     entries: Sequence[dict[str, Any]], setup: Setup, request: Mapping[str, Any], report: Report
 ) -> None:
-    """Add the cold starts and the memory of fresh processes to the entries."""
+    """Start each side in fresh processes, and add their times and their memory to the entries."""
     if not setup.cold_rounds or not entries:
         return
     report(f"  cold_start: {', '.join(entry['name'] for entry in entries)}")
@@ -282,7 +288,7 @@ def add_cold_starts(
 
     for entry in entries:
         try:
-            start(entry["name"])()  # brings the files into memory
+            start(entry["name"])()  # not timed; it brings the files into the system's cache
         except BackendError as error:
             del peaks[entry["name"]]
             _add_note(entry, f"cold start failed: {error}")
@@ -291,9 +297,9 @@ def add_cold_starts(
     for entry in entries:
         if entry["name"] not in series:
             continue
-        taken = series[entry["name"]]
-        entry["seconds"]["cold_start"] = list(taken.seconds)
-        entry["parts"] |= {f"cold_start.{part}": list(seconds) for part, seconds in taken.parts.items()}
+        cold_starts = series[entry["name"]]
+        entry["seconds"]["cold_start"] = list(cold_starts.seconds)
+        entry["parts"] |= {f"cold_start.{part}": list(seconds) for part, seconds in cold_starts.parts.items()}
         entry["memory"]["peak_rss_bytes"] = max(peaks[entry["name"]], default=None)
         if setup.device != "cpu":
             _, entry["memory"]["peak_device_bytes"] = machine.with_peak_device_bytes(start(entry["name"]))

@@ -1,4 +1,4 @@
-"""What a record tells of its machine: all that influences the timings. Nothing of the machine is changed."""
+"""What a record says about its machine: everything that influences the timings. Nothing on the machine is changed."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ T = TypeVar("T")
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory, system, and the load average of the minute before."""
-    has_sysconf, has_load = hasattr(os, "sysconf"), hasattr(os, "getloadavg")  # not on Windows
+    """Processor, cores, memory, system, and the load average of the last minute."""
+    has_sysconf, has_load = hasattr(os, "sysconf"), hasattr(os, "getloadavg")  # Windows has neither
     return {
         "cpu": _cpu(),
         "cores": usable_cores(),
@@ -43,7 +43,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Python, sdopt, and the libraries that are installed."""
+    """The versions of Python, of sdopt, and of the libraries that are installed."""
     installed = {"python": platform.python_version(), "sdopt": __version__}
     for name in PACKAGES:
         try:
@@ -73,27 +73,30 @@ def gpu() -> dict[str, str] | None:
 
 
 def device_bytes() -> int | None:
-    """The memory of the first GPU that is in use, by any process; None without a GPU."""
-    text = _output("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0")
-    return int(text) << 20 if text and text.strip().isdigit() else None
+    """The memory of the first GPU that all processes together use; None without a GPU."""
+    megabytes = _output("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0")
+    return int(megabytes) << 20 if megabytes and megabytes.strip().isdigit() else None
 
 
 def with_peak_device_bytes(run: Callable[[], T]) -> tuple[T, int | None]:
-    """(the result of `run`, by how much it raised the GPU's memory in use at most, read ten times a second)"""
+    """(the result of `run`, how much the GPU's used memory grew at most while it ran; None without a GPU)
+
+    The memory is read ten times a second.
+    """
     before = device_bytes()
     if before is None:
         return run(), None
-    seen, done = [before], threading.Event()
+    readings, done = [before], threading.Event()
 
     def watch() -> None:
         while not done.is_set():
-            seen.append(device_bytes() or 0)
+            readings.append(device_bytes() or 0)
             time.sleep(POLL_SECONDS)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        return run(), max(seen) - before
+        return run(), max(readings) - before
     finally:
         done.set()
         watcher.join()

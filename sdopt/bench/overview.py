@@ -1,7 +1,7 @@
 """One small table and one plot of all cases, for the page that a newcomer reads first.
 
-A row is a picture from end to end, or a cold start that was measured often enough. It has two speed-ups: over
-diffusers in float32, and over the fastest other side that makes the same picture.
+A row is about a picture from end to end, or about a cold start that was measured often enough. It has two speed-ups:
+over diffusers in fp32, and over the fastest other side that makes the same picture.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdopt.bench.baseline import REFERENCE
-from sdopt.bench.record import Record
+from sdopt.bench.record import BenchRecord, Result, SideResult
 from sdopt.bench.sides import OURS
 from sdopt.bench.stats import paired_ratio, summary
 from sdopt.bench.svg import Bar, bars
 
-COLD_ROUNDS = 3  # with fewer cold starts, a case has no row of them here
+COLD_ROUNDS = 3  # with fewer cold starts, a case has no row for them
 HEAD = [
     "one picture, end to end",
     OURS,
@@ -25,11 +25,9 @@ HEAD = [
     "parity, dB",
 ]
 TITLE = "one picture, end to end: median and p10-p90 (* is another picture)"
-Result = Mapping[str, Any]
-Side = Mapping[str, Any]
 
 
-def rows(records: Sequence[Record]) -> list[list[str]]:
+def rows(records: Sequence[BenchRecord]) -> list[list[str]]:
     """The table, with its head."""
     table = [HEAD]
     for result in _results(records):
@@ -39,19 +37,19 @@ def rows(records: Sequence[Record]) -> list[list[str]]:
     return table
 
 
-def svg(records: Sequence[Record]) -> str:
+def svg(records: Sequence[BenchRecord]) -> str:
     """The plot: a group of bars for each case whose speed may be quoted; empty without such a case."""
-    shown = [result for result in _results(records) if result["sides"][0]["quotable"]]
-    names = dict.fromkeys(side["name"] for result in shown for side in _with(result, "picture"))
+    quoted = [result for result in _results(records) if result["sides"][0]["quotable"]]
+    names = dict.fromkeys(side["name"] for result in quoted for side in _measured(result, "picture"))
     colours = {name: colour for colour, name in enumerate(names)}
-    groups = [
-        (_label(result["case"]), [_bar(side, colours[side["name"]]) for side in _with(result, "picture")])
-        for result in shown
-    ]
+    groups: list[tuple[str, list[Bar]]] = []
+    for result in quoted:
+        group = [_bar(side, colours[side["name"]]) for side in _measured(result, "picture")]
+        groups.append((_label(result["case"]), group))
     return bars(TITLE, groups) if groups else ""
 
 
-def note(records: Sequence[Record]) -> str:
+def note(records: Sequence[BenchRecord]) -> str:
     """The machines and the days of the records, in one line."""
     machines = [record["machine"] for record in records]
     places = [f"{m['cpu']}, {m['cores']} cores, {m['memory_bytes'] / 1e9:.0f} GB" for m in machines]
@@ -60,7 +58,7 @@ def note(records: Sequence[Record]) -> str:
     return "; ".join([*dict.fromkeys(places), *days])
 
 
-def _results(records: Sequence[Record]) -> list[Result]:
+def _results(records: Sequence[BenchRecord]) -> list[Result]:
     return [result for record in records for result in record["results"]]
 
 
@@ -77,45 +75,45 @@ def _label(case: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _with(result: Result, part: str) -> list[Side]:
-    """The sides of a result that were measured in this part."""
-    return [side for side in result["sides"] if side["failed"] is None and part in side["seconds"]]
+def _measured(result: Result, component: str) -> list[SideResult]:
+    """The sides of a result that have timings of this component."""
+    return [side for side in result["sides"] if side["failed"] is None and component in side["seconds"]]
 
 
-def _row(label: str, part: str, result: Result) -> list[str]:
-    measured = _with(result, part)
+def _row(label: str, component: str, result: Result) -> list[str]:
+    measured = _measured(result, component)
     if not measured or measured[0]["name"] != OURS:
         return [label, *["-"] * (len(HEAD) - 1)]
     ours, others = measured[0], measured[1:]
-    base = next((side for side in others if side["name"] == REFERENCE), None)
+    reference = next((side for side in others if side["name"] == REFERENCE), None)
     rivals = [side for side in others if side["name"] != REFERENCE and side["quotable"]]
-    fastest = min(rivals, key=lambda side: summary(side["seconds"][part]).median, default=None)
+    fastest = min(rivals, key=lambda side: _median(side, component), default=None)
     parity = ours["parity"]["picture_db"]
     return [
         label,
-        _time(ours, part),
-        "-" if base is None else _time(base, part),
-        "-" if base is None else _ratio(ours, base, part),
-        "-" if fastest is None else f"{fastest['name']} {_ratio(ours, fastest, part)}",
+        _time_text(_median(ours, component)),
+        "-" if reference is None else _time_text(_median(reference, component)),
+        "-" if reference is None else _ratio(ours, reference, component),
+        "-" if fastest is None else f"{fastest['name']} {_ratio(ours, fastest, component)}",
         "-" if parity is None else f"{parity:.1f}",
     ]
 
 
-def _ratio(ours: Side, other: Side, part: str) -> str:
+def _ratio(ours: SideResult, other: SideResult, component: str) -> str:
     if not ours["quotable"]:
         return "not quoted"
-    return str(paired_ratio(other["seconds"][part], ours["seconds"][part]))
+    return str(paired_ratio(other["seconds"][component], ours["seconds"][component]))
 
 
-def _time(side: Side, part: str) -> str:
-    return _text(summary(side["seconds"][part]).median)
+def _median(side: SideResult, component: str) -> float:
+    return summary(side["seconds"][component]).median
 
 
-def _text(seconds: float) -> str:
+def _time_text(seconds: float) -> str:
     return f"{1e3 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
-def _bar(side: Side, colour: int) -> Bar:
+def _bar(side: SideResult, colour: int) -> Bar:
     times = summary(side["seconds"]["picture"])
     mark = "" if side["quotable"] else " *"
-    return Bar(side["name"] + mark, _text(times.median), times.median, times.p10, times.p90, colour)
+    return Bar(side["name"] + mark, _time_text(times.median), times.median, times.p10, times.p90, colour)

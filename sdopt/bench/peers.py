@@ -1,15 +1,14 @@
-"""Peers: programs in environments of their own, measured beside sdopt through `protocol`.
+"""Peers: programs in environments of their own, which are measured beside sdopt through `protocol`.
 
-Warm, a peer is loaded once and takes its turn round by round; cold, it is started anew each time.
+For timings in turns, a peer is loaded once. For cold starts, a new process is started each time.
 """
 
 from __future__ import annotations
 
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,17 +19,19 @@ from sdopt.bench.sides import Inputs
 from sdopt.bench.timing import Call, Sample
 from sdopt.bundle.decode import DecodeError, Lines, decode
 from sdopt.bundle.precision import precision_word
+from sdopt.bundle.unfinished import scratch
+from sdopt.dataclass import dataclass
 from sdopt.errors import BackendError
 
-ROOT = Path(__file__).parents[2]  # of this very sdopt, whichever is in the working folder
+ROOT = Path(__file__).parents[2]  # where this sdopt is imported from; the working folder may hold another one
 CHILD = "import sys; sys.path.insert(0, {root!r}); from sdopt.bench.child import main; main({name!r})"
 T = TypeVar("T")
-CaseMessage = Mapping[str, Any]  # what `prepare` and `load` carry
+CaseMessage = Mapping[str, Any]  # the fields of `prepare` and `load`
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a program answers to `load`."""
+    """The answer to `load`."""
 
     parts: Mapping[str, float]
     backend: str
@@ -43,22 +44,22 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Ran:
-    """What a program answers to `run`."""
+    """The answer to `run`."""
 
     seconds: float
 
 
 @dataclass(frozen=True)
 class Used:
-    """What a program answers to `memory`."""
+    """The answer to `memory`."""
 
     peak_rss_bytes: int | None
 
 
 def ask(program: Program, kind: type[T], **message: Any) -> T:
-    """The answer to one message.
+    """Send a message. Returns the program's answer as an object of class `kind`.
 
-    Raises: BackendError with what is wrong with it, or what the program said.
+    Raises: BackendError with the program's error, or with what is wrong with its answer.
     """
     answer = program.ask(**message)
     try:
@@ -68,9 +69,9 @@ def ask(program: Program, kind: type[T], **message: Any) -> T:
 
 
 class PeerSide:
-    """A peer, loaded; it makes pictures, and does not tell what is in them part by part.
+    """A loaded peer. Its only component is the whole picture.
 
-    Raises: BackendError with what it said when it cannot be started or loaded.
+    Raises: BackendError with the program's error if it cannot be started or loaded.
     """
 
     kind = "peer"
@@ -88,30 +89,33 @@ class PeerSide:
             raise
         self.backend, self.precision, self.note = loaded.backend, precision_word(loaded.precision), loaded.note
         self.takes_latents, self.half_level, self.versions = loaded.takes_latents, loaded.half_level, loaded.versions
-        self._folder = tempfile.TemporaryDirectory(prefix="sdopt-bench-")
+        self._kept = ExitStack()
+        self._folder = self._kept.enter_context(scratch())
 
     def calls(self, inputs: Inputs) -> Mapping[str, Call]:
         return {"picture": self._picture}
 
     def _picture(self) -> Sample:
-        path = Path(self._folder.name) / "picture.npy"
+        path = self._folder / "picture.npy"
         ran = ask(self._program, Ran, do="run", picture=str(path))
         return Sample(ran.seconds, np.load(path) if self.takes_latents else None)
 
     def close(self) -> None:
         self._program.close()
-        self._folder.cleanup()
+        self._kept.close()
 
 
 def command_of(name: str, peers: Mapping[str, Sequence[str]]) -> list[str]:
-    """What starts a side in a process of its own: a peer's command, or this sdopt's own child."""
-    return list(peers[name]) if name in peers else [sys.executable, "-c", CHILD.format(root=str(ROOT), name=name)]
+    """The command that runs a side in a process of its own: a peer's command, or `child` of this sdopt."""
+    if name in peers:
+        return list(peers[name])
+    return [sys.executable, "-c", CHILD.format(root=str(ROOT), name=name)]
 
 
 def cold_start(command: Sequence[str], request: CaseMessage) -> tuple[Sample, int | None]:
-    """A fresh process up to its first picture, and the most memory it had resident (bytes).
+    """Start a fresh process and let it make one picture. Returns the timing, and the process's peak memory in bytes.
 
-    Parts: `start` (the interpreter), `import`, `load`, `picture`.
+    Parts of the timing: `start` (of the interpreter), `import`, `load`, `picture`.
     """
     started = time.perf_counter()
     with Program(command) as program:

@@ -1,4 +1,6 @@
-"""Programs that make pictures in processes of their own: one JSON object a line, asked on stdin, answered on stdout.
+"""Programs that make pictures in processes of their own. Each reads messages on stdin and answers on stdout.
+
+A message and its answer are one JSON object in a line each:
 
     {"do": "prepare", ...}                 convert the checkpoint into `cache`, once; not timed
     {"do": "load", ...}                    {"parts": {"import": s, "load": s}, "precision", "backend", "note",
@@ -7,9 +9,9 @@
     {"do": "run", "picture": "FILE.npy"}   {"seconds": s}; the picture [batch, height, width, 3] in 0..1 into FILE.npy
     {"do": "memory"}                       {"peak_rss_bytes": n}
 
-prepare and load carry `case` (the fields of `cases.Case`), `checkpoint`, `bundle`, `cache`, `latents` (a .npy file of
-the standard normal latents), `threads` and `device`. A fault is answered with {"error": text}. Both ends are here; no
-more than Python is needed, so an adapter runs in any environment.
+`prepare` and `load` carry `case` (the fields of `cases.Case`), `checkpoint`, `bundle`, `cache`, `latents` (a .npy file
+of the standard normal latents), `threads` and `device`. If a message fails, the answer is {"error": text}.
+Both ends of the protocol are in this module. It needs only Python, so an adapter runs in any environment.
 """
 
 from __future__ import annotations
@@ -30,27 +32,27 @@ ENDING_SECONDS = 10
 
 
 def serve(handlers: Mapping[str, Callable[[Message], Message]]) -> None:
-    """Answer until stdin ends. What the libraries print goes to stderr."""
+    """Answer messages until stdin ends. What libraries print to stdout goes to stderr."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     for line in sys.stdin:
         message: Message = json.loads(line)
         try:
             answer = handlers[message["do"]](message)
-        except Exception as error:  # whatever a library raises is the answer
+        except Exception as error:  # libraries raise all kinds of errors; each is an answer
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers, flush=True)
 
 
 def memory(message: Message) -> Message:
-    """The handler of `memory`, for all of them."""
+    """The handler of `memory`, for all programs."""
     return {"peak_rss_bytes": peak_rss_bytes()}
 
 
 def peak_rss_bytes() -> int | None:
-    """The most memory that this process had resident.
+    """The peak resident memory of this process; None where Linux's /proc is missing.
 
-    Linux's VmHWM, not getrusage's ru_maxrss: that one starts with what the parent process had when it forked.
+    It is VmHWM. ru_maxrss of getrusage would be wrong: it starts with the parent's memory at the time of the fork.
     """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -60,9 +62,9 @@ def peak_rss_bytes() -> int | None:
 
 
 class Program:
-    """A program that serves, started; also a context manager.
+    """A running program of this protocol. It is a context manager that ends the program.
 
-    Raises: BackendError if it cannot be started, ends, or answers with a fault; with the end of its stderr.
+    Raises: BackendError if the program cannot be started, ends early (with the end of its stderr), or answers an error.
     """
 
     def __init__(self, command: Sequence[str]) -> None:
@@ -77,7 +79,7 @@ class Program:
             raise BackendError(f"{self.command[0]}: cannot be started: {error}") from error
 
     def ask(self, **message: Any) -> Message:
-        """The answer to one message."""
+        """Send a message. Returns the answer."""
         assert self._process.stdin
         assert self._process.stdout
         try:
@@ -96,7 +98,7 @@ class Program:
         return "".join(self._errors.readlines()[-12:])
 
     def close(self) -> None:
-        """End the program: by the end of its input or, when it does not heed that, by a signal."""
+        """End the program by closing its input. If it goes on, it is killed after ENDING_SECONDS."""
         try:
             self._process.communicate(timeout=ENDING_SECONDS)
         except (subprocess.TimeoutExpired, OSError):

@@ -1,7 +1,8 @@
-"""The JSON file of a run: machine, versions, and every single timing. What can be computed from it is not in it.
+"""The record of one run of `sdopt bench`: a JSON file with the machine, the versions and every single timing.
 
-It is read as strictly as it is written: the classes below, no key more or less, and a verdict that does not follow from
-the parity beside it is refused. Schema 1 had other words for precision; it is read as schema 2.
+It holds nothing that can be computed from the rest, but for one verdict, `quotable`. Reading is strict: the file has
+exactly the keys of the classes below, and a verdict that does not follow from the parity beside it is refused.
+Schema 1 had other words for precision; such a file is read as schema 2.
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 from sdopt.bench.cases import Case
 from sdopt.bench.sides import OURS
 from sdopt.bundle.decode import DecodeError, Json, Lines, Rule, decode, one_of
-from sdopt.bundle.disk import parse_json, write_whole
+from sdopt.bundle.disk import parse_json, read_given, write_named
 from sdopt.bundle.precision import with_precision_words
+from sdopt.dataclass import dataclass
 from sdopt.errors import UsageError
 
 SCHEMA = 2
@@ -32,7 +33,7 @@ Seconds = Annotated[
 
 @dataclass(frozen=True)
 class Parity:
-    """How near a side's outputs are to those of eager PyTorch in fp32; None: they cannot be compared."""
+    """How near a side's outputs are to those of eager PyTorch in fp32. None if they cannot be compared."""
 
     picture_db: float | None
     unet_db: float | None
@@ -40,7 +41,7 @@ class Parity:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes; None: not measured."""
+    """Bytes. None if they were not measured."""
 
     peak_rss_bytes: int | None
     peak_device_bytes: int | None
@@ -57,17 +58,17 @@ class SideEntry:
     precision: str
     note: Lines
     versions: Mapping[str, str]
-    failed: Lines | None  # why there are no timings
+    failed: Lines | None  # why there are no timings; None if there are
     parity: Parity
-    quotable: bool  # all that can be compared is above the case's floors, and the picture can
+    quotable: bool  # the verdict of `quotable` below
     seconds: Mapping[str, Seconds]  # by component, round by round
-    parts: Mapping[str, Seconds]  # "unet.device": by CUDA events; "cold_start.import": of the whole
+    parts: Mapping[str, Seconds]  # seconds of a part of a component: "unet.device", "cold_start.import"
     memory: Memory
 
 
 @dataclass(frozen=True)
 class BundleEntry:
-    """Which bundle it was."""
+    """The bundle that was measured."""
 
     digest: str
     family: str
@@ -86,7 +87,7 @@ class ResultEntry:
 
 @dataclass(frozen=True)
 class MachineEntry:
-    """The machine, as `sdopt.bench.machine` tells."""
+    """The machine, as `sdopt.bench.machine` describes it."""
 
     cpu: str
     cores: int
@@ -99,7 +100,7 @@ class MachineEntry:
 
 @dataclass(frozen=True)
 class RecordFile:
-    """All of the file."""
+    """The whole file."""
 
     schema: int
     created: str
@@ -111,19 +112,24 @@ class RecordFile:
     results: tuple[ResultEntry, ...]
 
 
-Record = Mapping[str, Any]
+# The same as JSON objects, which is how the rest of the package reads a record once `check` has passed it.
+BenchRecord = Mapping[str, Any]  # RecordFile
+Result = Mapping[str, Any]  # ResultEntry
+SideResult = Mapping[str, Any]  # SideEntry
 
 
 def quotable(parity: Mapping[str, float | None], case: Case) -> bool:
-    """Whether a side's speed may be quoted: its picture is PyTorch's, and so is its UNet where it can be called."""
+    """Whether a side's speed may be quoted: its picture could be compared, and all its parities reach the floors."""
     floors = {"picture_db": case.picture_floor_db, "unet_db": case.unet_floor_db}
-    return parity["picture_db"] is not None and all(v is None or v >= floors[k] for k, v in parity.items())
+    if parity["picture_db"] is None:
+        return False
+    return all(value is None or value >= floors[name] for name, value in parity.items())
 
 
-def check(record: Any) -> Record:
-    """The record, once it is one of schema 1.
+def check(record: Any) -> BenchRecord:
+    """Check that `record` is a record of this schema, and return it.
 
-    Raises: UsageError with the place and what is wrong there.
+    Raises: UsageError that says what is wrong and where.
     """
     schema = cast(dict[str, Any], record).get("schema") if isinstance(record, dict) else None
     if schema != SCHEMA:
@@ -138,21 +144,20 @@ def check(record: Any) -> Record:
         if names[:1] != [OURS] or len(set(names)) != len(names):
             raise UsageError(f"record.results[{i}]: its sides are {names}; sdopt comes first, and each once")
         for side in result.sides:
-            if side.quotable != (side.failed is None and quotable(vars(side.parity), case)):
+            may_be_quoted = side.failed is None and quotable(vars(side.parity), case)
+            if side.quotable != may_be_quoted:
                 where = f"record.results[{i}], side {side.name}"
                 raise UsageError(f"{where}: quotable is {side.quotable}, its parity {side.parity} says otherwise")
-    return cast(Record, record)
+    return cast(BenchRecord, record)
 
 
-def read(path: Path) -> Record:
+def read(path: Path) -> BenchRecord:
     """The record in a file.
 
-    Raises: UsageError if it is none, or not of this schema.
+    Raises: UsageError if it is not a record, or of an unknown schema.
     """
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"larger than {MAX_BYTES} bytes")
-        record = parse_json(path.read_bytes())
+        record = parse_json(read_given(path, MAX_BYTES))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: no record of a benchmark: {error}") from error
     try:
@@ -162,29 +167,32 @@ def read(path: Path) -> Record:
 
 
 def _upgraded(record: Any) -> Any:
-    """A record of schema 1 as one of schema 2, in the places where a precision is named."""
+    """A record of schema 1 as one of schema 2: precisions are named in the words of today."""
     if not isinstance(record, dict) or cast("dict[str, Any]", record).get("schema") != 1:
         return cast(Any, record)
     changed = copy.deepcopy(cast("dict[str, Any]", record))
     for result in _objects(changed.get("results")):
-        _rename(result.get("case"), "precision")
+        for case in _objects([result.get("case")]):
+            _upgrade_words(case, "precision")
         for side in _objects(result.get("sides")):
-            _rename(side, "name", "precision")
+            _upgrade_words(side, "name", "precision")
     return {**changed, "schema": SCHEMA}
 
 
-def _rename(entry: Any, *names: str) -> None:
-    for fields in _objects([entry]):
-        fields.update({name: with_precision_words(str(fields[name])) for name in names if name in fields})
+def _upgrade_words(fields: dict[str, Any], *names: str) -> None:
+    """Put the words of today for precisions into the fields of these names."""
+    for name in names:
+        if name in fields:
+            fields[name] = with_precision_words(str(fields[name]))
 
 
 def _objects(entries: Any) -> list[dict[str, Any]]:
-    """The objects of a list; what is something else is refused when the record is checked."""
+    """The objects of a list. Entries of other types are left out here, and refused when the record is checked."""
     items = cast("list[Any]", entries) if isinstance(entries, list) else []
     return [item for item in items if isinstance(item, dict)]
 
 
-def write(path: Path, record: Record) -> None:
-    """Write a record, checked; the file appears whole or not at all."""
+def write(path: Path, record: BenchRecord) -> None:
+    """Check a record and write it. The file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(check(record), indent=1, allow_nan=False) + "\n")
+    write_named(path, json.dumps(check(record), indent=1, allow_nan=False) + "\n")

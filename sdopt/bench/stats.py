@@ -7,11 +7,11 @@ Ref: Efron & Tibshirani 1993, An Introduction to the Bootstrap, section 13.3.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from sdopt.bundle.specs import Array
+from sdopt.dataclass import dataclass
 from sdopt.errors import UsageError
 
 RESAMPLES = 10_000
@@ -29,7 +29,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its 95 % interval. The interval of a single pair is the value itself."""
+    """A value and its 95 % interval. With a single pair, both ends of the interval are the value itself."""
 
     value: float
     low: float
@@ -57,7 +57,7 @@ def paired_ratio(above: Sequence[float], below: Sequence[float], seed: int = 0) 
 
 
 def slowdown(old: Sequence[float], new: Sequence[float], seed: int = 0) -> Estimate:
-    """median(new) / median(old) of two runs without pairs. 1.1 is a tenth slower."""
+    """median(new) / median(old) of two runs, whose timings are not pairs. 1.1 is a tenth slower."""
     rng = np.random.default_rng(seed)
     before, after = _checked(old), _checked(new)
     return _estimate(float(np.median(after) / np.median(before)), _medians(after, rng) / _medians(before, rng))
@@ -65,7 +65,8 @@ def slowdown(old: Sequence[float], new: Sequence[float], seed: int = 0) -> Estim
 
 def _checked(series: Sequence[float]) -> Array:
     values = np.asarray(series, np.float64)
-    if not values.size or not (np.isfinite(values).all() and (values > 0).all()):
+    are_valid = np.isfinite(values) & (values > 0)
+    if not values.size or not are_valid.all():
         raise UsageError(f"timings {list(series)[:5]}: allowed are one or more positive seconds")
     return values
 

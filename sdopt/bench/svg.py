@@ -1,14 +1,17 @@
-"""Small plots as SVG: bars with whiskers, and lines. Their colours follow the reader's light or dark theme."""
+"""Small plots as SVG: bars with whiskers, lines, and points. Their colours follow the reader's light or dark theme."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from xml.sax.saxutils import escape
+
+from sdopt.dataclass import dataclass
 
 WIDTH, LEFT, RIGHT, ROW, GAP, TITLE = 760, 190, 120, 24, 34, 44
 PLOT_HEIGHT, COLOURS = 300, 6
+PLOT_LEFT = 80
+PLOT_WIDTH = WIDTH - PLOT_LEFT - RIGHT
 NUMBERS = 20  # on the horizontal axis, at most
 # the same hue for both themes, lighter on a dark ground
 STYLE = """
@@ -36,7 +39,7 @@ text { font: 13px sans-serif; fill: #1f2328 }
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: its name, the words behind it, its length, the ends of its whisker, its colour (a number)."""
+    """One bar: its name, the words after it, its length, the ends of its whisker, its colour (a number)."""
 
     name: str
     words: str
@@ -47,17 +50,18 @@ class Bar:
 
 
 def bars(title: str, groups: Sequence[tuple[str, Sequence[Bar]]], mark: float | None = None) -> str:
-    """Groups of horizontal bars, each group on its own scale; `mark` is a value with a line through the group."""
+    """Groups of horizontal bars, each group on its own scale. A dashed line is drawn through every group at `mark`."""
     y, body = TITLE, list[str]()
     for heading, group in groups:
-        most = max([b.high for b in group] + ([mark] if mark else []))
+        longest = max([bar.high for bar in group] + ([mark] if mark else []))
         body.append(f'<text x="16" y="{y + 14}" class="soft">{escape(heading)}</text>')
-        top, y = y + 22, y + 22
+        y += 22
+        top = y
         for bar in group:
-            body += _bar(bar, y, most)
+            body += _bar(bar, y, longest)
             y += ROW
         if mark:
-            x = LEFT + mark / most * (WIDTH - LEFT - RIGHT)
+            x = _bar_end(mark, longest)
             body.append(
                 f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top - 2}" y2="{y}" class="axis" stroke-dasharray="3 3"/>'
             )
@@ -65,17 +69,20 @@ def bars(title: str, groups: Sequence[tuple[str, Sequence[Bar]]], mark: float | 
     return _document(title, y, body)
 
 
-def _bar(bar: Bar, y: int, most: float) -> list[str]:
-    def at(value: float) -> float:
-        return LEFT + value / most * (WIDTH - LEFT - RIGHT)
+def _bar_end(value: float, longest: float) -> float:
+    """The x where a bar of this value ends, if `longest` ends at the right edge."""
+    return LEFT + value / longest * (WIDTH - LEFT - RIGHT)
 
+
+def _bar(bar: Bar, y: int, longest: float) -> list[str]:
+    end, low, high = (_bar_end(value, longest) for value in (bar.value, bar.low, bar.high))
     middle = y + ROW / 2 - 2
     return [
         f'<text x="{LEFT - 8}" y="{y + 15}" text-anchor="end">{escape(bar.name)}</text>',
-        f'<rect x="{LEFT}" y="{y + 2}" width="{at(bar.value) - LEFT:.1f}" height="{ROW - 8}" rx="2" '
+        f'<rect x="{LEFT}" y="{y + 2}" width="{end - LEFT:.1f}" height="{ROW - 8}" rx="2" '
         f'class="bar c{bar.colour % COLOURS}"/>',
-        f'<line x1="{at(bar.low):.1f}" x2="{at(bar.high):.1f}" y1="{middle}" y2="{middle}" class="whisker"/>',
-        f'<text x="{max(at(bar.value), at(bar.high)) + 8:.1f}" y="{y + 15}">{escape(bar.words)}</text>',
+        f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{middle}" y2="{middle}" class="whisker"/>',
+        f'<text x="{max(end, high) + 8:.1f}" y="{y + 15}">{escape(bar.words)}</text>',
     ]
 
 
@@ -90,7 +97,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class _Heights:
-    """The vertical axis: the values that are marked on it, from the lowest to the highest, and its scale."""
+    """The vertical axis: the values that are marked on it, in ascending order, and its scale."""
 
     marks: Sequence[float]
     scale: Callable[[float], float]
@@ -112,49 +119,107 @@ def _decades(values: Sequence[float]) -> _Heights:
     return _Heights([10.0**power for power in range(low, high + 1)], math.log10)
 
 
+@dataclass(frozen=True)
+class _Axes:
+    """A plot's axes: x from zero to `x_max`, y as `heights` has it."""
+
+    heights: _Heights
+    x_max: float
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """Where a point is on the page."""
+        return PLOT_LEFT + x / self.x_max * PLOT_WIDTH, TITLE + 16 + (1 - self.heights.fraction(y)) * PLOT_HEIGHT
+
+    def drawn(self, numbers: Sequence[float]) -> list[str]:
+        """A line for each mark of y, and these numbers along x."""
+        body: list[str] = []
+        for i, mark in enumerate(self.heights.marks):
+            (x, y), (end, _), kind = self.at(0, mark), self.at(self.x_max, mark), "grid" if i else "axis"
+            body.append(f'<line x1="{x:.1f}" x2="{end:.1f}" y1="{y:.1f}" y2="{y:.1f}" class="{kind}"/>')
+            body.append(f'<text x="{x - 8:.1f}" y="{y + 4:.1f}" text-anchor="end" class="soft">{mark:g}</text>')
+        for number in numbers:
+            x, y = self.at(number, self.heights.marks[0])
+            body.append(f'<text x="{x:.1f}" y="{y + 18:.1f}" text-anchor="middle" class="soft">{number:g}</text>')
+        return body
+
+
 def lines(title: str, x_label: str, y_label: str, curves: Sequence[Curve], *, decades: bool = False) -> str:
-    """Curves with a dot at each point; x begins at zero, and so does y, unless it is marked in powers of ten.
+    """Curves with a dot at each point. x begins at zero. y begins at zero too, or is marked in powers of ten.
 
-    The names of the curves stand at the left, or at the right where all curves fall.
+    The names of the curves are at the left or, if all curves fall, at the right.
     """
-    points = [p for c in curves for p in c.points]
-    heights = (_decades if decades else _from_zero)([y for _, y in points])
-    x_most = max(x for x, _ in points) or 1
-    width, left = WIDTH - 80 - RIGHT, 80
-    names_at = left + 16 + (width - RIGHT if all(c.points[0][1] > c.points[-1][1] for c in curves) else 0)
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return left + x / x_most * width, TITLE + 16 + (1 - heights.fraction(y)) * PLOT_HEIGHT
-
-    body: list[str] = []
-    for i, mark in enumerate(heights.marks):
-        (x, y), (end, _) = at(0, mark), at(x_most, mark)
-        body.append(f'<line x1="{x:.1f}" x2="{end:.1f}" y1="{y:.1f}" y2="{y:.1f}" class="{"grid" if i else "axis"}"/>')
-        body.append(f'<text x="{x - 8:.1f}" y="{y + 4:.1f}" text-anchor="end" class="soft">{mark:g}</text>')
-    numbers = sorted({x for x, _ in points})
-    for value in numbers[:: math.ceil(len(numbers) / NUMBERS)]:
-        x, y = at(value, heights.marks[0])
-        body.append(f'<text x="{x:.1f}" y="{y + 18:.1f}" text-anchor="middle" class="soft">{value:g}</text>')
+    points = [point for curve in curves for point in curve.points]
+    values = [y for _, y in points]
+    heights = _decades(values) if decades else _from_zero(values)
+    x_max = max(x for x, _ in points) or 1
+    all_fall = all(curve.points[0][1] > curve.points[-1][1] for curve in curves)
+    names_at = PLOT_LEFT + 16 + (PLOT_WIDTH - RIGHT if all_fall else 0)
+    axes, numbers = _Axes(heights, x_max), sorted({x for x, _ in points})
+    body, at = axes.drawn(numbers[:: math.ceil(len(numbers) / NUMBERS)]), axes.at
     for i, curve in enumerate(curves):
-        placed = [at(*p) for p in sorted(curve.points)]
+        colour = curve.colour % COLOURS
+        placed = [at(x, y) for x, y in sorted(curve.points)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
-        body.append(f'<polyline points="{path}" class="line c{curve.colour % COLOURS}"/>')
-        body += [
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" class="dot c{curve.colour % COLOURS}"/>' for x, y in placed
-        ]
+        body.append(f'<polyline points="{path}" class="line c{colour}"/>')
+        body += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" class="dot c{colour}"/>' for x, y in placed]
         y = TITLE + 24 + 20 * i
-        body.append(f'<rect x="{names_at}" y="{y - 9}" width="10" height="10" class="key c{curve.colour % COLOURS}"/>')
+        body.append(f'<rect x="{names_at}" y="{y - 9}" width="10" height="10" class="key c{colour}"/>')
         body.append(f'<text x="{names_at + 16}" y="{y}">{escape(curve.name)}</text>')
-    bottom = TITLE + 16 + PLOT_HEIGHT + 38
-    body.append(f'<text x="{left + width / 2}" y="{bottom}" text-anchor="middle" class="soft">{escape(x_label)}</text>')
-    body.append(f'<text x="16" y="{TITLE + 6}" class="soft">{escape(y_label)}</text>')
-    return _document(title, bottom + 16, body)
+    return _plotted(title, x_label, y_label, body)
 
 
-def _step(most: float) -> float:
-    """1, 2 or 5 times a power of ten, so that there are about five of them up to `most`."""
-    power = 10.0 ** math.floor(math.log10(most / 4))
-    return next(f * power for f in (1, 2, 5, 10) if f * power >= most / 5)
+@dataclass(frozen=True)
+class Mark:
+    """A named point, with its colour (a number)."""
+
+    name: str
+    at: tuple[float, float]
+    colour: int
+
+
+def scatter(
+    title: str,
+    x_label: str,
+    y_label: str,
+    cloud: Sequence[tuple[float, float]],
+    curve: Sequence[tuple[float, float]],
+    marks: Sequence[Mark],
+) -> str:
+    """Points, a line through some of them, and named points. x begins at zero, y at a round number below all."""
+    everything = [*cloud, *curve, *(mark.at for mark in marks)]
+    values = [y for _, y in everything]
+    step = _step(max(1.0, max(values) - min(values)))
+    low = math.floor(min(values) / step)
+    heights = _Heights([i * step for i in range(low, max(math.ceil(max(values) / step), low + 1) + 1)], float)
+    x_step = _step(max(x for x, _ in everything))
+    x_max = x_step * math.ceil(max(x for x, _ in everything) / x_step)
+    axes = _Axes(heights, x_max)
+    body, at = axes.drawn([i * x_step for i in range(round(x_max / x_step) + 1)]), axes.at
+    for x, y in dict.fromkeys(at(*one) for one in cloud):
+        body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" class="dot c5" opacity="0.5"/>')
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*one) for one in sorted(curve)))
+    body.append(f'<polyline points="{path}" class="line c0"/>')
+    for one in marks:
+        x, y = at(*one.at)
+        body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" class="dot c{one.colour % COLOURS}"/>')
+        body.append(f'<text x="{x + 9:.1f}" y="{y + 14:.1f}">{escape(one.name)}</text>')
+    return _plotted(title, x_label, y_label, body)
+
+
+def _plotted(title: str, x_label: str, y_label: str, body: list[str]) -> str:
+    """The document of a plot, with the names of its axes."""
+    bottom, middle = TITLE + 16 + PLOT_HEIGHT + 38, PLOT_LEFT + PLOT_WIDTH / 2
+    names = [
+        f'<text x="{middle}" y="{bottom}" text-anchor="middle" class="soft">{escape(x_label)}</text>',
+        f'<text x="16" y="{TITLE + 6}" class="soft">{escape(y_label)}</text>',
+    ]
+    return _document(title, bottom + 16, [*body, *names])
+
+
+def _step(largest: float) -> float:
+    """1, 2, 5 or 10 times a power of ten: the smallest of which five reach `largest`."""
+    power = 10.0 ** math.floor(math.log10(largest / 4))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= largest / 5)
 
 
 def _document(title: str, height: int, body: Sequence[str]) -> str:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
+from typing import TypeVar
 
 from sdopt.bundle.specs import Array
+from sdopt.dataclass import dataclass
 from sdopt.errors import UsageError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One timed call: its seconds, its output, and the seconds of its parts by name (`device`: by CUDA events)."""
+    """One timed call: its seconds, its output, and the seconds of its parts by name."""
 
     seconds: float
     output: Array | None = None
@@ -21,7 +25,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Series:
-    """The samples of one side, in the order of the rounds: seconds of the call and of its parts, and one output."""
+    """The samples of one side in the order of the rounds: seconds of the calls and of their parts, and one output."""
 
     seconds: tuple[float, ...]
     parts: Mapping[str, tuple[float, ...]]
@@ -32,7 +36,7 @@ Call = Callable[[], Sample]
 
 
 def timed(call: Callable[[], Array], per: int = 1) -> Call:
-    """`call` as a timed call. Its time is divided by `per`, the number of times that it repeats what is measured."""
+    """`call` as a timed call. Its time is divided by `per`: how many times the call does what is measured."""
 
     def sample() -> Sample:
         started = time.perf_counter()
@@ -45,7 +49,7 @@ def timed(call: Callable[[], Array], per: int = 1) -> Call:
 def interleaved(calls: Mapping[str, Call], rounds: int, warmup: int = 1) -> dict[str, Series]:
     """Make `warmup` untimed calls of each side, then `rounds` rounds of timed ones in the order A B C, C B A, A B C ...
 
-    So a drift of the machine affects all sides alike, and the timings of one round are pairs.
+    So a drift of the machine affects all sides alike, and timings of the same round can be compared as pairs.
     Raises: UsageError unless rounds >= 1 and warmup >= 0.
     """
     if rounds < 1 or warmup < 0:
@@ -57,14 +61,16 @@ def interleaved(calls: Mapping[str, Call], rounds: int, warmup: int = 1) -> dict
     for i in range(rounds):
         for name in turn(list(calls), i):
             samples[name].append(calls[name]())
-    return {name: _series(taken) for name, taken in samples.items()}
+    return {name: _series(side_samples) for name, side_samples in samples.items()}
 
 
-def turn(names: Sequence[str], i: int) -> list[str]:
-    """The order of round `i`: as given if `i` is even, else backwards."""
-    return list(names) if i % 2 == 0 else list(reversed(names))
+def turn(sides: Sequence[T], i: int) -> list[T]:
+    """The order of round `i`: as given if `i` is even, otherwise backwards."""
+    is_even = i % 2 == 0
+    return list(sides) if is_even else list(reversed(sides))
 
 
 def _series(samples: Sequence[Sample]) -> Series:
-    parts = {name: tuple(s.parts[name] for s in samples) for name in samples[0].parts}
-    return Series(tuple(s.seconds for s in samples), parts, samples[0].output)
+    seconds = tuple(sample.seconds for sample in samples)
+    parts = {name: tuple(sample.parts[name] for sample in samples) for name in samples[0].parts}
+    return Series(seconds, parts, samples[0].output)

@@ -5,9 +5,11 @@ target     the library and the GPU
 options    the options of a build, and those of one engine
 recipe     which engines are built from a bundle, and for which sizes
 derive     the passes below, in their order
-trt_build  a TensorRT plan from a graph; trt_types: types for TensorRT 8.6, which does not take them from the graph
+trt_build  a TensorRT plan from a graph; trt_errors: what its errors mean
+trt_types  types for TensorRT 8.6, which does not take them from the graph
 checks     faults of a finished plan; agree: whether its rows agree
 
+join_control  ControlNets and the UNet as one graph
 fuse_step  make guidance and the sampler's row a part of the UNet
 halves     repeat a tensor for the two halves of guidance a fixed number of times
 half       float32 to float16 or bfloat16, with named float32 islands

@@ -13,12 +13,14 @@ Results count as equal above a floor, because another batch size may use kernels
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from sdopt.build.examples import example
+from sdopt.bundle.joined import DEEP
 from sdopt.bundle.specs import Array, Profile, TensorSpec
+from sdopt.dataclass import dataclass
 from sdopt.engine import Engine
 from sdopt.errors import BackendError
 from sdopt.metrics import psnr
@@ -30,7 +32,7 @@ from sdopt.samplers.packed import SCALARS
 # lower, for deeper models. Unrelated rows are below 20 dB.
 FLOOR_DB = {"fp32": 40.0, "fp16": 40.0, "bf16": 25.0}
 GUIDANCE = 4.0  # it makes the difference of the halves 4 times as large: 12 dB
-BATCHES = ("batch", "images")
+BATCHES = ("batch", "images", "pictures")
 ROWS = 4  # rows to compare, at most
 
 
@@ -81,13 +83,13 @@ def measure(engine: Engine, profile: Profile) -> Agreement:
     lengths = {name: best for name, (_, best, _) in profile.ranges.items()}
     one = example(inputs, {**lengths, **dict.fromkeys(least, 1)})
     agreement = Agreement()
-    count = most.get("batch", 1)
+    count = most.get("batch", max(most.values(), default=1))  # an adapter's engine has one of the others alone
     if count > 1:
         outputs = engine(**_repeated(inputs, one, most))
         rows = [_row(engine.outputs, outputs, k) for k in range(count)]
-        agreement = replace(agreement, rows=min(_alike(rows[0], row) for row in rows[1:]))
+        agreement = replace(agreement, rows=min(alike(rows[0], row) for row in rows[1:]))
         if set(least.values()) == {1}:
-            agreement = replace(agreement, alone=min(_alike(engine(**one), row) for row in rows))
+            agreement = replace(agreement, alone=min(alike(engine(**one), row) for row in rows))
     if any(name.startswith("negative_") for name in one):
         agreement = replace(agreement, halves=_halves(engine, _repeated(inputs, one, least)))
     return agreement
@@ -98,7 +100,7 @@ def _counts(profile: Profile) -> tuple[dict[str, int], dict[str, int]]:
     ranges = {name: profile.ranges[name] for name in BATCHES if name in profile.ranges}
     least = {name: low for name, (low, _, _) in ranges.items()}
     most = {name: max(low, min(ROWS, high)) for name, (low, _, high) in ranges.items()}
-    if "images" in ranges:
+    if {"batch", "images"} <= {*ranges}:
         most["images"] = least["images"]
         most["batch"] -= most["batch"] % most["images"]
     return least, most
@@ -107,9 +109,11 @@ def _counts(profile: Profile) -> tuple[dict[str, int], dict[str, int]]:
 def _halves(engine: Engine, arrays: dict[str, Array]) -> float:
     """How alike the results of a guided step of equal halves are at two guidance scales."""
     equal = {name: arrays[name.removeprefix("negative_")] for name in arrays}
+    if DEEP in equal:  # it has both halves
+        equal[DEEP] = np.repeat(equal[DEEP][1:], 2, 0)
     row = np.array(equal["row"], np.float32)
     row[:, SCALARS.index("guidance")] = GUIDANCE
-    return _alike(engine(**equal), engine(**{**equal, "row": row}))
+    return alike(engine(**equal), engine(**{**equal, "row": row}))
 
 
 def _repeated(specs: Sequence[TensorSpec], arrays: Mapping[str, Array], counts: Mapping[str, int]) -> dict[str, Array]:
@@ -132,7 +136,8 @@ def _row(specs: Sequence[TensorSpec], arrays: Mapping[str, Array], index: int) -
     return row
 
 
-def _alike(expected: Mapping[str, Array], outputs: Mapping[str, Array]) -> float:
+def alike(expected: Mapping[str, Array], outputs: Mapping[str, Array]) -> float:
+    """The likeness of the worst output, in dB."""
     return min(psnr(expected[name], outputs[name]) for name in expected)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sdopt.build.trt_types import lost_islands
-from sdopt.engine.cuda import bytes_text
+from sdopt.bundle.disk import bytes_text
 from sdopt.errors import BackendError
 
 WEIGHTY = 100 << 20  # bytes: with fewer weights, a plan's size does not tell their type

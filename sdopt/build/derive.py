@@ -8,37 +8,78 @@ from typing import Any
 import onnx_ir as ir
 
 from sdopt import graph
+from sdopt.build.features import leave_features_out, take_features
 from sdopt.build.fuse_step import fuse_step
 from sdopt.build.half import half
 from sdopt.build.halves import join_halves
+from sdopt.build.int8 import Scaling, int8
+from sdopt.build.join_control import join_control
 from sdopt.build.lower import OPSET, lower, lower_operators
 from sdopt.build.options import PRECISIONS
 from sdopt.build.recipe import EngineSpec
+from sdopt.build.refit import put_into, widen_weights
+from sdopt.build.shallow import keep_deep, take_deep
 from sdopt.build.trt_build import Builder
+from sdopt.bundle.adapter import CONTROLNET, T2I_ADAPTER, located, open_adapter
 from sdopt.bundle.files import Bundle
+from sdopt.bundle.joined import DEEP, Steering
 from sdopt.bundle.specs import Profile
+from sdopt.bundle.weights import Overlay, Weights
 from sdopt.graph.ort_ops import ort_ops
 
 
 def derive(
-    bundle: Bundle, part: EngineSpec, options: Mapping[str, Any], builder: Builder | None = None, device: str = ""
+    bundle: Bundle,
+    part: EngineSpec,
+    options: Mapping[str, Any],
+    builder: Builder | None = None,
+    device: str = "",
+    backend: str = "ort",
+    overlay: Overlay | None = None,
+    scalings: Mapping[str, Scaling] | None = None,
 ) -> tuple[ir.Model, dict[str, Any]]:
-    """(the graph, notes for the engine's record). Without a builder, the graph is for ONNX Runtime on `device`."""
-    model = graph.load(bundle.component(part.graph).graph)
+    """(the graph, notes for the engine's record). Without a builder, the graph is for `backend` on `device`.
+
+    `overlay`: other numbers for some of its weights. `scalings`: of the layers that become int8.
+    """
+    home, name = located(bundle, part.graph)
+    component = home.component(name)
+    model = graph.load(component.graph)
+    if overlay is not None:
+        put_into(model, overlay.merged(part.name, Weights.of(component)))
+    if part.steering:
+        _steer(model, bundle, part.steering)
     notes: dict[str, Any] = {}
+    if part.cache:
+        (keep_deep if part.cache == DEEP else take_deep)(model, part.depth)
     if part.fuse:
         guided = part.fuse == "guided"
         fuse_step(model, guided=guided, rescale=guided, latent_channels=bundle.manifest.latents.channels)
         join_halves(model, 2 if guided else 1)
-    dtype = PRECISIONS[options["precision"]]
+    on_gpu = builder is not None or device == "cuda"
+    dtype = PRECISIONS["fp16" if on_gpu else "fp32"] if scalings is not None else PRECISIONS[options["precision"]]
     if dtype:
         report = half(model, dtype=dtype, islands=part.islands, attention=options["attention"])
         notes |= {"half_nodes": report.half_nodes, "islands": len(report.islands), "outside": report.outside}
+    elif options["refit"]:
+        widen_weights(model)
+    if scalings is not None:
+        notes["quantized_layers"] = int8(model, scalings)
     if builder is not None:
         notes |= _for_parser(model, builder)
-    elif not dtype or (device == "cuda" and options["precision"] == "fp16"):  # on a CPU, these kernels are float32 only
+    elif backend == "ort" and dtype in (("", "float16") if device == "cuda" else ("",)):  # what its kernels take
         ort_ops(model)
     return model, notes
+
+
+def _steer(model: ir.Model, bundle: Bundle, steering: Steering) -> None:
+    """Put ControlNets inside, and leave of the other inputs for adapters those that this engine takes."""
+    if T2I_ADAPTER in steering.kinds:
+        take_features(model)
+    else:
+        leave_features_out(model)
+    nets = {name: open_adapter(bundle, name).component(CONTROLNET) for name in steering.nets}
+    join_control(model, {name: graph.load(net.graph) for name, net in nets.items()})
 
 
 def _for_parser(model: ir.Model, builder: Builder) -> dict[str, Any]:

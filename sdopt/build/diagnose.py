@@ -7,9 +7,7 @@ GROUP nodes in a run.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,8 @@ from sdopt.build.half import MINUS_INFINITY, TYPES, HalfReport, half
 from sdopt.build.lower import lower
 from sdopt.build.simulate import outputs_of, session, simulate_half
 from sdopt.bundle.specs import Array
+from sdopt.bundle.unfinished import scratch
+from sdopt.dataclass import dataclass
 from sdopt.graph import BF16, F32, behind, is_float, load, name_of, save, weights
 from sdopt.metrics import psnr
 
@@ -84,8 +84,7 @@ def diagnose(
     done = half(coarse, dtype=dtype, islands=islands, attention=attention)
     lower(exact)
     simulate_half(lower(coarse))
-    with tempfile.TemporaryDirectory(prefix="sdopt-diagnose-") as temporary:
-        folder = Path(temporary)
+    with scratch() as folder:
         for name, model in (("exact", exact), ("coarse", coarse)):
             save(model, folder / f"{name}.onnx")
         nodes = _comparable(exact, coarse)

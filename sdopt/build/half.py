@@ -1,13 +1,13 @@
 """Convert a float32 graph to float16 or bfloat16, with float32 islands.
 
-Every node computes in one type: the islands in float32, all others in half. A value that is read in the other type has
-one Cast. Weights are converted one by one when they are written. They keep their names; a weight that is needed in
-both types is called NAME in half and NAME@float32 in float32.
+Every node computes in one type: the islands in float32, all others in half. A value that is also read in the other type
+gets one Cast. Weights are converted one by one when they are written. They keep their names. A weight that is needed
+in both types is called NAME in half and NAME@float32 in float32.
 
 | stays float32                                   | because                                             |
 |-------------------------------------------------|-----------------------------------------------------|
 | `step/...`: guidance and the sampler's row      | the sample is float32 for the whole loop            |
-| Sin, Cos and what leads to them                 | float16 has steps of 0.5 at timestep 999            |
+| Sin, Cos and the nodes before them              | float16 has steps of 0.5 at timestep 999            |
 | norms that do not compute in float32 themselves | a square leaves float16's range at 256              |
 | readers of a weight outside float16's range     | it would be infinity, or 0                          |
 | Resize, in bfloat16                             | TensorRT has none                                   |
@@ -17,12 +17,12 @@ both types is called NAME in half and NAME@float32 in float32.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import numpy as np
 import onnx_ir as ir
 
+from sdopt.dataclass import dataclass
 from sdopt.errors import UsageError, choices
 from sdopt.graph import (
     BF16,
@@ -43,23 +43,23 @@ from sdopt.graph import (
 )
 
 TYPES = {"float16": F16, "bfloat16": BF16}
-LARGEST, SMALLEST = 65504.0, 2.0**-25  # of float16; half of the smallest subnormal rounds to 0
-MINUS_INFINITY = -1e30  # a constant below this stands for it, in a mask
+LARGEST, SMALLEST = 65504.0, 2.0**-25  # of float16; less than half of its smallest subnormal rounds to 0
+MINUS_INFINITY = -1e30  # in a mask, a constant below this means minus infinity
 OWN_FLOAT32 = ("GroupNormalization", "LayerNormalization", "RMSNormalization")  # with stash_type 1
 STATISTICS = ("InstanceNormalization", "LpNormalization", "MeanVarianceNormalization", *OWN_FLOAT32)
 SUMS = ("ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp")
 ATTENTION = ("Attention", "Softmax")
-ANY_TYPE = ("Cast", "Shape", "Size")  # what they read may have any type
-OWN_TYPE = ("ConstantOfShape", "Constant", "RandomNormalLike")  # their attributes say which type they give: float32
+ANY_TYPE = ("Cast", "Shape", "Size")  # their inputs may have any type
+OWN_TYPE = ("ConstantOfShape", "Constant", "RandomNormalLike")  # an attribute sets the type of their output: float32
 FLOAT32_INPUTS = {"Resize": (1, 2)}  # inputs that are float32 whatever the node computes in
 
 
 @dataclass(frozen=True)
 class HalfReport:
-    """What `half` did: nodes in half, nodes in float32 with the reason, weights that half cannot hold.
+    """What `half` did: how many nodes are in half, and which stayed in float32 for which reason.
 
-    `outside` has the largest absolute value of each of these weights; their readers are islands. `clamped` names mask
-    constants that stand for minus infinity and became the least finite number.
+    `outside` maps each weight that half cannot hold to its largest absolute value; its readers are islands. `clamped`
+    names the constants of masks that meant minus infinity. They became the least finite number.
     """
 
     dtype: str
@@ -93,11 +93,13 @@ def half(
     _retype(model, TYPES[dtype], kept, _matching(model, half_edges))
     drop_unused(model)
     _name_weights(model, dtype)
-    nodes = list(model.graph)
+    casts = [node for node in model.graph if node.op_type == "Cast"]
+    others = [node for node in model.graph if node.op_type != "Cast"]
+    half_nodes = [node for node in others if any(value.dtype == TYPES[dtype] for value in node.outputs)]
     return HalfReport(
         dtype=dtype,
-        half_nodes=sum(any(v.dtype == TYPES[dtype] for v in n.outputs) and n.op_type != "Cast" for n in nodes),
-        casts=sum(n.op_type == "Cast" for n in nodes),
+        half_nodes=len(half_nodes),
+        casts=len(casts),
         islands={name: reason for name, reason in kept.items() if reason},
         outside=outside,
         clamped=clamped,
@@ -107,7 +109,7 @@ def half(
 def _forget_casts(model: ir.Model) -> None:
     """Remove every Cast between float types. `_retype` adds those that are needed.
 
-    A weight behind its Cast is used directly, so what was stored as float16 is float16 again.
+    The readers of a cast weight read the weight itself, so a weight that is stored as float16 is float16 again.
     """
     outputs = set(model.graph.outputs)
     for node in list(model.graph):
@@ -117,7 +119,7 @@ def _forget_casts(model: ir.Model) -> None:
         if target not in outputs:
             redirect(target, source)
             model.graph.remove(node, safe=True)
-        elif source.producer() is not None and source not in outputs:  # at an edge: the maker writes the output itself
+        elif source.producer() is not None and source not in outputs:  # its node computes the graph output itself
             name = target.name
             model.graph.outputs[list(model.graph.outputs).index(target)] = source
             redirect(target, source)
@@ -134,21 +136,24 @@ def _islands(model: ir.Model, dtype: str, patterns: Sequence[str], attention: bo
         if reason:
             reasons[name_of(node)] = reason
         if node.op_type in ("Sin", "Cos"):
-            for source in _leading_to(node):
+            for source in _with_sources(node):
                 reasons[name_of(source)] = "leads to the timestep embedding"
     for pattern in patterns:
-        named = [name_of(node) for node in nodes if fnmatchcase(name_of(node), pattern) or node.op_type == pattern]
-        if not named:
+        matching = [name_of(node) for node in nodes if node.op_type == pattern or fnmatchcase(name_of(node), pattern)]
+        if not matching:
             operators = sorted({node.op_type for node in nodes})
             raise UsageError(f"island {pattern!r} matches no node of this graph; operators are {', '.join(operators)}")
-        reasons.update((name, f"named by {pattern!r}") for name in named)
+        reasons.update((name, f"named by {pattern!r}") for name in matching)
     return reasons
 
 
 def _reason(node: ir.Node, dtype: str, attention: bool) -> str:
-    if name_of(node).startswith("step/") and not name_of(node).startswith("step/both"):  # those only join two tensors
+    """Why a node computes in float32; empty if it does not."""
+    only_joins = name_of(node).startswith("step/both")  # the two halves of guidance
+    if name_of(node).startswith("step/") and not only_joins:
         return "the sampler's"
-    if node.op_type in STATISTICS and not (node.op_type in OWN_FLOAT32 and attribute(node, "stash_type", 1) == 1):
+    computes_in_float32 = node.op_type in OWN_FLOAT32 and attribute(node, "stash_type", 1) == 1
+    if node.op_type in STATISTICS and not computes_in_float32:
         return "statistics of a norm"
     if node.op_type in SUMS:
         return "a sum"
@@ -159,8 +164,8 @@ def _reason(node: ir.Node, dtype: str, attention: bool) -> str:
     return ""
 
 
-def _leading_to(node: ir.Node) -> Iterable[ir.Node]:
-    """A node and all nodes from which its floating-point inputs are computed."""
+def _with_sources(node: ir.Node) -> Iterable[ir.Node]:
+    """A node and all nodes that its floating-point inputs are computed from."""
     waiting, seen = [node], set[ir.Node]()
     while waiting:
         current = waiting.pop()
@@ -173,7 +178,7 @@ def _leading_to(node: ir.Node) -> Iterable[ir.Node]:
 
 
 def _outside(model: ir.Model, kept: dict[str, str]) -> tuple[dict[str, float], tuple[str, ...]]:
-    """Weights that float16 cannot hold, whose readers become islands, and mask constants that are clamped."""
+    """(weights that float16 cannot hold, mask constants that were clamped). Readers of these weights become islands."""
     outside, clamped = dict[str, float](), list[str]()
     for value in weights(model):
         tensor = value.const_value
@@ -187,15 +192,15 @@ def _outside(model: ir.Model, kept: dict[str, str]) -> tuple[dict[str, float], t
             value.const_value = ir.Tensor(np.full(tensor.shape.numpy(), -LARGEST, np.float32), name=value.name)
         elif largest >= LARGEST + 16 or vanishes:  # LARGEST + 16 is where rounding goes to infinity
             readers = [user for user, index in value.uses() if index not in FLOAT32_INPUTS.get(user.op_type, ())]
-            fresh = [name_of(user) for user in readers if name_of(user) not in kept]
-            if fresh:
+            new_islands = [name_of(user) for user in readers if name_of(user) not in kept]
+            if new_islands:
                 outside[name_of(value)] = largest
-            kept.update((name, f"its weight {name_of(value)} has {largest:.3g}") for name in fresh)
+            kept.update((name, f"its weight {name_of(value)} has {largest:.3g}") for name in new_islands)
     return outside, tuple(clamped)
 
 
 def _extremes(tensor: ir.TensorProtocol) -> tuple[float, float]:
-    """(least number, largest absolute value that is finite)."""
+    """(least number, largest finite absolute value)."""
     array = np.asarray(tensor.numpy(), np.float32)
     if array.size == 0:
         return 0.0, 0.0
@@ -206,7 +211,10 @@ def _extremes(tensor: ir.TensorProtocol) -> tuple[float, float]:
 
 
 def _matching(model: ir.Model, patterns: Collection[str]) -> set[str]:
-    """The names of floating-point inputs and outputs that match a pattern."""
+    """The names of the floating-point inputs and outputs that match one of the patterns.
+
+    Raises: UsageError for a pattern that matches none.
+    """
     names = [name_of(value) for value in (*model.graph.inputs, *model.graph.outputs) if is_float(value)]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -215,7 +223,7 @@ def _matching(model: ir.Model, patterns: Collection[str]) -> set[str]:
 
 
 def _retype(model: ir.Model, low: ir.DataType, kept: dict[str, str], low_edges: set[str]) -> None:
-    """Give every value the type that its node computes in, and cast where nodes of two types meet."""
+    """Give every value the type that its node computes in, and add a Cast where a node reads the other type."""
     graph = model.graph
     for value in graph.inputs:
         if is_float(value):
@@ -227,14 +235,14 @@ def _retype(model: ir.Model, low: ir.DataType, kept: dict[str, str], low_edges: 
             if is_float(value):
                 value.dtype = _output_type(node, low, kept)
     for node in nodes:
-        wanted = F32 if name_of(node) in kept else low
-        if node.op_type == "Cast" and is_float(node.outputs[0]):  # from whole numbers
-            node.attributes["to"] = ir.AttrInt64("to", int(wanted.value))
-        fixed = FLOAT32_INPUTS.get(node.op_type, ())
+        dtype = F32 if name_of(node) in kept else low
+        if node.op_type == "Cast" and is_float(node.outputs[0]):  # from integers
+            node.attributes["to"] = ir.AttrInt64("to", int(dtype.value))
+        always_float32 = FLOAT32_INPUTS.get(node.op_type, ())
         for index, value in enumerate(node.inputs):
             if value is None or not is_float(value) or node.op_type in ANY_TYPE:
                 continue
-            target = F32 if index in fixed else wanted
+            target = F32 if index in always_float32 else dtype
             if value.is_initializer() or value.dtype != target:
                 node.replace_input_with(index, _as(model, value, target, made))
     for index, value in enumerate(graph.outputs):
@@ -253,7 +261,7 @@ def _output_type(node: ir.Node, low: ir.DataType, kept: dict[str, str]) -> ir.Da
 def _as(
     model: ir.Model, value: ir.Value, target: ir.DataType, made: dict[tuple[ir.Value, ir.DataType], ir.Value]
 ) -> ir.Value:
-    """`value` in another type: a converted weight, or the one Cast of it."""
+    """`value` in another type: a converted weight, or the output of its one Cast."""
     if (value, target) in made:
         return made[value, target]
     graph = model.graph
@@ -274,11 +282,11 @@ def _as(
 
 
 def _name_weights(model: ir.Model, dtype: str) -> None:
-    """Give weights their own names again. Of two types of a weight, the float32 one is called NAME@float32."""
+    """Give weights back their own names. If a weight exists in two types, the float32 one is called NAME@float32."""
     initializers = model.graph.initializers
     for name in [name for name in initializers if name == names.copy(name, dtype)]:
         plain = names.plain(name)
-        if plain in initializers:  # the only type that stands beside a half one
+        if plain in initializers:  # it is the float32 copy
             initializers[plain].name = names.copy(name, SHORT[F32])
         initializers[name].name = plain
     for name in [name for name in initializers if names.plain(name) not in initializers]:
@@ -286,7 +294,7 @@ def _name_weights(model: ir.Model, dtype: str) -> None:
 
 
 def _edge(model: ir.Model, value: ir.Value, target: ir.DataType) -> ir.Value:
-    """A graph output in another type than its node computes in. The Cast takes its name, and `value` gets another."""
+    """A graph output in another type than its node computes in. Its Cast takes the name, and `value` gets a new one."""
     name = name_of(value)
     assert value.dtype is not None
     value.name = f"{name}.{SHORT[value.dtype]}"

@@ -1,9 +1,9 @@
-"""The fused step knows how often a shared tensor is needed: once or twice. The bundle's UNet has to compute that.
+"""Replace the computed repeats in a fused step by fixed ones.
 
-`sdopt.export.guidance_prefix` repeats a tensor where it first meets the prompt. The UNet learns the count from its
-inputs:
+`sdopt.export.guidance_prefix` repeats a tensor where it first meets the prompt. The bundle's UNet computes the count
+from its inputs. In a fused step the count is known, 1 or 2:
 
-    Tile(x, [prompts / images, 1, 1, ...])     becomes     Concat(x, x)     guided: exact, and of a known length
+    Tile(x, [prompts / images, 1, 1, ...])     becomes     Concat(x, x)     guided: the same numbers, a known length
                                                            x                the conditional half alone
 """
 
@@ -15,9 +15,9 @@ from sdopt.graph import Writer, attribute, constant_of, drop_unused, name_of, re
 
 
 def join_halves(model: ir.Model, copies: int) -> int:
-    """Replace every computed repeat of a fused step by `copies` (1 or 2) of its tensor; how many there were."""
-    found = [node for node in model.graph if node.op_type == "Tile" and _counts_halves(node)]
-    for node in found:
+    """Replace every computed repeat of a fused step by `copies` (1 or 2) of its tensor. Returns how many there were."""
+    repeats = [node for node in model.graph if node.op_type == "Tile" and _repeats_halves(node)]
+    for node in repeats:
         value, repeated = node.inputs[0], node.outputs[0]
         assert value is not None
         if copies == 1:
@@ -27,11 +27,11 @@ def join_halves(model: ir.Model, copies: int) -> int:
         name = f"{name_of(node)}/joined"
         redirect(repeated, write("Concat", [value] * copies, name, axis=0, shape=repeated.shape))
     drop_unused(model)
-    return len(found)
+    return len(repeats)
 
 
-def _counts_halves(tile: ir.Node) -> bool:
-    """Whether the first axis alone is repeated, by the ratio of two lengths."""
+def _repeats_halves(tile: ir.Node) -> bool:
+    """Whether only the first axis is repeated, by the ratio of two lengths."""
     counts = _maker(tile.inputs[1])
     if counts is None or counts.op_type != "Concat" or len(counts.inputs) != 2:
         return False

@@ -1,10 +1,10 @@
 """Rewrite a graph of opset 18 to 23 with older operators.
 
-`lower` writes all of it in opset 17, which TensorRT 8.6 parses. `lower_operators` replaces only the operators that the
-parser of a newer TensorRT does not know.
+`lower` writes the whole graph in opset 17, which TensorRT 8.6 parses. `lower_operators` replaces only the operators
+that the parser of a newer TensorRT does not know.
 
-The source is the bundle's own graph (opset 23). It has one node per concept, so each is lowered in one place. After
-`half`, norms compute in float32 between two Casts, as their `stash_type` says, and attention scores are half.
+The source is the bundle's own graph (opset 23). It has one node for each concept, so each concept is lowered in one
+place. After `half`, norms compute in float32 between two Casts, as their `stash_type` says. Attention scores are half.
 
 | opset 23                             | becomes                                                                 |
 |--------------------------------------|-------------------------------------------------------------------------|
@@ -15,7 +15,7 @@ The source is the bundle's own graph (opset 23). It has one node per concept, so
 | Gelu                                 | x/2 (1 + Erf(x / sqrt 2)), or with Tanh                                 |
 | ReduceMean and its like              | axes as an attribute                                                    |
 | Shape with start or end (also of 17) | Shape, Slice                                                            |
-| Split, Resize, Reshape, Cast         | without the attributes that came later, where they say nothing          |
+| Split, Resize, Reshape, Cast         | without later attributes that have their default value                  |
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from sdopt.graph import F32, I64, Writer, attribute, constant_of, drop_unused, n
 
 OPSET = 17
 Rule = Callable[[Writer, ir.Node], ir.Value]
-LOWEST = {ir.DataType.FLOAT16: -65504.0}  # what stands for minus infinity; -3e38 in other types
-# attributes that opset 17 does not have -> the value with which a node computes the same without them
+LOWEST = {ir.DataType.FLOAT16: -65504.0}  # in place of minus infinity; -3e38 in other types
+# attributes that opset 17 does not have -> the value with which the node computes the same without them
 ANY = object()
 IMPLIED: dict[str, dict[str, Any]] = {
     "Split": {"num_outputs": ANY},  # before opset 18, a Split without sizes makes equal parts
@@ -95,20 +95,21 @@ def _apply_rules(model: ir.Model, operators: Collection[str]) -> None:
 
 
 def _drop_implied(node: ir.Node) -> None:
-    """Remove the attributes that opset 17 does not have and that change nothing."""
+    """Remove the attributes that opset 17 does not have, if the node computes the same without them."""
     for name, value in IMPLIED.get(node.op_type, {}).items():
         if name not in node.attributes:
             continue
-        if value is ANY or value == _plain(attribute(node, name)):
+        if value is ANY or value == _text_of(attribute(node, name)):
             del node.attributes[name]
 
 
-def _plain(value: Any) -> Any:
+def _text_of(value: Any) -> Any:
+    """An attribute's value, with bytes as text."""
     return value.decode() if isinstance(value, bytes) else value
 
 
 def _replace(model: ir.Model, node: ir.Node, rule: Rule) -> None:
-    """Replace `node` by the nodes that `rule` writes. The last of them takes the name of the output."""
+    """Replace `node` by the nodes that `rule` writes. The output of the last one takes the name of the old output."""
     old = node.outputs[0]
     if any(output.uses() or output in model.graph.outputs for output in node.outputs[1:]):
         raise UsageError(
@@ -126,7 +127,7 @@ def _replace(model: ir.Model, node: ir.Node, rule: Rule) -> None:
 
 
 def _problem(node: ir.Node) -> str:
-    """What opset 17 does not have of a node; empty if it has everything."""
+    """What a node has that opset 17 does not; empty if there is nothing."""
     try:
         schema: Any = cast(Any, onnx.defs).get_schema(node.op_type, OPSET, node.domain)
     except onnx.defs.SchemaError:
@@ -138,10 +139,10 @@ def _problem(node: ir.Node) -> str:
 
 
 def _axes_as_attribute(node: ir.Node) -> None:
-    """Make the axes of a reduction an attribute. They are an input since opset 18, in ReduceSum since 13."""
+    """Make the axes of a reduction an attribute. They are an input since opset 18."""
     noop = attribute(node, "noop_with_empty_axes", 0)
     node.attributes.pop("noop_with_empty_axes", None)
-    source = _given(node, 1)
+    source = _optional(node, 1)
     axes = constant_of(source) if source is not None else None
     if axes is None and (source is not None or noop):
         raise UsageError(f"{node.op_type} {name_of(node)}: its axes are computed; opset {OPSET} takes constant ones")
@@ -157,20 +158,23 @@ def _input(node: ir.Node, index: int) -> ir.Value:
     return value
 
 
-def _given(node: ir.Node, index: int) -> ir.Value | None:
+def _optional(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if len(node.inputs) > index else None
 
 
 def _wide(write: Writer, x: ir.Value) -> ir.Value:
+    """`x` in float32."""
     return x if x.dtype == F32 else write("Cast", [x], "wide", dtype=F32, to=int(F32.value))
 
 
 def _narrow(write: Writer, x: ir.Value, like: ir.Value) -> ir.Value:
+    """The float32 value `x` in the type of `like`."""
     assert like.dtype is not None
     return x if like.dtype == F32 else write("Cast", [x], "narrow", dtype=like.dtype, to=int(like.dtype.value))
 
 
 def _reduced(x: ir.Value, axes: list[int]) -> list[Any]:
+    """The shape of `x` with 1 along `axes`."""
     assert x.shape is not None
     shape = list(x.shape)
     for axis in axes:
@@ -182,12 +186,12 @@ def _scaled_to_one(write: Writer, x: ir.Value, axes: list[int], epsilon: float) 
     """x / sqrt(mean of its squares + epsilon)."""
     square = write("Mul", [x, x], "square")
     mean = _mean(write, square, axes, "variance")
-    spread = write("Sqrt", [write("Add", [mean, write.constant("epsilon", epsilon, F32)], "stable")], "spread")
-    return write("Div", [x, spread], "unit")
+    stable = write("Add", [mean, write.constant("epsilon", epsilon, F32)], "stable")
+    return write("Div", [x, write("Sqrt", [stable], "spread")], "unit")
 
 
 def _normalized(write: Writer, x: ir.Value, axes: list[int], epsilon: float) -> ir.Value:
-    """(x - mean) / standard deviation over `axes`, of float32."""
+    """(x - mean) / standard deviation over `axes`, of a float32 `x`."""
     mean = _mean(write, x, axes, "mean")
     return _scaled_to_one(write, write("Sub", [x, mean], "centred"), axes, epsilon)
 
@@ -197,7 +201,7 @@ def _mean(write: Writer, x: ir.Value, axes: list[int], name: str) -> ir.Value:
 
 
 def _affine(write: Writer, x: ir.Value, scale: ir.Value, bias: ir.Value, dims: int) -> ir.Value:
-    """scale * x + bias, each of one number per channel; channels are the second of `dims` dimensions."""
+    """scale * x + bias, both with one number for each channel. Channels are the second of `dims` dimensions."""
     column = write.constant("per_channel", [-1, *[1] * (dims - 2)], I64)
     shape = (None, *[1] * (dims - 2))
     scale = write("Reshape", [scale, column], "scale", shape=shape)
@@ -209,10 +213,9 @@ def _group_norm(write: Writer, node: ir.Node) -> ir.Value:
     """Ref: Wu & He 2018, arXiv:1803.08494, eq. 1 and 7."""
     x, scale, bias = (_input(node, i) for i in range(3))
     assert x.shape is not None
-    groups = write.constant("groups", [0, attribute(node, "num_groups"), -1], I64)
-    grouped = write(
-        "Reshape", [_wide(write, x), groups], "grouped", shape=(x.shape[0], attribute(node, "num_groups"), None)
-    )
+    groups = attribute(node, "num_groups")
+    apart = write.constant("groups", [0, groups, -1], I64)
+    grouped = write("Reshape", [_wide(write, x), apart], "grouped", shape=(x.shape[0], groups, None))
     unit = _normalized(write, grouped, [2], attribute(node, "epsilon", 1e-5))
     size = write("Shape", [x], "size", dtype=I64, shape=(rank(x),))
     back = write("Reshape", [unit, size], "back", shape=x.shape)
@@ -240,10 +243,12 @@ def _gelu(write: Writer, node: ir.Node) -> ir.Value:
     def number(name: str, value: float) -> ir.Value:
         return write.constant(name, value, cast(ir.DataType, x.dtype))
 
-    if _plain(attribute(node, "approximate", "none")) == "tanh":
+    if _text_of(attribute(node, "approximate", "none")) == "tanh":
         cube = write("Mul", [write("Mul", [x, x], "square"), x], "cube")
-        inner = write("Add", [x, write("Mul", [cube, number("cubic", 0.044715)], "bend")], "inner")
-        bent = write("Tanh", [write("Mul", [inner, number("slope", math.sqrt(2 / math.pi))], "angle")], "tanh")
+        bend = write("Mul", [cube, number("cubic", 0.044715)], "bend")
+        inner = write("Add", [x, bend], "inner")
+        angle = write("Mul", [inner, number("slope", math.sqrt(2 / math.pi))], "angle")
+        bent = write("Tanh", [angle], "tanh")
     else:
         bent = write("Erf", [write("Div", [x, number("sqrt2", math.sqrt(2))], "deviations")], "erf")
     grown = write("Add", [bent, number("one", 1.0)], "grown")
@@ -252,7 +257,8 @@ def _gelu(write: Writer, node: ir.Node) -> ir.Value:
 
 def _attention(write: Writer, node: ir.Node) -> ir.Value:
     """Ref: Vaswani et al. 2017, arXiv:1706.03762, eq. 1."""
-    q, k, v, mask = *(_input(node, i) for i in range(3)), _given(node, 3)
+    q, k, v = (_input(node, i) for i in range(3))
+    mask = _optional(node, 3)
     _check_attention(node, q, k)
     assert q.shape is not None
     assert k.shape is not None
@@ -273,7 +279,7 @@ def _attention(write: Writer, node: ir.Node) -> ir.Value:
 def _check_attention(node: ir.Node, q: ir.Value, k: ir.Value) -> None:
     """Raises: UsageError for what Stable Diffusion's graphs do not use: packed heads, causal, caches, soft caps."""
     refused = [name for name in ("is_causal", "softcap", "q_num_heads", "kv_num_heads") if attribute(node, name, 0)]
-    if any(_given(node, i) is not None for i in (4, 5, 6)):
+    if any(_optional(node, i) is not None for i in (4, 5, 6)):
         refused.append("a cache of past keys")
     q_heads, k_heads = _heads(q), _heads(k)
     if q_heads is None or q_heads != k_heads:
@@ -288,15 +294,15 @@ def _heads(x: ir.Value) -> Any:
 
 
 def _shape(write: Writer, node: ir.Node) -> ir.Value:
-    """A Shape of some dimensions. Opset 15 has it, but parsers of TensorRT 8 may not know it."""
+    """Shape of some dimensions only. Opset 15 has it, but a parser of TensorRT 8 may not know it."""
     x = _input(node, 0)
     shape = write("Shape", [x], "whole", dtype=I64, shape=(rank(x),))
     first, last = attribute(node, "start", 0), attribute(node, "end", rank(x))
     if (first, last) == (0, rank(x)):
         return shape
     kept = range(rank(x))[first:last]
-    bounds = [write.constant(name, [n], I64) for name, n in (("from", kept.start), ("to", kept.stop))]
-    return write("Slice", [shape, *bounds], "part", shape=(len(kept),))
+    start, stop = write.constant("from", [kept.start], I64), write.constant("to", [kept.stop], I64)
+    return write("Slice", [shape, start, stop], "part", shape=(len(kept),))
 
 
 RULES: dict[str, Rule] = {

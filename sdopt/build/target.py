@@ -5,16 +5,18 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
+from sdopt.build.recipe import EngineSpec
 from sdopt.build.trt_build import has_bf16
+from sdopt.dataclass import dataclass
 from sdopt.engine.cuda import Gpu
 from sdopt.engine.device import shared_device
 from sdopt.engine.trt_api import LIBRARIES, TensorRT, environment
-from sdopt.errors import BackendError, UsageError, choices
+from sdopt.errors import BackendError, UsageError, choices, install
 
-ORT = "ort"
+ORT, OPENVINO = "ort", "openvino"
+BUILT = {ORT: ("fp32", "fp16", "bf16", "int8"), OPENVINO: ("fp32", "int8")}  # what is built for those without a builder
 PROVIDERS = {"": "CPU", "cpu": "CPU", "cuda": "CUDA"}  # device of "ort" -> what runs its graphs
 BF16_FROM = 8.0  # compute capability: Ampere
 
@@ -25,13 +27,38 @@ def parse_backend(text: str) -> tuple[str, str]:
     Raises: UsageError for a backend without engines to build, or a device that it does not have.
     """
     name, _, device = text.partition(":")
-    if name not in (*LIBRARIES, ORT):
-        raise UsageError(f"backend {text!r} builds no engines; these do: {choices(name, (*LIBRARIES, ORT))}")
+    if name not in (*LIBRARIES, ORT, OPENVINO):
+        raise UsageError(f"backend {text!r} builds no engines; these do: {choices(name, (*LIBRARIES, ORT, OPENVINO))}")
     if name == ORT and device not in PROVIDERS:
         raise UsageError(f"backend {text!r} is not known; there are ort, ort:cpu and ort:cuda")
-    if name != ORT and (device or ":" in text) and not device.isdecimal():
+    if name == OPENVINO and device not in ("", "cpu"):
+        raise UsageError(f"backend {text!r} builds no engines; there is openvino, on the CPU")
+    if name not in (ORT, OPENVINO) and (device or ":" in text) and not device.isdecimal():
         raise UsageError(f"backend {text!r} is not known; there are {name}, {name}:0, {name}:1, ...")
     return name, device
+
+
+def refuse_precision(backend: str, precision: str) -> None:
+    """Raises: UsageError for a precision in which nothing is built for this backend."""
+    allowed = BUILT.get(backend)
+    if allowed is not None and precision not in allowed:
+        own = ". In bf16 it computes without a build" if backend == OPENVINO else ""
+        text = f"precision {precision!r}: for {backend} {', '.join(allowed[:-1])} and {allowed[-1]} are built{own}"
+        raise UsageError(text, "precision")
+
+
+def refuse_part(backend: str, part: EngineSpec, precision: str) -> None:
+    """Raises: UsageError for an engine that this backend cannot run, and for one that it needs no build for."""
+    if backend != OPENVINO:
+        return
+    if part.fuse:
+        raise UsageError(f"component {part.name!r}: OpenVINO runs no fused steps; build unet", "component")
+    if precision == "fp32" and not part.cache:
+        raise UsageError(
+            f"component {part.name!r}: OpenVINO computes it in fp32 without a build; give --precision int8, or "
+            "--cache-depth 1 for a feature cache",
+            "precision",
+        )
 
 
 @dataclass(frozen=True)
@@ -51,7 +78,7 @@ class Target:
         Raises: UsageError for an unknown backend; BackendError for a library, driver or GPU that is missing.
         """
         name, device = parse_backend(backend)
-        if name == ORT:
+        if name in (ORT, OPENVINO):
             return Target(name, None, None, None, device)
         try:
             cuda = shared_device(int(device or 0)).cuda  # before TensorRT: its builder names no missing driver
@@ -75,7 +102,12 @@ class Target:
     @property
     def precision(self) -> str:
         """The precision to use if the user gives none."""
-        return "fp32" if self.backend == ORT and PROVIDERS[self.device] == "CPU" else "fp16"
+        return "fp32" if self.is_cpu else "fp16"
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether the graphs run on the CPU."""
+        return self.lib is None and PROVIDERS[self.device] == "CPU"
 
     @property
     def has_bf16(self) -> bool:
@@ -92,6 +124,8 @@ class Target:
 
     def uses(self, precision: str) -> str:
         """A sentence about a graph for ONNX Runtime: what it is, and the options that load it."""
+        if self.backend == OPENVINO:
+            return f"a graph for OpenVINO, {precision}; taken by --backend openvino --precision {precision}"
         kind = PROVIDERS[self.device]
         words = f"--backend ort:{kind.lower()}"
         if kind == "CPU" and precision != "fp32":
@@ -99,9 +133,7 @@ class Target:
         place = "the CPU" if kind == "CPU" else "CUDA"
         sentence = f"a graph for ONNX Runtime on {place}, {precision}; taken by {words}"
         if kind == "CUDA" and not _ort_has_cuda():
-            sentence += (
-                '. There is no ONNX Runtime with CUDA here: it is for another machine, or pip install "sdopt[cuda]"'
-            )
+            sentence += f". There is no ONNX Runtime with CUDA here: it is for another machine, or {install('cuda')}"
         return sentence
 
     def current(self) -> AbstractContextManager[None]:

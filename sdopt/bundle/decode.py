@@ -21,9 +21,10 @@ import re
 import reprlib
 import types
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from sdopt.dataclass import dataclass
 from sdopt.errors import SdoptError
 
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""The manifest of a bundle as data, format version 2; README.md beside this file says what each field means.
+"""The manifest of a bundle as data, format version 3; README.md beside this file says what each field means.
 
 `decode_manifest` turns JSON into these classes, once, and checks that the fields agree; `to_json` is the way back.
 """
@@ -6,7 +6,6 @@
 # no `from __future__ import annotations`: `decode` reads annotations, and as text each would be compiled first
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Annotated, Any, cast
 
@@ -24,9 +23,13 @@ from sdopt.bundle.decode import (
     within,
 )
 from sdopt.bundle.specs import Name, TensorSpec
+from sdopt.dataclass import dataclass
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+OLDEST_VERSION = 2  # that is read: it has no `weights_of`
 MAX_EDGE = 1 << 14  # pixels
+MAX_STEPS = 1000
+FAMILIES = ("sd", "sdxl")
 TIME_IDS = ("original_size", "crops_coords_top_left", "target_size", "aesthetic_score")
 STRENGTH_CUTS = ("steps", "schedule")
 INFINITY = "-inf"  # how diffusers writes it into a scheduler_config.json
@@ -46,10 +49,11 @@ def _filled(what: str) -> Rule:
 FilePath = Annotated[str, Rule("a relative POSIX path that does not leave the bundle", _stays_inside)]
 Sha256 = Annotated[str, matching("[0-9a-f]{64}", "64 hexadecimal digits")]
 Count = Annotated[int, integer(0, 1 << 31)]
+TokenId = Annotated[int, integer(0, (1 << 24) - 1)]
 Positive = Annotated[int, integer(1, 1 << 20)]
 Edge = Annotated[int, integer(1, MAX_EDGE)]
 Fraction = Annotated[float, between(0, 1)]
-Factor = Annotated[float, Rule("a finite number other than 0", lambda value: value != 0)]
+Factor = Annotated[float, Rule("a finite number above 0", lambda value: value > 0)]
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,10 @@ class LibraryGraph:
 
 @dataclass(frozen=True)
 class ComponentEntry:
-    """One model: its graph, the dtype of its weights on disk, what it takes and gives."""
+    """One model: its graph, the dtype of its weights on disk, what it takes and gives.
+
+    `weights_of`: the component whose file of weights its graphs read; null for its own, which is `<graph>.data`.
+    """
 
     graph: FilePath
     opset: Positive
@@ -89,6 +96,7 @@ class ComponentEntry:
     outputs: Annotated[tuple[TensorSpec, ...], _filled("tensor")]
     parity: tuple[Parity, ...]
     graphs: Mapping[Name, LibraryGraph]
+    weights_of: Name | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,7 @@ class Defaults:
 
     height: Edge
     width: Edge
-    num_inference_steps: Annotated[int, integer(1, 1000)]
+    num_inference_steps: Annotated[int, integer(1, MAX_STEPS)]
     guidance_scale: float
     strength: Fraction
     inpaint_strength: Fraction
@@ -145,10 +153,10 @@ class TokenizerEntry:
 
     file: FilePath
     max_length: Annotated[int, integer(3, 1 << 16)]
-    bos_token_id: Count
-    eos_token_id: Count
-    pad_token_id: Count
-    vocab_size: Annotated[int, integer(1, 1 << 31)] | None = None
+    bos_token_id: TokenId
+    eos_token_id: TokenId
+    pad_token_id: TokenId
+    vocab_size: Annotated[int, integer(1, 1 << 24)] | None = None
 
 
 @dataclass(frozen=True)
@@ -164,9 +172,9 @@ class Preview:
 class Manifest:
     """All of it. `files` is filled in when the manifest is written."""
 
-    format_version: Annotated[int, integer(FORMAT_VERSION, FORMAT_VERSION)] = FORMAT_VERSION
+    format_version: Annotated[int, integer(OLDEST_VERSION, FORMAT_VERSION)] = FORMAT_VERSION
     name: str | None = None
-    family: Name
+    family: Annotated[str, one_of(*FAMILIES)]
     source: Mapping[Name, str]
     versions: Mapping[Name, str]
     latents: Latents
@@ -187,6 +195,7 @@ class Manifest:
 
 
 # those settings of a scheduler_config.json that a sampler reads; others are kept, and may be any JSON
+_Word = Annotated[str, Rule("a word of at most 100 characters", lambda value: len(value) <= 100)]
 _Timesteps = Annotated[int, integer(1, 1 << 20)]
 _Beta = Annotated[float, Rule("a number above 0 and below 1", lambda value: 0 < value < 1)]
 _Above0 = Annotated[float, Rule("a finite number above 0", lambda value: value > 0)]
@@ -204,7 +213,7 @@ _WORDS = (
 SETTINGS: Mapping[str, Any] = {
     **dict.fromkeys(_BOOLEANS, bool),
     "_class_name": Name,
-    **dict.fromkeys(_WORDS, str),
+    **dict.fromkeys(_WORDS, _Word),
     **dict.fromkeys(("num_train_timesteps", "original_inference_steps"), _Timesteps),
     **dict.fromkeys(("beta_start", "beta_end"), _Beta),
     **dict.fromkeys(("rho", "sigma_data", "timestep_scaling", "flow_shift", "shift"), _Above0),
@@ -231,6 +240,12 @@ def decode_manifest(entry: Any) -> Manifest:
     return manifest
 
 
+def check_scheduler(scheduler: Mapping[str, Any]) -> None:
+    """Raises: DecodeError that names the first setting of a manifest's `scheduler` that is wrong."""
+    for error in _of_the_scheduler(scheduler):
+        raise error
+
+
 def to_json(manifest: Manifest) -> dict[str, Any]:
     """The manifest as json.dumps takes it; what `decode_manifest` refuses is not written.
 
@@ -247,31 +262,59 @@ def _contradictions(manifest: Manifest) -> Iterator[DecodeError]:
     yield from _of_files(manifest)
     yield from _of_latents(manifest)
     yield from _of_conditioning(manifest)
+    yield from _of_tokenizers(manifest)
+
+
+def refuse_setting(key: str, value: Any) -> None:
+    """Raises: DecodeError for a setting of a scheduler_config.json that no sampler reads so."""
+    if key in SETTINGS:
+        decode(SETTINGS[key], value, within("scheduler", key))
 
 
 def _of_the_scheduler(scheduler: Mapping[str, Any]) -> Iterator[DecodeError]:
     if "_class_name" not in scheduler:
         yield DecodeError("scheduler._class_name is missing; allowed is the name of a scheduler of diffusers")
     for key, value in scheduler.items():
-        if key in SETTINGS:
-            try:
-                decode(SETTINGS[key], value, within("scheduler", key))
-            except DecodeError as error:
-                yield error
+        try:
+            refuse_setting(key, value)
+        except DecodeError as error:
+            yield error
 
 
 def _of_files(manifest: Manifest) -> Iterator[DecodeError]:
     used: dict[str, str | None] = {"sampler_tables": manifest.sampler_tables}
     for name, tokenizer in manifest.tokenizers.items():
         used[f"{within('tokenizers', name)}.file"] = tokenizer.file
-    for name, component in manifest.components.items():
+    yield from unlisted(used, manifest.files)
+    yield from of_components(manifest.components, manifest.files)
+
+
+def of_components(components: Mapping[str, ComponentEntry], files: Mapping[str, File]) -> Iterator[DecodeError]:
+    """Components whose files are not listed, or whose weights are those of no other component."""
+    used: dict[str, str | None] = {}
+    for name, component in components.items():
         where = within("components", name)
         used[f"{where}.graph"] = component.graph
         for library, own in component.graphs.items():
             used[f"{within(f'{where}.graphs', library)}.graph"] = own.graph
+        owner = component.weights_of
+        if owner is not None and (owner not in components or components[owner].weights_of is not None):
+            owners = [other for other, entry in components.items() if entry.weights_of is None]
+            yield refusal(f"{where}.weights_of", owner, f"null, or one of components: {', '.join(owners)}")
+    yield from unlisted(used, files)
+
+
+def unlisted(used: Mapping[str, str | None], files: Mapping[str, File]) -> Iterator[DecodeError]:
+    """Those of the `used` files, by the field that names them, that the manifest does not list."""
     for where, file in used.items():
-        if file is not None and file not in manifest.files:
+        if file is not None and file not in files:
             yield refusal(where, file, "a name that is listed under 'files'")
+
+
+def data_file(components: Mapping[str, ComponentEntry], name: str) -> str:
+    """The file with the weights of a component."""
+    entry = components[name]
+    return f"{(entry if entry.weights_of is None else components[entry.weights_of]).graph}.data"
 
 
 def _of_latents(manifest: Manifest) -> Iterator[DecodeError]:
@@ -315,11 +358,24 @@ def _of_conditioning(manifest: Manifest) -> Iterator[DecodeError]:
         if encoder.tokenizer not in manifest.tokenizers:
             allowed = f"one of tokenizers: {', '.join(manifest.tokenizers)}"
             yield refusal(f"{where}.tokenizer", encoder.tokenizer, allowed)
+    known = [encoder.tokenizer for encoder in conditioning.encoders if encoder.tokenizer in manifest.tokenizers]
+    for name in known:
+        length, first = (manifest.tokenizers[n].max_length for n in (name, known[0]))
+        if length != first:
+            yield refusal(f"{within('tokenizers', name)}.max_length", length, f"{first}, as that of {known[0]}")
     names = [encoder.component for encoder in conditioning.encoders]
     if conditioning.pooled is not None and conditioning.pooled not in names:
         yield refusal("conditioning.pooled", conditioning.pooled, f"null, or one of the encoders: {', '.join(names)}")
     for name in names:
         yield from _of_encoder(name, components.get(name))
+
+
+def _of_tokenizers(manifest: Manifest) -> Iterator[DecodeError]:
+    for name, tokenizer in manifest.tokenizers.items():
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value, size = getattr(tokenizer, key), tokenizer.vocab_size
+            if size is not None and value >= size:
+                yield refusal(f"{within('tokenizers', name)}.{key}", value, f"a number below its vocab_size, {size}")
 
 
 def _of_encoder(name: str, component: ComponentEntry | None) -> Iterator[DecodeError]:

@@ -5,13 +5,13 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
 
 from sdopt.bundle.decode import Text, integer, matching, one_of
-from sdopt.errors import UsageError
+from sdopt.dataclass import dataclass
+from sdopt.errors import UsageError, shown
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
@@ -47,6 +47,8 @@ class TensorSpec:
 
         Raises: UsageError if dtype or shape differ from the spec, or a name already has another length.
         """
+        if not isinstance(array, np.ndarray):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise UsageError(f"{owner} input {self.name!r}: got {shown(array)}; it takes a NumPy array, {self}")
         got = f"{owner} input {self.name!r}: got {array.dtype} {list(array.shape)}"
         if array.dtype != self.dtype:
             raise UsageError(f"{got}; it takes {self.dtype}. Use {self.name}.astype(np.{self.dtype}).")

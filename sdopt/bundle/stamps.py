@@ -2,7 +2,8 @@
 
 A file is the same if its path, inode, size and times of change are. A file that was changed less than two seconds
 before it was read gets no stamp, since its times could not tell a second change. Whoever doubts that asks for every
-hash to be computed: `paranoid=True`, `--paranoid`.
+hash to be computed: `paranoid=True`, `--paranoid`. The stamps of files that are gone
+are removed when there are many, and those of files that nobody opened for long.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sdopt.bundle.disk import user_folder, write_cached
+from sdopt.bundle.disk import read_cached, read_plain, user_folder, write_cached
 from sdopt.errors import BackendError
 
+MAX_STAMP_BYTES = 1 << 16
+MAX_STAMPS = 1000
 FRESH_NS = 2_000_000_000  # some file systems note times in steps of two seconds
 
 
@@ -52,10 +55,18 @@ def stamped_sha256(path: Path) -> str | None:
     if stamp is None:
         return None
     try:
-        kept = json.loads(stamp.read_bytes())
+        kept = json.loads(read_cached(stamp, MAX_STAMP_BYTES))
         return str(kept["sha256"]) if kept["file"] == _identity(path) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _is_dead(stamp: Path) -> bool:
+    """Whether the file of a stamp is gone, or the stamp is damaged. A stamp that this is wrong about is made again."""
+    try:
+        return not os.path.lexists(json.loads(read_plain(stamp, MAX_STAMP_BYTES))["file"]["path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
 
 
 def _identity(path: Path) -> dict[str, Any]:
@@ -82,4 +93,4 @@ def _stamp(path: Path) -> Path | None:
 def _write(stamp: Path, entry: dict[str, Any]) -> None:
     """A stamp that cannot be written costs time at the next start, and nothing else."""
     with suppress(OSError):
-        write_cached(stamp, json.dumps(entry).encode())
+        write_cached(stamp, json.dumps(entry).encode(), MAX_STAMPS, _is_dead)

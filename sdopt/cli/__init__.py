@@ -1,5 +1,5 @@
 """The commands: one module each, with `add_arguments(parser)` and `run(args) -> exit code`.
 
-A module here imports its side (export, runtime) inside `run`, so that `sdopt COMMAND --help` is instant.
-stdout is the result, stderr is everything else.
+A module here imports the export or the runtime inside `run`, so that `sdopt COMMAND --help` is instant.
+Results go to stdout, and everything else goes to stderr.
 """

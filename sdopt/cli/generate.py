@@ -1,158 +1,254 @@
-"""`sdopt generate PROMPT -o PATH`."""
+"""`sdopt generate PROMPT -o PATH`: make pictures from a prompt."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from sdopt.bundle.precision import precision_word, with_precision_words
-from sdopt.errors import BundleError, UsageError
+from sdopt.bundle.precision import precision_word
+from sdopt.cli import controls, replay, terminal
+from sdopt.cli.loras import CommandLoras, require_same
+from sdopt.cli.prompts import check_text, read_prompts
+from sdopt.errors import UsageError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from sdopt.bundle.specs import Float32
+    from sdopt.cli.parser import Parser
     from sdopt.pipeline import Pipeline
     from sdopt.request.plan import Plan
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     from sdopt.cli.flags import add_flags
 
-    add_flags(parser)
-    add = parser.add_argument
-    add("-o", "--output", type=Path, required=True, metavar="PATH", help="the PNG to write; -n 3 writes PATH-0, -1, -2")
+    add = parser.add_argument_group("files").add_argument
+    add(
+        "-o", "--output", type=Path, required=True, metavar="PATH",
+        help="the picture to write: .png, .jpg or .webp; several are PATH-0, -1, -2; a file that exists is replaced",
+    )  # fmt: skip
+    add("--no-clobber", action="store_true", help="end with an error, before the work, if a file exists")
+    add("--prompt-file", metavar="FILE", help="a prompt in each line, in UTF-8; - is stdin, as it is for PROMPT")
+    add("--preview-every", type=int, metavar="K", help="also write PATH-step-007.png and so on, every K steps")
+    add("--replay", type=Path, metavar="PNG", help="make the picture in PNG again, from the parameters in it")
+    add("--no-metadata", action="store_true", help="do not write the parameters into the picture")
+    add("--json", action="store_true", help="print the result as JSON")
+    add = parser.add_argument_group("model and engine").add_argument
     add("-m", "--model", type=Path, metavar="BUNDLE", help="the bundle; without it the embedded text-to-emoji model")
     add("--embedding", action="append", default=[], metavar="FILE[=TOKEN]", help="a textual inversion; may be repeated")
-    add("--preview-every", type=int, metavar="K", help="also write PATH-step-007.png and so on, every K steps")
-    add("--paranoid", action="store_true", help="hash every file anew, also those that have not changed")
-    add("--trust-engines", action="store_true", help="load engines that somebody else built; they are code")
+    add(
+        "--lora", action="append", default=[], metavar="FILE[:WEIGHT]",
+        help="a LoRA and its weight, by default 1; FILE:0.5:0.8 is the text encoders' and the UNet's; "
+        "neon is the embedded model's own; may be repeated",
+    )  # fmt: skip
+    add(
+        "--lora-dir", type=Path, metavar="DIR", help="with --prompt-style a1111: where the files of <lora:name:0.8> are"
+    )
     add(
         "--backend",
         default="auto",
         help="ort (or ort:cpu, ort:cuda), openvino, tensorrt, tensorrt-rtx (default: `sdopt doctor` says)",
     )
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...: --backend ort --device cuda is --backend ort:cuda")
     add(
         "--precision",
         default="auto",
         type=precision_word,
-        help="fp32, bf16 where the processor has it, or one that was built (default: fp32, or what was built)",
+        help="fp32, bf16 if the processor has it, or one that was built (default: fp32; where --backend is named, "
+        "what was built)",
     )
-    add("--no-cache", action="store_true", help="keep nothing for the next start (see `sdopt doctor`)")
-    add("--threads", type=int, help="threads of the engine (default: what this process may use)")
-    add("--replay", type=Path, metavar="PNG", help="make the picture in PNG again, from the parameters it carries")
-    add("--no-metadata", action="store_true", help="do not write the parameters into the PNG")
-    add("--json", action="store_true", help="print the result as JSON")
+    add("--threads", type=int, help="threads of the engine (default: the cores that this process may use)")
+    add("--no-cache", action="store_true", help="store nothing for the next start (see `sdopt cache`)")
+    add("--paranoid", action="store_true", help="hash every file again, even those that have not changed")
+    add("--trust-engines", action="store_true", help="load engines that somebody else built; they can run any code")
+    add_flags(parser)
+    parser.examples(
+        'sdopt generate "a red apple" -o apple.png',
+        'sdopt generate "a red apple" --seed 1,5,9 -o apple.webp     (apple-0.webp, -1, -2)',
+        'sdopt generate "a red apple" "a green pear" -n 2 -m sd15 -o fruit.jpg',
+        "sdopt generate --prompt-file prompts.txt -m sd15 -o batch.png",
+        'sdopt generate "a night sky" --image day.png --strength 0.6 -m sd15 -o night.png',
+        'sdopt generate "a red apple" --lora neon -o neon.png',
+        'sdopt generate "a red apple" -m sd15 --control canny=edges.png:0.8 -o controlled.png',
+        'sdopt generate "a red apple" -m sd15 --control canny=photo.jpg --canny -o controlled.png',
+        'sdopt generate "a red apple" -m sdxl --control union/depth=depth.png:0.8 -o controlled.png',
+        'sdopt generate "a portrait" -m sd15 --ip-adapter face=anna.jpg:0.6 -o anna.png',
+        'sdopt generate "a red apple" --preset fast -o apple.png     (after `sdopt tune`)',
+        "sdopt generate --replay apple.png -o again.png",
+    )
 
 
-def run(args: argparse.Namespace) -> int:
-    from sdopt import __version__, pipeline
+def run(args: Any) -> int:
+    from sdopt import pipeline
+    from sdopt.cli import outputs
     from sdopt.image import pil as images
-    from sdopt.request.keywords import checked
-    from sdopt.request.plan import make_plan
+    from sdopt.image.files import refuse_lost, save_each
 
     started = time.perf_counter()
-    options, record = _request(args)
-    prompt = options.pop("prompt")
-    paths = images.numbered(args.output, checked(options)["num_images_per_prompt"])
-    _check_output(paths[0])
+    options, carried = _request(args)
+    prompts = options.pop("prompt")
+    number = _number(options, prompts)
+    is_stdout = args.output == Path("-")  # which no number is added to
+    paths = images.numbered(args.output, 1 if is_stdout else len(prompts) * number)
+    outputs.check_pictures(paths, args.no_clobber)
+    check_threads(args.threads)
     if args.preview_every is not None and args.preview_every < 1:
         raise UsageError(f"--preview-every {args.preview_every}; allowed is 1 or more")
-    backend, precision = _as_made(args, record or {})
-    with pipeline.load(
-        args.model,
-        backend,
-        precision=precision,
-        memory="low",  # each component is used once, so closing it afterwards costs nothing
-        threads=args.threads,
-        paranoid=args.paranoid,
-        trust_engines=args.trust_engines,
-        cache=not args.no_cache,
-    ) as pipe:
+    backend, precision = replay.backend_of(args, carried or {})
+    backend, precision = with_device(args.device, backend, precision)
+    with terminal.busy("loading"):
+        pipe = pipeline.load(
+            args.model,
+            backend,
+            precision=precision,
+            # for one prompt each component is used once, so closing it afterwards costs nothing
+            memory="low" if len(prompts) == 1 else "fast",
+            threads=args.threads,
+            paranoid=args.paranoid,
+            trust_engines=args.trust_engines,
+            cache=not args.no_cache,
+            preset=options.get("preset"),
+        )
+    with pipe:
         for text in args.embedding:
-            pipe.load_embedding(*_file_and_token(text))
-        plan = make_plan(pipe.bundle, prompt, options)
-        if record is not None:
-            _same_model(args.replay, record, pipe.bundle)
-            _same_embeddings(args.replay, record, pipe.parameters(plan, 0))
-        decoded = pipe.finish(plan, _denoise(pipe, plan, paths, args.preview_every))
+            pipe.load_embedding(*file_and_token(text))
+        options |= _scales(args, pipe, options)
+        loras = CommandLoras(pipe, args.lora, args.lora_dir)
+        plans = _plans(pipe, prompts, options, loras, is_replay=carried is not None)
+        if carried is not None:
+            replay.require_same_model(args.replay, carried, pipe.bundle)
+            replay.require_same_embeddings(args.replay, carried, pipe.parameters(plans[0], 0))
+            require_same(args.replay, carried, pipe.parameters(plans[0], 0))
+            replay.require_same_pictures(args.replay, carried, pipe.parameters(plans[0], 0))
+            replay.require_same_autoencoder(args.replay, carried, pipe.parameters(plans[0], 0))
+        last = plans[0].passes[-1]
+        outputs.check_space(paths, last.width, last.height)
         engines = {"backend": pipe.backend, "precision": pipe.precision}
-        provenance = {
-            "model": pipe.bundle.manifest.name or pipe.bundle.path.name,
-            "bundle": pipe.bundle.digest,
-            "version": __version__,
-            **engines,
-        }
-        records: list[dict[str, Any]] = []
-        for i, (image, path) in enumerate(zip(decoded, paths, strict=True)):
-            parameters = {**pipe.parameters(plan, i), **provenance}
-            images.save_png(image, path, None if args.no_metadata else parameters)
-            records.append({"path": str(path), **parameters})
+        if precision == "auto" and pipe.preset is None and pipe.precision not in ("fp32", "auto"):
+            terminal.note(f"this runs in {pipe.precision}, from what `sdopt build` made; --precision fp32 is exact")
+        entries: list[dict[str, Any]] = []
+        lost: list[str] = []
+        left = iter(paths)
+        for plan in plans:
+            own_paths = [next(left) for _ in plan.seeds]
+            decoded = _pictures(pipe, plan, own_paths, args.preview_every)
+            written: list[Any] = []
+            for i, (image, path) in enumerate(zip(decoded, own_paths, strict=True)):
+                parameters = pipe.parameters(plan, i)
+                written.append((image, path, None if args.no_metadata else parameters))
+                entries.append({"path": str(path), **parameters})
+            lost += save_each(written)
+        refuse_lost(lost, len(paths))
     seconds = time.perf_counter() - started
     if args.json:
-        print(json.dumps({"images": records, **engines, "seconds": round(seconds, 3)}))
+        print(json.dumps({"images": entries, **engines, "seconds": round(seconds, 3)}))
     else:
         print(*paths, sep="\n")
-        print(f"seed {', '.join(map(str, plan.seeds))}; {seconds:.2f} s", file=sys.stderr)
+        seeds = [seed for plan in plans for seed in plan.seeds]
+        terminal.say(f"seed {', '.join(map(str, seeds))}; {seconds:.2f} s")
     return 0
 
 
-def _request(args: argparse.Namespace) -> tuple[Any, dict[str, Any] | None]:
-    """(the keywords from the command line or from the PNG of --replay, the parameters in that PNG)"""
-    from sdopt.cli import flags
+def _plans(
+    pipe: Pipeline, prompts: list[str], options: dict[str, Any], loras: CommandLoras, *, is_replay: bool
+) -> list[Plan]:
+    """The plan of each prompt, with the LoRAs that are in use for it."""
+    loras.suggest(options)
+    reads_tags = options.get("prompt_style") == "a1111"
+    if is_replay:
+        return [replay.plan(pipe, loras.use(prompt, reads_tags), dict(options)) for prompt in prompts]
+    return [pipe.plan(loras.use(prompt, reads_tags), **cast("Any", options)) for prompt in prompts]
+
+
+def _number(options: dict[str, Any], prompts: list[str]) -> int:
+    """How many pictures each prompt gets. Every option is checked here, before anything is loaded.
+
+    Several seeds without -n are one picture each.
+    """
+    from sdopt.request.keywords import checked
+    from sdopt.request.kinds import MAX_IMAGES
+
+    given = options.get("seed")
+    if isinstance(given, list) and "num_images_per_prompt" not in options:
+        count = options["num_images_per_prompt"] = len(cast("list[int]", given))
+        if count > MAX_IMAGES:
+            raise UsageError(f"--seed: {count} seeds are {count} pictures; allowed are {MAX_IMAGES} in a call", "seed")
+    for prompt in prompts:
+        checked({"prompt": prompt, **options})
+    return int(checked(options)["num_images_per_prompt"])
+
+
+def check_threads(threads: int | None) -> None:
+    """Raises: UsageError for a number of threads that no engine takes."""
+    from sdopt.engine import MAX_THREADS
+
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        allowed = f"allowed are 1 to {MAX_THREADS}; without --threads all that this process may use"
+        raise UsageError(f"--threads {threads}; {allowed}", "threads")
+
+
+def with_device(device: str | None, backend: str, precision: str) -> tuple[str, str]:
+    """The backend and precision, with the device that --device names.
+
+    Raises: UsageError if the backend names a device itself.
+    """
+    from sdopt.engine import choose_backend
+
+    if device is None:
+        return backend, precision
+    if ":" in backend:
+        raise UsageError(f"--device {device} and --backend {backend}: the backend names a device itself; leave one out")
+    if backend == "auto":
+        backend, precision = choose_backend(backend, precision)
+    return f"{backend}:{device}", precision
+
+
+def _request(args: Any) -> tuple[Any, dict[str, Any] | None]:
+    """(the keywords of the request, the parameters that the PNG of --replay carries; None without --replay)"""
     from sdopt.image.pil import read_parameters
-    from sdopt.request.keywords import KEYWORDS, replayed
+    from sdopt.request.keywords import replayed
 
-    given = flags.given(args)
+    prompts = read_prompts(args.prompt, args.prompt_file)
     if args.replay is None:
-        if "prompt" not in given:
+        typed = _typed(args)
+        if not prompts:
             raise UsageError('no PROMPT given: `sdopt generate "a red apple" -o apple.png`', "prompt")
-        return given, None
-    refused = flags.flag_names({name: value for name, value in given.items() if not KEYWORDS[name].how})
-    if refused:
-        raise UsageError(f"--replay takes everything from the PNG; leave out {', '.join(refused)}")
-    record = read_parameters(args.replay)
-    if "strength" in record:
-        raise UsageError(
-            f"{args.replay} was made from another picture, which it does not carry; use --image and its parameters"
-        )
-    return {"prompt": "", **replayed(record), **given}, record
+        return {**typed, "prompt": prompts}, None
+    if args.prompt_file is not None:
+        raise UsageError("--replay takes everything from the PNG; leave out --prompt-file")
+    replay.refuse_decided(args)
+    carried = read_parameters(args.replay)
+    own = replayed(carried, str(args.replay), given=replay.KINDS)
+    typed = _typed(args, replay.ways(args, carried))
+    options = replay.in_order({"prompt": "", **own, **typed}, carried)
+    return {**options, "prompt": [options["prompt"]]}, carried
 
 
-def _as_made(args: argparse.Namespace, record: dict[str, Any]) -> tuple[str, str]:
-    """The backend and precision of the replayed picture, unless the command names others. Say so if they differ."""
-    from sdopt.engine import installed_backends
+def _typed(args: Any, ways: Any = None) -> dict[str, Any]:
+    """The keywords whose flags were typed. `ways`: see `flags.given`."""
+    from sdopt.cli import flags
 
-    made_by = str(record.get("backend", "auto"))
-    made_in = with_precision_words(str(record.get("precision", "auto")))
-    main_precision = made_in.partition(" ")[0]  # "fp16" of "fp16 (vae_decoder bf16)"
-    backend, precision = args.backend, args.precision
-    if backend == "auto" and made_by.partition(":")[0] in installed_backends():
-        backend = made_by
-    if precision == "auto" and backend == made_by:
-        precision = main_precision
-    if "backend" in record and (backend, precision) != (made_by, main_precision):
-        print(f"sdopt: {args.replay} was made by {made_by} in {made_in}; this picture may differ", file=sys.stderr)
-    return backend, precision
+    typed = flags.given(args, ways)
+    for name in ("negative_prompt", "prompt_2", "negative_prompt_2"):
+        if name in typed:
+            check_text(flags.flag_names({name: None})[0], typed[name])
+    return typed
 
 
-def _check_output(path: Path) -> None:
-    if path.suffix.lower() != ".png":
-        raise UsageError(f"-o {path}: pictures are written as PNG; name it {path.with_suffix('.png')}")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"-o {path}: there is no folder {path.parent}; make it first")
+def _scales(args: Any, pipe: Pipeline, options: dict[str, Any]) -> dict[str, Any]:
+    """The scales that stand behind the files of pictures of adapters."""
+    given = {keyword: getattr(args, seen.flag.lstrip("-").replace("-", "_")) for keyword, seen in controls.SEEN.items()}
+    made: dict[str, Any] = {}
+    for keyword, texts in given.items():
+        made |= controls.scales(keyword, texts or [], options, pipe)
+    return made
 
 
-def _same_model(png: Path, record: dict[str, Any], bundle: Any) -> None:
-    model, digest = record.get("model"), record.get("bundle")
-    if digest != bundle.digest:
-        raise BundleError(f"{png} was made by the bundle {model} ({digest}); name it with -m")
-
-
-def _file_and_token(text: str) -> tuple[str, str | None]:
+def file_and_token(text: str) -> tuple[str, str | None]:
     """("cat.safetensors", "<cat>") of "cat.safetensors=<cat>". The token is None if the text has none."""
     if Path(text).is_file() or "=" not in text:
         return text, None
@@ -160,37 +256,28 @@ def _file_and_token(text: str) -> tuple[str, str | None]:
     return path, token
 
 
-def _same_embeddings(png: Path, record: dict[str, Any], parameters: dict[str, Any]) -> None:
-    """Raises: UsageError unless the embeddings that the PNG was made with are loaded under their tokens."""
-    wanted, used = record.get("embeddings", {}), parameters.get("embeddings", {})
-    for token, digest in {**used, **wanted}.items():
-        if used.get(token) != wanted.get(token):
-            raise UsageError(
-                f"{png} was made with {', '.join(wanted) or 'no embeddings'}; give the same with --embedding "
-                f"FILE={token} ({digest})"
-            )
+def _pictures(pipe: Pipeline, plan: Plan, paths: Sequence[Path], every: int | None) -> Sequence[Image]:
+    """The pictures of a plan, with a progress bar on a terminal.
 
-
-def _denoise(pipe: Pipeline, plan: Plan, paths: Sequence[Path], every: int | None) -> Float32:
-    """The latents of a plan. Shows a progress bar on a terminal; writes previews every `every` steps if it is given."""
-    for note in plan.table.notes:
-        print(f"sdopt: {note}", file=sys.stderr)
-    steps, step = pipe.steps(plan), None
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        steps = tqdm(steps, total=len(plan.table.timestep), unit="it", leave=False)
-    for step in steps:
-        if every and (step.index + 1) % every == 0:
-            _show(pipe, step.denoised, step.index + 1, paths)
+    If `every` is given, previews are written each time that many steps are done.
+    """
+    step = None
+    with terminal.bar("loading", total=plan.calls) as bar:
+        for step in pipe.steps(plan):
+            bar.update(label="denoising")
+            if every and (step.index + 1) % every == 0:
+                _write_previews(pipe, step.denoised, step.index + 1, paths)
     assert step is not None  # a plan has at least one step
-    return step.sample  # only the last one leaves the device
+    with terminal.busy("decoding"):
+        return pipe.finish(plan, step.sample)  # the sample is read once, after the last step: it may lie on a GPU
 
 
-def _show(pipe: Pipeline, latents: Float32, number: int, paths: Sequence[Path]) -> None:
-    """Write the previews of one step beside the files of the pictures."""
-    from sdopt.image.pil import save_png
+def _write_previews(pipe: Pipeline, latents: Float32, number: int, paths: Sequence[Path]) -> None:
+    """Write the previews of step `number` beside the files of the pictures; a line says which cannot be written."""
+    from sdopt.cli.outputs import PREVIEW
+    from sdopt.image.files import save_each
 
     pictures = pipe.preview(latents, pipe.bundle.manifest.latents.factor)
-    for picture, path in zip(pictures, paths, strict=True):
-        save_png(picture, path.with_name(f"{path.stem}-step-{number:03}{path.suffix}"))
+    own = [path.with_name(f"{path.stem}{PREVIEW.format(number)}{path.suffix}") for path in paths]
+    for line in save_each((picture, path, None) for picture, path in zip(pictures, own, strict=True)):
+        terminal.note(line)

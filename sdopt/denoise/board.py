@@ -11,18 +11,25 @@ name, of the same engine or of another one, and visits the host when it is asked
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from typing import Protocol, cast
 
 import numpy as np
 
+from sdopt.bundle.joined import picture_input
 from sdopt.bundle.specs import Array, Float32, Scalar
-from sdopt.denoise.model import Call, Conditions, Model, Predict
+from sdopt.dataclass import dataclass
+from sdopt.denoise.cache import Keep, halves
+from sdopt.denoise.conditions import Call, Conditions
+from sdopt.denoise.control import Model
+from sdopt.denoise.features import lacking
+from sdopt.denoise.model import Predict
 from sdopt.denoise.program import Advance, Fused, Launch, Program, Restore
 from sdopt.denoise.start import Canvas, Draw
 from sdopt.engine import Carrying, Engine, Run
 from sdopt.engine.finite import refuse_nan
-from sdopt.errors import UsageError
+from sdopt.errors import NumericsError, UsageError
 
 Data = Callable[[str], Float32]
 
@@ -48,38 +55,47 @@ class Board(Protocol):
 class HostBoard:
     """A board of NumPy arrays."""
 
-    def __init__(self, program: Program, engine: Engine, canvas: Canvas, conditions: Conditions, draw: Draw) -> None:
+    def __init__(
+        self, program: Program, engines: Mapping[str, Engine], canvas: Canvas, conditions: Conditions, draw: Draw
+    ) -> None:
         self.program, self.canvas, self.conditions, self._draw = program, canvas, conditions, draw
         table = program.table
         self._c_in: list[Scalar] = table.c_in.tolist()
         self._calls = [
-            Call(np.full(program.images, timestep, np.float32), (scale,) * program.images, conditions)
-            for timestep, scale in zip(table.timestep, program.scales, strict=True)
+            Call(np.full(program.images, timestep, np.float32), (scale,) * program.images, conditions, controls)
+            for timestep, scale, controls in zip(table.timestep, program.scales, program.controls, strict=True)
         ]
         self.sample, self.denoised, self.prediction = canvas.sample, canvas.sample, canvas.sample
         self._history = tuple[Float32, ...]()
+        self.deep: Float32 | None = None  # of the latest full call of a feature cache; see `Call`
         self._where = [f"unet, step {k + 1} of {len(table)}" for k in range(len(table))]
-        models: dict[Launch, Model] = {
-            launch: launch.model(engine)
-            for launch in dict.fromkeys(launches[0] for launches in program.launches)
-            if isinstance(launch, Predict)
+        self._engines = engines
+        # Functions and not methods of this board, which would keep it and its engine alive in a cycle.
+        after: dict[Launch, Callable[[HostBoard, int], None]] = {
+            Advance(): HostBoard._advance,
+            Restore(): HostBoard._restore,
         }
-        self._models = [models[launches[0]] for launches in program.launches]
-        after: dict[Launch, Callable[[int], None]] = {Advance(): self._advance, Restore(): self._restore}
         self._after = [[after[launch] for launch in launches[1:]] for launches in program.launches]
 
     def run(self, k: int) -> None:
-        self.predicted(k, self._models[k](self.model_input(k), self._calls[k]))
+        (error,) = predict_together([self], [k], self.conditions)
+        if error is not None:
+            raise error
         self.finish(k)
 
     def finish(self, k: int) -> None:
         """The launches of call `k` that follow the prediction."""
         for launch in self._after[k]:
-            launch(k)
+            launch(self, k)
 
-    def model(self, k: int) -> Model:
-        """The UNet as call `k` asks for it."""
-        return self._models[k]
+    def model(self, k: int, keep: Keep, engines: Mapping[str, Engine] | None = None) -> Model:
+        """The UNet as call `k` asks for it, on these engines or on the board's own; for `keep` see `Predict`."""
+        return self._predict(k).model(self._engines if engines is None else engines, keep)
+
+    def _predict(self, k: int) -> Predict:
+        launch = self.program.launches[k][0]
+        assert isinstance(launch, Predict)  # a host board's calls begin so
+        return launch
 
     def model_input(self, k: int) -> Float32:
         """The sample, scaled for the UNet."""
@@ -87,7 +103,8 @@ class HostBoard:
 
     def call(self, k: int) -> Call:
         """What the model is told in call `k`."""
-        return self._calls[k]
+        cached = self._predict(k).cached
+        return replace(self._calls[k], deep=self.deep) if cached is not None and cached.takes else self._calls[k]
 
     def predicted(self, k: int, prediction: Float32) -> None:
         """Take the model's prediction of call `k`. Raises: NumericsError where it is not finite."""
@@ -111,18 +128,35 @@ class HostBoard:
     def close(self) -> None: ...
 
 
-def predict_together(boards: Sequence[HostBoard], calls: Sequence[int], conditions: Conditions) -> None:
+def predict_together(
+    boards: Sequence[HostBoard],
+    calls: Sequence[int],
+    conditions: Conditions,
+    engines: Mapping[str, Engine] | None = None,
+) -> list[NumericsError | None]:
     """One call of the model for several requests, each at a call of its own; `conditions` are theirs, stacked.
 
-    Every image is a row of the batch, so that what it gets is what it would get alone.
+    Every image is a row of the batch, so that what it gets is what it would get alone. `engines`: those to call, by
+    component; without them those of the first board. An error stands at the place of a request whose prediction is
+    not finite.
     """
     pairs = list(zip(boards, calls, strict=True))
-    model = boards[0].model(calls[0])
+    kept: list[Float32] = []
+    model = boards[0].model(calls[0], kept.append, engines)
     call = Call.stacked([board.call(k) for board, k in pairs], conditions)
     predictions = model(np.concatenate([board.model_input(k) for board, k in pairs]), call)
     ends = np.cumsum([board.program.images for board in boards])[:-1]
+    if kept:
+        for board, deep in zip(boards, np.split(halves(kept, len(predictions)), ends, axis=1), strict=True):
+            board.deep = np.array(deep)
+    errors: list[NumericsError | None] = []
     for (board, k), prediction in zip(pairs, np.split(predictions, ends), strict=True):
-        board.predicted(k, prediction)
+        try:
+            board.predicted(k, prediction)
+            errors.append(None)
+        except NumericsError as error:
+            errors.append(error)
+    return errors
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +172,7 @@ class Prepared:
         """The board on which the program runs with these engines, by component."""
         if self.program.fused:
             return DeviceBoard(self.program, engines, self.canvas, self.conditions, self.draw)
-        return HostBoard(self.program, engines["unet"], self.canvas, self.conditions, self.draw)
+        return HostBoard(self.program, engines, self.canvas, self.conditions, self.draw)
 
 
 class DeviceBoard:
@@ -152,13 +186,14 @@ class DeviceBoard:
     ) -> None:
         self.program, self._canvas, self._draw = program, canvas, draw
         self._runs = dict[str, Run]()
-        tensors = _tensors(canvas, conditions)
+        tensors = tensors_of(canvas, conditions)
         tables = program.tables()
         carrying = {name: cast(Carrying, engine) for name, engine in engines.items()}
         try:
             for name, engine in carrying.items():
                 inputs = {spec.name for spec in engine.inputs}
                 own = {n: np.ascontiguousarray(a, np.float32) for n, a in tensors.items() if n in inputs}
+                own |= lacking(engine.inputs, own)
                 rows = {n: table for n, table in tables.items() if n in inputs}
                 self._runs[name] = engine.begin(own, rows)
             self._inputs = {name: {spec.name for spec in engine.inputs} for name, engine in carrying.items()}
@@ -167,8 +202,9 @@ class DeviceBoard:
             self.close()
             raise
         self._step: _Kept | None = None
-        bound = {Fused(name): self._fused(run) for name, run in self._runs.items()}
-        launches: dict[Launch, Callable[[int], None]] = {**bound, Restore(): self._restore}
+        # Functions and not methods of this board, which would keep it and its engines alive in a cycle.
+        fused = {Fused(name): partial(DeviceBoard._launch, name=name) for name in self._runs}
+        launches: dict[Launch, Callable[[DeviceBoard, int], None]] = {**fused, Restore(): DeviceBoard._restore}
         self._launches = [[launches[launch] for launch in of_call] for of_call in program.launches]
 
     def _feed(self, engines: Mapping[str, Carrying]) -> None:
@@ -184,20 +220,16 @@ class DeviceBoard:
         if self._step is not None:
             self._steer(self._step)
         for launch in self._launches[k]:
-            launch(k)
+            launch(self, k)
 
-    def _fused(self, run: Run) -> Callable[[int], None]:
-        """A launch of an engine that makes a whole step."""
-        draws, calls = self.program.table.draws.tolist(), len(self.program.table)
-
-        def launch(k: int) -> None:
-            noise = {"noise": self._draw()} if draws[k] else {}
-            if self._step is not None:  # nobody can tell what the device holds of it, should the launch fail
-                self._step.gone = True
-            run.launch(k, **noise)
-            self._step = _Kept(run, k, calls)
-
-        return launch
+    def _launch(self, k: int, name: str) -> None:
+        """Call `k` of an engine that makes a whole step."""
+        run, table = self._runs[name], self.program.table
+        noise = {"noise": self._draw()} if table.draws[k] else {}
+        if self._step is not None:  # nobody can tell what the device holds of it, should the launch fail
+            self._step.gone = True
+        run.launch(k, **noise)
+        self._step = _Kept(run, k, len(table))
 
     def _restore(self, k: int) -> None:
         step = self._now()
@@ -276,9 +308,10 @@ class _Kept:
         return self._fetched[name]
 
 
-def _tensors(canvas: Canvas, conditions: Conditions) -> dict[str, Array]:
+def tensors_of(canvas: Canvas, conditions: Conditions) -> dict[str, Array]:
     """What a board begins with, by name."""
     negative = conditions.cond if conditions.negative is None else conditions.negative
     extra: dict[str, Array] = {} if conditions.extra is None else {"extra": conditions.extra}
     negatives = {f"negative_{name}": array for name, array in negative.items()}
-    return {"sample": canvas.sample, **conditions.cond, **negatives, **extra}
+    pictures = {picture_input(name): array for name, array in conditions.pictures.items()}
+    return {"sample": canvas.sample, **conditions.cond, **negatives, **extra, **pictures, **conditions.features}

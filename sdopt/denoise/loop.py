@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from sdopt.bundle.specs import Float32
+from sdopt.dataclass import dataclass
 from sdopt.denoise.board import Board, Data
 from sdopt.denoise.program import Program
 from sdopt.errors import SdoptError, UsageError
@@ -54,7 +56,10 @@ class Step:
         if changed is None:
             return
         try:
-            self.sample[...] = changed.get("latents", self.sample)
+            given = np.asarray(changed.get("latents", self.sample))
+            if given.shape != self.sample.shape or given.dtype.kind not in "fiu":
+                raise ValueError(f"latents are {given.dtype} {given.shape}")
+            self.sample[...] = given
         except (AttributeError, TypeError, ValueError) as error:
             raise UsageError(
                 f'callback_on_step_end returned {type(changed).__name__}; allowed are None and {{"latents": float32 '
@@ -63,11 +68,15 @@ class Step:
             ) from error
 
 
-def steps(program: Program, board: Board) -> Iterator[Step]:
-    """The steps of a program on a board, which is closed when they end or are left."""
+def steps(program: Program, board: Board, before: int = 0, of: int | None = None) -> Iterator[Step]:
+    """The steps of a program on a board, which is closed when they end or are left.
+
+    Where the program is one pass of several, `before` calls were made, `of` them are made in all.
+    """
     try:
         for k in range(len(program.table)):
-            yield step(program, board, k)
+            board.run(k)
+            yield step_of(program, board, k, before, of)
         board.end()
     except BaseException:  # it is the error to tell, whatever else fails after it
         with suppress(SdoptError):
@@ -77,13 +86,7 @@ def steps(program: Program, board: Board) -> Iterator[Step]:
         board.close()
 
 
-def step(program: Program, board: Board, k: int) -> Step:
-    """Call `k` of a program."""
-    board.run(k)
-    return step_of(program, board, k)
-
-
-def step_of(program: Program, board: Board, k: int) -> Step:
-    """The step that call `k` gave, once it was launched."""
+def step_of(program: Program, board: Board, k: int, before: int = 0, of: int | None = None) -> Step:
+    """The step that call `k` gave, once it was launched; for `before` and `of` see `steps`."""
     timestep, sigma = program.levels[k]
-    return Step(k, len(program.levels), timestep, sigma, board.step(k))
+    return Step(before + k, of or len(program.levels), timestep, sigma, board.step(k))

@@ -10,78 +10,17 @@ Ref: Ho & Salimans 2022, arXiv:2207.12598.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping
 
 import numpy as np
 
+from sdopt.bundle.adapter import CONTROLLED, IMAGE_PROMPTED
 from sdopt.bundle.specs import Array, Float32, Scalar
+from sdopt.dataclass import dataclass
+from sdopt.denoise.cache import Cached, Keep, full, shallow, with_deep
+from sdopt.denoise.conditions import Call
+from sdopt.denoise.control import Control, Model, Network, controlled, net_engine
 from sdopt.engine import Engine
-
-
-@dataclass(frozen=True, eq=False)
-class Conditions:
-    """What the UNet is given beside the sample and the timestep.
-
-    `cond` and `negative` are its further inputs by name, with the prompt and without; `extra` [images, n, h, w] is
-    joined to the sample as further channels.
-    """
-
-    cond: Mapping[str, Float32]
-    negative: Mapping[str, Float32] | None = None
-    extra: Float32 | None = None
-
-    @cached_property
-    def both(self) -> Mapping[str, Float32]:
-        """The inputs of both halves of guidance in one call: first without the prompt, then with it."""
-        assert self.negative is not None  # only a guided call asks for it
-        return {name: np.concatenate([self.negative[name], array]) for name, array in self.cond.items()}
-
-    @staticmethod
-    def stacked(parts: Sequence[Conditions]) -> Conditions:
-        """The conditions of several requests as those of one."""
-        if len(parts) == 1:
-            return parts[0]
-        negatives = [part.negative for part in parts if part.negative is not None]
-        extras = [part.extra for part in parts if part.extra is not None]
-        return Conditions(
-            _stacked([part.cond for part in parts]),
-            _stacked(negatives) if len(negatives) == len(parts) else None,
-            np.concatenate(extras) if extras else None,
-        )
-
-
-def _stacked(parts: Sequence[Mapping[str, Float32]]) -> dict[str, Float32]:
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """What one call of the model is told of every image: its timestep, its guidance scale, its conditions."""
-
-    timestep: Float32  # [images]
-    scales: tuple[float, ...]  # [images]
-    conditions: Conditions
-
-    @cached_property
-    def scale(self) -> Scalar | Float32:
-        """The scale for arithmetic with the sample: a number, or [images, 1, 1, 1] where images differ."""
-        if len(set(self.scales)) == 1:
-            return self.scales[0]
-        return np.array(self.scales, np.float32)[:, None, None, None]
-
-    @staticmethod
-    def stacked(parts: Sequence[Call], conditions: Conditions) -> Call:
-        """Calls of several requests as one; `conditions` are theirs, stacked."""
-        if len(parts) == 1:
-            return parts[0]
-        scales = tuple(scale for part in parts for scale in part.scales)
-        return Call(np.concatenate([part.timestep for part in parts]), scales, conditions)
-
-
-Network = Callable[[Float32, Float32, Mapping[str, Array]], Float32]  # sample, timestep, its further inputs
-Model = Callable[[Float32, Call], Float32]  # the prediction for a sample
 
 
 @dataclass(frozen=True)
@@ -90,6 +29,8 @@ class Predict:
 
     `together`: both halves of guidance are one call of the UNet, else two. `rescale`: see `rescaled`. `embedding`: the
     width of the guidance scale as an input of the UNet, 0 without it. `joins`: further channels beside the sample.
+    `control`: how ControlNets are used, if they are. `pictured`: the UNet takes image prompts. `cached`: what it does
+    with deep features, if a feature cache is in use.
     """
 
     guided: bool
@@ -97,10 +38,24 @@ class Predict:
     rescale: float = 0.0
     embedding: int = 0
     joins: bool = False
+    control: Control | None = None
+    pictured: bool = False
+    cached: Cached | None = None
 
-    def model(self, engine: Engine) -> Model:
-        """The UNet in its wrappers."""
-        network = unet(engine)
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """The engines that it calls, the UNet's first."""
+        if self.cached is not None:
+            return (self.cached.engine("unet"),)
+        nets = () if self.control is None else tuple(map(net_engine, self.control.nets))
+        if self.pictured:
+            return (IMAGE_PROMPTED, *nets)
+        return ("unet",) if self.control is None else (CONTROLLED, *nets)
+
+    def model(self, engines: Mapping[str, Engine], keep: Keep = lambda deep: None) -> Model:
+        """The UNet in its wrappers. `keep`: takes the deep features of a full call, those of each half in turn."""
+        engine = engines[self.engines[0]]
+        network = self._network(engine, keep)
         if self.embedding:
             model = told_scale(network, self.embedding)
         elif not self.guided:
@@ -109,7 +64,20 @@ class Predict:
             model = guided(network, repeats_inside(engine), self.rescale)
         else:
             model = guided_in_two(network, self.rescale)
-        return joined(model) if self.joins else model
+        if self.cached is not None and self.cached.takes:
+            model = with_deep(model, self.guided and self.together)
+        if self.joins:
+            model = joined(model)
+        if self.control is None and not self.pictured:
+            return model
+        control = self.control or Control(())
+        nets = {name: engines[net_engine(name)] for name in control.nets}
+        return controlled(model, engine, nets, control, self.guided, self.together)
+
+    def _network(self, engine: Engine, keep: Keep) -> Network:
+        if self.cached is None:
+            return unet(engine)
+        return shallow(engine) if self.cached.takes else full(engine, keep)
 
 
 def unet(engine: Engine) -> Network:

@@ -12,13 +12,13 @@ Ref: Rombach et al. 2022, arXiv:2112.10752, section 4.5, for the 9-channel UNet.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
 
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.specs import Float32, Scalar
+from sdopt.dataclass import dataclass
 from sdopt.errors import UsageError
 from sdopt.request.plan import Plan
 from sdopt.samplers import SamplerTable

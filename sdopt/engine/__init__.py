@@ -12,17 +12,21 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import operator
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
-from sdopt.bundle.files import Bundle
+from sdopt.bundle.files import ModelFolder
+from sdopt.bundle.joined import depth_of, engine_of
 from sdopt.bundle.precision import precision_word
 from sdopt.bundle.specs import Array, TensorSpec
+from sdopt.bundle.weights import Overlay
+from sdopt.dataclass import dataclass
 from sdopt.engine import store
-from sdopt.errors import BackendError, UsageError, choices
+from sdopt.engine.names import BackendName, PrecisionName
+from sdopt.errors import BackendError, BundleError, UsageError, choices, install, refuse_no_switch, refuse_other, shown
 
 
 class Engine(Protocol):
@@ -99,7 +103,7 @@ class EngineOptions:
 
     `trust`: also load engines that somebody else built. `cache`: keep what the library makes of the graph for the next
     process (see `sdopt.engine.cache`). `built`: which precision an engine of `sdopt build` must have; "" takes the
-    newest engine of any precision.
+    newest engine of any precision. `overlay`: other numbers for some of its weights.
     """
 
     backend: str
@@ -109,6 +113,7 @@ class EngineOptions:
     trust: bool = False
     cache: bool = True
     built: str = ""
+    overlay: Overlay | None = None
 
 
 TRT = "sdopt.engine.trt"
@@ -116,19 +121,20 @@ BACKENDS = {  # best first
     "ort": Backend(
         "sdopt.engine.ort",
         "onnxruntime",
-        'pip install "sdopt[cpu]" (or "sdopt[cuda]" with an NVIDIA GPU)',
+        f"{install('cpu')}, or the extra cuda with an NVIDIA GPU",
         ("fp32",),
     ),
-    "openvino": Backend("sdopt.engine.openvino", "openvino", 'pip install "sdopt[openvino]"', ("fp32", "bf16")),
-    "tensorrt": Backend(
-        TRT, "tensorrt", 'pip install "sdopt[tensorrt]", then `sdopt build BUNDLE --backend tensorrt`', ()
-    ),
+    "openvino": Backend("sdopt.engine.openvino", "openvino", install("openvino"), ("fp32", "bf16")),
+    "tensorrt": Backend(TRT, "tensorrt", f"{install('tensorrt')}, then `sdopt build BUNDLE --backend tensorrt`", ()),
     "tensorrt-rtx": Backend(
-        TRT, "tensorrt_rtx", 'pip install "sdopt[tensorrt-rtx]", then `sdopt build BUNDLE --backend tensorrt-rtx`', ()
+        TRT, "tensorrt_rtx", f"{install('tensorrt-rtx')}, then `sdopt build BUNDLE --backend tensorrt-rtx`", ()
     ),
 }
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-UNETS = ("unet_step", "unet_step_alone", "unet")  # the components that run as the UNet; the first one built is used
+ON_ITS_OWN = {word for entry in BACKENDS.values() for word in entry.precisions}  # without `sdopt build`
+MAX_THREADS = 1024  # of one engine
+PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8", "fp8")
+# the components that run as the UNet; the first one built is used
+UNETS = ("unet_step", "unet_step_alone", "unet", "unet_controlled", "unet_ip_adapter")
 IN_FP32 = ("text_encoder", "text_encoder_2")  # they run once a prompt: nothing to gain, and every step sees the loss
 
 
@@ -137,7 +143,9 @@ def installed_backends() -> tuple[str, ...]:
     return tuple(name for name, entry in BACKENDS.items() if importlib.util.find_spec(entry.library))
 
 
-def choose_backend(backend: str = "auto", precision: str = "auto", bundle: Bundle | None = None) -> tuple[str, str]:
+def choose_backend(
+    backend: str = "auto", precision: str = "auto", bundle: ModelFolder | None = None
+) -> tuple[str, str]:
     """The backend and the precision that these words mean on this machine; "ort:cuda" also names the device.
 
     If both are "auto", pictures are exact: fp32, on the first backend that is installed. bf16 is used only if the
@@ -145,14 +153,17 @@ def choose_backend(backend: str = "auto", precision: str = "auto", bundle: Bundl
     engines of `bundle` in.
     Raises: UsageError for an unknown name; BackendError if the library is not installed.
     """
+    refuse_other("backend", backend, str, f"are auto, {', '.join(BACKENDS)}")
+    refuse_other("precision", precision, str, f"are {', '.join(PRECISIONS)}")
     word = precision_word(precision)
     exact = "fp32" if word == "auto" else word
     if exact not in PRECISIONS:
         raise UsageError(f"precision {precision!r} is not known; there are {choices(precision, PRECISIONS)}")
     if backend == "auto":
-        return _first_backend(exact), exact
-    name = backend.partition(":")[0]
-    if name not in BACKENDS:
+        ours = [name for name in installed_backends() if exact not in ON_ITS_OWN and _is_built(bundle, name, exact)]
+        return ours[0] if ours else _first_backend(exact), exact
+    name, colon, device = backend.partition(":")
+    if name not in BACKENDS or (colon and not device):
         raise UsageError(f"backend {backend!r} is not known; there are auto, {choices(name, BACKENDS)}")
     entry = BACKENDS[name]
     if name not in installed_backends() and (word == "auto" or exact in entry.precisions):
@@ -164,7 +175,7 @@ def choose_backend(backend: str = "auto", precision: str = "auto", bundle: Bundl
     return backend, exact
 
 
-def _is_built(bundle: Bundle | None, backend: str, precision: str) -> bool:
+def _is_built(bundle: ModelFolder | None, backend: str, precision: str) -> bool:
     """Whether a bundle has engines of a backend in a precision."""
     name = backend.partition(":")[0]
     if bundle is None or name not in installed_backends():
@@ -172,7 +183,7 @@ def _is_built(bundle: Bundle | None, backend: str, precision: str) -> bool:
     return bool(store.built_components(bundle, name, _provider(backend), precision))
 
 
-def _not_in(backend: str, precision: str, bundle: Bundle | None) -> str:
+def _not_in(backend: str, precision: str, bundle: ModelFolder | None) -> str:
     """The error text for a precision that a backend neither computes in nor has engines of: what to do instead."""
     name = backend.partition(":")[0]
     entry = BACKENDS[name]
@@ -186,7 +197,7 @@ def _not_in(backend: str, precision: str, bundle: Bundle | None) -> str:
             f"Leave --precision out, or build it: {build}"
         )
     ways = [other for other, e in BACKENDS.items() if precision in e.precisions]
-    if name == "ort":
+    if name == "ort" or (name == "openvino" and precision == "int8"):
         ways.append(f"what is built: {build}")
     elif not ways:
         ways.append(f"what is built: sdopt build {path} --backend tensorrt --precision {precision}")
@@ -204,7 +215,8 @@ def _first_backend(precision: str) -> str:
     installed = [name for name in installed_backends() if name in able]
     if not installed:
         ways = "; ".join(f"{name}: {entry.install}" for name, entry in able.items())
-        ways = ways or f"Build it: sdopt build BUNDLE --backend tensorrt --precision {precision}, then name --backend"
+        builder = "openvino" if precision == "int8" else "tensorrt"
+        ways = ways or f"Build it: sdopt build BUNDLE --backend {builder} --precision {precision}, then name --backend"
         raise BackendError(f"no engine library that computes in {precision} is installed. {ways}")
     return installed[0]
 
@@ -228,68 +240,123 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def open_engine(
-    bundle: Bundle,
+    bundle: ModelFolder,
     component: str,
-    backend: str = "auto",
+    backend: BackendName | str = "auto",
     *,
     threads: int | None = None,
-    precision: str = "auto",
+    precision: PrecisionName | str = "auto",
     trust: bool = False,
     cache: bool = True,
+    overlay: Overlay | None = None,
 ) -> Engine:
     """The engine of one component; `threads=None` takes what the machine gives to this process.
 
     In bf16, text encoders stay in fp32. `trust` also loads engines that somebody else built; for `cache` see
-    `EngineOptions`.
+    `EngineOptions`. `overlay`: other numbers for some of its weights.
+    Raises: UsageError for an argument that is not allowed; BackendError, BundleError.
     """
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads = {threads}; allowed is 1 or more, or None for all that this process may use")
+    refuse_no_bundle(bundle)
+    refuse_other("component", component, str, "are texts: " + ", ".join(bundle.components))
+    refuse_no_switch(trust=trust, cache=cache)
+    threads = checked_threads(threads)
+    if overlay is not None and not overlay.key(component):
+        overlay = None
     chosen, exact = choose_backend(backend, precision, bundle)
     name, _, device = chosen.partition(":")
     module = _module(name)
     own = "fp32" if component in IN_FP32 else exact
-    options = EngineOptions(name, device or None, own, threads, trust, cache, _wanted(chosen, precision))
+    wanted = _wanted(chosen, exact if backend == "auto" else precision)
+    options = EngineOptions(name, device or None, own, threads, trust, cache, wanted, overlay)
     engine: Engine = module.open_component(bundle, component, options)
+    try:
+        bundle.refuse_changed(component)  # it may have been replaced while it was read
+    except BundleError:
+        engine.close()
+        raise
     return engine
 
 
-def built_components(bundle: Bundle, backend: str, precision: str = "auto") -> dict[str, str]:
+def refuse_no_bundle(bundle: object) -> None:
+    """Raises: UsageError unless it is an opened bundle."""
+    refuse_other("bundle", bundle, ModelFolder, "are opened bundles: sdopt.Bundle.open(path)")
+
+
+def checked_threads(threads: Any) -> int | None:
+    """The number of threads as a plain int; NumPy's integers are welcome.
+
+    Raises: UsageError for anything else.
+    """
+    if threads is None:
+        return None
+    try:
+        number = 0 if isinstance(threads, bool) else operator.index(threads)
+    except Exception:  # any object may be given, and may raise anything when it is looked at
+        number = 0
+    if not 1 <= number <= MAX_THREADS:
+        text = f"threads = {shown(threads)}; allowed are 1 to {MAX_THREADS}, or None for all that this process may use"
+        raise UsageError(text, "threads")
+    return number
+
+
+def built_components(
+    bundle: ModelFolder, backend: str, precision: str = "auto", trust: bool = False, overlay: Overlay | None = None
+) -> dict[str, str]:
     """The components that this backend runs from engines of `sdopt build`, each with the engine's precision.
 
     Only engines in the chosen precision count; for "auto" that is fp32 on a CPU, and any elsewhere. A backend that runs
     nothing but built engines takes one in another precision for a component that has none in the chosen one.
+    Somebody else's engines count if `trust`. Without it, a backend that can run the bundle's own graphs passes them
+    over; another one names them in its error. `overlay`: counts engines that were built with it too.
     """
     name = backend.partition(":")[0]
     provider, wanted = _provider(backend), _wanted(backend, precision)
-    matching = store.built_components(bundle, name, provider, wanted)
     if BACKENDS[name].precisions:
-        return matching
-    return {**store.built_components(bundle, name, provider), **matching}
+        built = store.built_components(bundle, name, provider, wanted, not trust, overlay)
+        return dict.fromkeys(built, precision_word(precision)) if name == "openvino" and precision != "auto" else built
+    matching = store.built_components(bundle, name, provider, wanted, overlay=overlay)
+    return {**store.built_components(bundle, name, provider, overlay=overlay), **matching}
 
 
-def told_precision(bundle: Bundle, built: Mapping[str, str], own: str) -> str:
+def told_precision(bundle: ModelFolder, built: Mapping[str, str], own: str, cache_depth: int = 0) -> str:
     """The precision of a picture as text: that of the UNet, then in brackets the components with another one.
 
     `built`: component -> precision of its built engine. `own`: the precision of the other components, or "auto" where
-    the backend does not run them.
+    the backend does not run them. `cache_depth`: of the feature cache that the picture is made with, or 0.
     """
     if not built:
         return own
-    unet = next((name for name in UNETS if name in built), "unet")
+    unets = [*(name for name in UNETS if name in built), *(name for name in built if engine_of(name) in UNETS)]
+    fitting = [name for name in unets if depth_of(name)[1] == cache_depth]
+    unet = next(iter(fitting or (unets if own == "auto" else ())), "unet")
     main = built.get(unet, own)
     precisions = {name: built.get(name, own) for name in bundle.components if name not in UNETS}
+    if own == "bf16" != main:  # beside int8
+        precisions |= {name: "fp32" for name in IN_FP32 if name in precisions and name not in built}
     others = [f"{name} {word}" for name, word in precisions.items() if word not in ("auto", main)]
     return f"{main} ({', '.join(others)})" if others else main
+
+
+def unbuilt_precision(backend: str, precision: str) -> str:
+    """The precision in which a backend computes a component of which nothing is built, where `precision` is wanted."""
+    name = backend.partition(":")[0]
+    able = BACKENDS[name].precisions
+    if not able or precision in able:
+        return precision
+    return "bf16" if precision == "int8" and "bf16" in describe(name)["precisions"] else "fp32"
 
 
 def _wanted(backend: str, precision: str) -> str:
     """The precision that an engine of `sdopt build` must have to be taken; "" where any will do."""
     if precision != "auto":
-        return precision_word(precision)
+        word = precision_word(precision)
+        return "fp32" if word == "bf16" and backend.partition(":")[0] == "openvino" else word  # its graphs serve both
     return "fp32" if _provider(backend) == "CPU" else ""
 
 
 def _provider(backend: str) -> str:
-    """The part of ONNX Runtime that runs its engines here, "CPU" or "CUDA"; "" for other backends."""
+    """What runs the graphs of ONNX Runtime and OpenVINO here, "CPU" or "CUDA"; "" for other backends."""
     name, _, device = backend.partition(":")
+    if name == "openvino":
+        return "CPU"
     return _module(name).find_device(device or None).provider if name == "ort" else ""

@@ -1,11 +1,11 @@
-"""CUDA: memory, streams and graphs of one GPU. Addresses live here and in the engines that hand them to TensorRT.
+"""CUDA: memory, streams and graphs of one GPU. Only this module and `cuda_errors` call the CUDA runtime.
 
-    cuda = open_cuda()                       # probes driver and GPU first: each lack has its own sentence
+    cuda = open_cuda()                       # checks driver and GPU; what is missing has its own error text
     stream = cuda.stream()
     cuda.upload(address, pinned, stream)     # all work is queued; `synchronize` waits for it
 
-`Cuda` is the whole of what the engines ask of it, so that a fake with NumPy memory can stand in its place.
-Ref: NVIDIA, CUDA Runtime API, sections 6.1 (error classes), 6.9 (memory) and 6.30 (graphs).
+The engines use only what the protocol `Cuda` declares, so a fake with NumPy memory can replace the GPU.
+Ref: NVIDIA, CUDA Runtime API, sections 6.9 (memory) and 6.30 (graphs).
 """
 
 from __future__ import annotations
@@ -15,55 +15,25 @@ import importlib
 import os
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
+from sdopt.bundle.disk import bytes_text
 from sdopt.bundle.specs import Array
+from sdopt.dataclass import dataclass
+from sdopt.engine.cuda_errors import CudaError, OutOfMemoryError, check
 from sdopt.errors import BackendError
 
-OUT_OF_MEMORY = 2
-NO_DEVICE = 100
-POISONED = {  # after these every later call of the process fails too
-    214,  # cudaErrorECCUncorrectable
-    220,  # cudaErrorNvlinkUncorrectable
-    226,  # cudaErrorContained
-    700,  # cudaErrorIllegalAddress
-    702,  # cudaErrorLaunchTimeout
-    709,  # cudaErrorContextIsDestroyed
-    710,  # cudaErrorAssert
-    714,  # cudaErrorHardwareStackError
-    715,  # cudaErrorIllegalInstruction
-    716,  # cudaErrorMisalignedAddress
-    717,  # cudaErrorInvalidAddressSpace
-    718,  # cudaErrorInvalidPc
-    719,  # cudaErrorLaunchFailure
-    721,  # cudaErrorTensorMemoryLeak
-}
-CAPTURE = range(900, 910)  # the work cannot become a graph; the context is well
+NO_DEVICE = 100  # cudaErrorNoDevice
 OLDEST_DRIVER = 12000
-
-
-class CudaError(BackendError):
-    """A CUDA call failed; the context is well unless this is a `LostContextError`."""
-
-
-class OutOfMemoryError(CudaError):
-    """The GPU's memory is full. Nothing is broken: free some and try again."""
-
-
-class CaptureError(CudaError):
-    """What was queued cannot become a graph."""
-
-
-class LostContextError(CudaError):
-    """The GPU's context is lost for this process: only a new process helps, and nothing is tried again."""
+# The oldest driver for all releases of a major version of CUDA. Ref: NVIDIA, CUDA Compatibility, Table 1
+DRIVERS = {12: 525, 13: 580}
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU and its driver. Units: memory in bytes; driver is 13000 for CUDA 13.0."""
+    """One GPU and its driver. `memory` is in bytes; `driver` is 13000 for CUDA 13.0."""
 
     index: int
     name: str
@@ -78,7 +48,7 @@ class Cuda(Protocol):
     gpu: Gpu
 
     def current(self) -> AbstractContextManager[None]:
-        """Inside, this GPU is the calling thread's; afterwards the one that was, for whoever else uses CUDA here."""
+        """Make this GPU the calling thread's current one; afterwards the one before it is current again."""
         ...
 
     def malloc(self, nbytes: int) -> int: ...
@@ -95,17 +65,17 @@ class Cuda(Protocol):
     def clear(self, target: int, nbytes: int, stream: int) -> None: ...
     def synchronize(self, stream: int) -> None: ...
     def event(self) -> int:
-        """An event to wait for, without keeping a core busy."""
+        """An event that a thread can wait for without keeping a core busy."""
         ...
 
     def timing_event(self) -> int:
-        """An event that notes the time at which the GPU comes to it; see `elapsed`."""
+        """An event that records when the GPU reaches it; see `elapsed`."""
         ...
 
     def record(self, event: int, stream: int) -> None: ...
     def wait(self, event: int) -> None: ...
     def elapsed(self, begin: int, end: int) -> float:
-        """Seconds on the GPU between two timing events that it has come to."""
+        """Seconds on the GPU between two timing events. It must have reached both."""
         ...
 
     def capture(self, work: Callable[[], None], stream: int) -> int:
@@ -121,23 +91,25 @@ class Cuda(Protocol):
 
 
 def open_cuda(index: int = 0, runtime: Any = None) -> CudaBindings:
-    """The GPU `index`; `runtime` is cuda.bindings.runtime unless a test gives another.
+    """The GPU `index`. Tests give another `runtime`; the default is cuda.bindings.runtime.
 
     Raises: BackendError where cuda-bindings, the driver or the GPU is missing, or the driver is too old.
     """
     runtime = runtime or _bindings()
     _, driver = runtime.cudaDriverGetVersion()
     _, built_for = runtime.cudaRuntimeGetVersion()
+    oldest = max(OLDEST_DRIVER, built_for // 1000 * 1000)
+    major = oldest // 1000
+    needed = f"{DRIVERS[major]} or newer" if major in DRIVERS else f"of CUDA {major}"
     if not driver:
         raise BackendError(
-            "there is no NVIDIA driver on this machine (in a container: start it with --gpus all); "
-            "without a GPU use --backend ort"
+            f"there is no NVIDIA driver on this machine; needed is driver {needed} "
+            "(in a container: on the host, and start it with --gpus all); without a GPU use --backend ort"
         )
-    oldest = max(OLDEST_DRIVER, built_for // 1000 * 1000)
     if driver < oldest:
         raise BackendError(
             f"the NVIDIA driver offers CUDA {_version(driver)}, cuda-bindings needs {_version(oldest)} or newer: "
-            f'update the driver, or pip install "cuda-bindings<{oldest // 1000}"'
+            f'update to driver {needed}, or pip install "cuda-bindings<{major}"'
         )
     status, count = runtime.cudaGetDeviceCount()
     if int(status) == NO_DEVICE or (not int(status) and not count):
@@ -149,7 +121,7 @@ def open_cuda(index: int = 0, runtime: Any = None) -> CudaBindings:
 
 
 def sees_gpu() -> bool:
-    """Whether an NVIDIA driver is here and shows this process a GPU; asked of the driver itself, without a package.
+    """Whether an NVIDIA driver is here and shows this process a GPU. The driver itself is asked; no package is needed.
 
     Ref: NVIDIA, CUDA Driver API, cuInit and cuDeviceGetCount.
     """
@@ -159,34 +131,6 @@ def sees_gpu() -> bool:
         return False
     count = ctypes.c_int(0)
     return not driver.cuInit(0) and not driver.cuDeviceGetCount(ctypes.byref(count)) and count.value > 0
-
-
-def check(runtime: Any, result: tuple[Any, ...], what: str) -> Any:
-    """What a CUDA call returned, without its status.
-
-    Raises: the subclass of CudaError that says whether anything can still be done.
-    """
-    status, *values = result
-    code = int(status)
-    if code:
-        raise _error(code, _text(runtime, status), what)
-    return values[0] if len(values) == 1 else tuple(values)
-
-
-def _error(code: int, text: str, what: str) -> CudaError:
-    message = f"{what}: CUDA error {code}, {text}"
-    if code == OUT_OF_MEMORY:
-        return OutOfMemoryError(message)
-    if code in CAPTURE:
-        return CaptureError(message)
-    if code in POISONED:
-        return LostContextError(f"{message}. The GPU is lost to this process: start a new one.")
-    return CudaError(message)
-
-
-def _text(runtime: Any, status: Any) -> str:
-    _, text = runtime.cudaGetErrorString(status)
-    return text.decode() if isinstance(text, bytes) else str(text)
 
 
 def _bindings() -> Any:
@@ -213,7 +157,7 @@ class CudaBindings:
         self._to_device, self._to_host = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
         self._within = kinds.cudaMemcpyDeviceToDevice
         self._mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self._handles: dict[int, Any] = {}  # the bindings' objects of streams, events and graphs, by their integers
+        self._handles: dict[int, Any] = {}  # integer -> the bindings' stream, event or graph
 
     @contextmanager
     def current(self) -> Generator[None]:
@@ -238,7 +182,7 @@ class CudaBindings:
         try:
             return int(self._do("cudaMalloc", nbytes))
         except OutOfMemoryError:
-            self._rt.cudaGetLastError()  # the failure is reported once, not again by the next call
+            self._rt.cudaGetLastError()  # else the next call would report the same error
             raise
 
     def free(self, address: int) -> None:
@@ -306,14 +250,14 @@ class CudaBindings:
             work()
         except BaseException:
             status, *graph = self._rt.cudaStreamEndCapture(handle)  # the stream must leave capture
-            if not int(status):  # what was captured is whole: an interrupt, or an error of Python
+            if not int(status):  # `work` failed and CUDA did not: there is a graph to destroy
                 self._rt.cudaGraphDestroy(*graph)
             self._rt.cudaGetLastError()
             raise
         try:
             graph = self._do("cudaStreamEndCapture", handle)
         except CudaError:
-            self._rt.cudaGetLastError()  # the failure is reported once, not again by the next call
+            self._rt.cudaGetLastError()  # else the next call would report the same error
             raise
         try:
             executable = self._do("cudaGraphInstantiate", graph, 0)
@@ -336,11 +280,3 @@ class CudaBindings:
     def memory(self) -> tuple[int, int]:
         free, total = self._do("cudaMemGetInfo")
         return int(free), int(total)
-
-
-def bytes_text(nbytes: int) -> str:
-    """ "1.76 GB" """
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if nbytes >= size:
-            return f"{nbytes / size:.2f} {unit}"
-    return f"{nbytes} bytes"

@@ -1,11 +1,11 @@
-"""What all engines on one GPU share: a stream, an arena of scratch memory, and the account of who holds what.
+"""What all engines on one GPU share: a stream, an arena of scratch memory, and a list of who holds how much memory.
 
-Everything runs on the one stream, in the order in which it is queued. So one arena, as large as the largest call
-needs, serves all engines and threads in turn, and two threads need a lock only while they queue.
+Everything runs on one stream, in the order in which it is queued. So one arena, as large as the largest call needs,
+serves all engines and threads in turn. Two threads need a lock only while they queue.
 
-An engine that nobody closes is closed when Python drops it. Python may do that at any moment, also between two CUDA
-calls of the same thread. So `discard` frees at once only where this thread is not queueing, and else leaves it to the
-next thread that begins to.
+An engine that was never closed is closed when Python collects it. That may happen at any moment, even between two CUDA
+calls of the same thread. So `discard` frees at once only if nobody is queueing. Otherwise the next thread that queues
+frees it.
 """
 
 from __future__ import annotations
@@ -19,33 +19,35 @@ from threading import Lock, RLock
 from typing import Protocol, TypeVar
 from weakref import WeakSet
 
-from sdopt.engine.cuda import Cuda, LostContextError, OutOfMemoryError, bytes_text, open_cuda
+from sdopt.bundle.disk import bytes_text
+from sdopt.engine.cuda import Cuda, open_cuda
+from sdopt.engine.cuda_errors import LostContextError, OutOfMemoryError
 
 T = TypeVar("T")
 SCRATCH = "scratch"
-GRANULE = 256  # bytes that every address is a multiple of, as TensorRT asks
+GRANULE = 256  # bytes; TensorRT needs addresses that are multiples of it
 
 
 class Holder(Protocol):
-    """What holds memory of a GPU for one engine. Its methods are called with the device's lock held."""
+    """An object that holds GPU memory for one engine. Its methods need the device's lock."""
 
     def trim(self) -> None:
-        """Give back what is only kept because it may be needed again."""
+        """Free what is only kept for a later call."""
         ...
 
     def close(self) -> None:
-        """Give everything back; again is harmless."""
+        """Free everything. A second call does nothing."""
         ...
 
 
 class Device:
-    """One GPU, with the memory that its engines hold by name."""
+    """One GPU, and how much of its memory each engine holds."""
 
     def __init__(self, cuda: Cuda) -> None:
         self.cuda = cuda
         with cuda.current():
             self.stream = cuda.stream()
-        self.epoch = 0  # counts the arena's moves: what was prepared for an older one is prepared again
+        self.epoch = 0  # counts the moves of the arena; contexts of an older epoch bind it again
         self.held: dict[str, int] = {}
         self._holders: WeakSet[Holder] = WeakSet()
         self._discarded: deque[Holder] = deque()
@@ -55,7 +57,10 @@ class Device:
 
     @contextmanager
     def queueing(self) -> Generator[None]:
-        """Around all that touches the GPU: one thread at a time, and never again once the context is lost."""
+        """Hold the lock of the GPU: every use of it is inside.
+
+        Raises: LostContextError if the context was lost before.
+        """
         with self._lock:
             if self._lost is not None:
                 raise LostContextError(str(self._lost))
@@ -72,7 +77,7 @@ class Device:
                 self._depth -= 1
 
     def wait(self, event: int) -> None:
-        """Let this thread sleep until the GPU has come to `event`; others may queue meanwhile."""
+        """Let this thread sleep until the GPU has reached `event`. Other threads may queue meanwhile."""
         if self._lost is not None:
             raise LostContextError(str(self._lost))
         try:
@@ -82,26 +87,26 @@ class Device:
             raise
 
     def abandon(self, reason: str) -> None:
-        """Nothing of this GPU may be used again by this process, nor be freed."""
-        self._lock, self._depth = RLock(), 0  # another thread of the process that was forked may have held it
+        """Refuse all further use of this GPU in this process. Nothing of it is freed."""
+        self._lock, self._depth = RLock(), 0  # at the fork, a thread of the parent may have held the lock
         self._lost = LostContextError(reason)
 
     def capture(self, work: Callable[[], None]) -> int:
-        """A graph of what `work` queues. Python's collector rests meanwhile: what it frees may not be freed there."""
-        collects = gc.isenabled()
+        """A graph of what `work` queues. Python collects no garbage meanwhile: a capture must not free memory."""
+        was_enabled = gc.isenabled()
         gc.disable()
         try:
             return self.cuda.capture(work, self.stream)
         finally:
-            if collects:
+            if was_enabled:
                 gc.enable()
 
     # ---- memory
 
     def allocate(self, owner: str, nbytes: int) -> int:
-        """The address of `nbytes` for `owner`. Where the GPU is full, what engines only keep in reserve goes first.
+        """The address of `nbytes` for `owner`. If the GPU is full, idle memory of all engines is freed first.
 
-        Raises: OutOfMemoryError with what every engine holds; nothing is lost by it.
+        Raises: OutOfMemoryError with what every engine holds. Nothing is lost by it.
         """
         nbytes = rounded(nbytes)
         try:
@@ -112,9 +117,9 @@ class Device:
         return address
 
     def with_room(self, take: Callable[[], T]) -> T:
-        """What `take` returns; where it finds no memory it is tried again, once all that lies idle is given back.
+        """What `take` returns. If it finds no memory, all idle memory is freed and `take` is called once more.
 
-        Raises: OutOfMemoryError, as `take` does.
+        Raises: OutOfMemoryError from the second call.
         """
         try:
             return take()
@@ -123,7 +128,7 @@ class Device:
             return take()
 
     def trim(self) -> None:
-        """Give back what engines keep for shapes that may come again, and the arena; with the lock held."""
+        """Free what engines only keep for later calls, and the arena. Needs the lock."""
         for holder in list(self._holders):
             holder.trim()
         self.cuda.synchronize(self.stream)
@@ -134,13 +139,13 @@ class Device:
         self.account(owner, -rounded(nbytes))
 
     def account(self, owner: str, nbytes: int) -> None:
-        """Note that `owner` holds so many bytes more."""
+        """Add `nbytes`, which may be negative, to what `owner` holds."""
         self.held[owner] = self.held.get(owner, 0) + nbytes
         if self.held[owner] <= 0:
             del self.held[owner]
 
     def arena(self, nbytes: int) -> tuple[int, int]:
-        """(address, bytes) of scratch memory of at least `nbytes`; a larger one than before has another address."""
+        """(address, bytes) of at least `nbytes` of scratch memory. If it has to grow, its address changes."""
         if nbytes > self._arena[1] or not self._arena[0]:
             nbytes = max(rounded(nbytes), GRANULE)
             self.cuda.synchronize(self.stream)
@@ -158,17 +163,17 @@ class Device:
     # ---- engines
 
     def register(self, holder: Holder) -> None:
-        """Note who holds memory; `forget` is its end."""
+        """Note that `holder` holds memory, until `forget`."""
         self._holders.add(holder)
 
     def forget(self, holder: Holder) -> None:
-        """The holder has given back what it held. The last one takes the arena along; with the lock held."""
+        """The holder has freed its memory. With the last holder the arena is freed too. Needs the lock."""
         self._holders.discard(holder)
         if not self._holders:
             self._drop_arena()
 
     def discard(self, holder: Holder) -> None:
-        """Close the holder of an engine that was dropped without being closed, now or as soon as it may be done."""
+        """Close the holder of an engine that was never closed: now, or before the next thread queues."""
         self._discarded.append(holder)
         if not self._lock.acquire(blocking=False):
             return
@@ -184,7 +189,7 @@ class Device:
             self._discarded.popleft().close()
 
     def full(self, owner: str, nbytes: int, reason: str = "") -> OutOfMemoryError:
-        """What to say when `owner` cannot have `nbytes`; `reason`: the library's own words."""
+        """The error when `owner` cannot have `nbytes`. `reason` is the library's own text."""
         free, total = self.cuda.memory()
         detail = f" TensorRT says: {reason}" if reason else ""
         held = ", ".join(f"{name} {bytes_text(size)}" for name, size in sorted(self.held.items())) or "nothing"
@@ -211,7 +216,7 @@ def shared_device(index: int = 0) -> Device:
 
 
 def _forked() -> None:
-    """CUDA does not survive a fork: in the child its every call fails, and its memory is the parent's."""
+    """CUDA does not survive a fork: in the child every call fails, and the memory belongs to the parent."""
     global _opening
     _opening = Lock()
     for device in _devices.values():
@@ -226,5 +231,5 @@ if hasattr(os, "register_at_fork"):
 
 
 def rounded(nbytes: int) -> int:
-    """`nbytes`, up to a multiple of what addresses are aligned to."""
+    """`nbytes`, rounded up to a multiple of GRANULE."""
     return -(-nbytes // GRANULE) * GRANULE

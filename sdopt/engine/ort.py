@@ -1,23 +1,29 @@
-"""ONNX Runtime: the portable engine, on the CPU or, with onnxruntime-gpu, on CUDA."""
+"""ONNX Runtime: the portable engine, on the CPU or on a device of `sdopt.engine.ort_device`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any, cast
 
 import numpy as np
 import onnxruntime
 
-from sdopt.bundle.disk import user_folder
-from sdopt.bundle.files import Bundle, Component
+from sdopt.bundle.files import Component, ModelFolder
 from sdopt.bundle.specs import Array, TensorSpec, check_begin, check_inputs
+from sdopt.bundle.weights import Overlay, Weights
 from sdopt.engine import EngineOptions, Run, cache
+from sdopt.engine.built import built_graph
 from sdopt.engine.cores import thread_limit
-from sdopt.engine.cuda import sees_gpu
-from sdopt.engine.store import GRAPH, built_components, usable
+from sdopt.engine.failures import failure, memory_is_full, shapes_of
+from sdopt.engine.ort_device import PROVIDERS, Device, find_device, preload, providers, refuse_fallback
+from sdopt.engine.ort_weights import OwnWeights, changes, own_weights, takes
+from sdopt.engine.process import Native, library_call
+from sdopt.engine.store import GRAPH
 from sdopt.errors import BackendError, BundleError, UsageError
 
 ort = cast(Any, onnxruntime)  # its bindings are not typed
@@ -29,83 +35,34 @@ ONNX_TYPES = {
     "tensor(bool)": "bool",
 }
 
-# device -> its provider and options; best first. cuDNN chooses convolutions by its rules; trying each shape is slow.
-# TF32 is off, so that float32 graphs give the pictures of a CPU; graphs in a half type do not use it.
-Providers = list[tuple[str, dict[str, str]]]
-PROVIDERS = {
-    "cuda": (
-        "CUDAExecutionProvider",
-        {"cudnn_conv_algo_search": "HEURISTIC", "cudnn_conv_use_max_workspace": "1", "use_tf32": "0"},
-    ),
-    "cpu": ("CPUExecutionProvider", dict[str, str]()),
-    "tensorrt": ("TensorrtExecutionProvider", {"trt_engine_cache_enable": "1"}),  # only if named
-}
+FATAL = 4  # ONNX Runtime's level for what it cannot raise; below it are errors, warnings, information
 
 
-@dataclass(frozen=True)
-class Device:
-    """Where ONNX Runtime computes: "cpu", "cuda" or "tensorrt", and which GPU."""
-
-    kind: str
-    index: int = 0
-
-    @property
-    def memory(self) -> str:
-        """What ONNX Runtime calls the device's memory."""
-        return "cpu" if self.kind == "cpu" else "cuda"
-
-    @property
-    def provider(self) -> str:
-        """Whose engines of `sdopt build` it takes: "CPU" or "CUDA"."""
-        return self.memory.upper()
-
-
-def find_device(device: str | None) -> Device:
-    """The device that "cpu", "cuda", "cuda:1" or "tensorrt" names; None is a GPU if this onnxruntime can use one.
-
-    Raises: UsageError for another word; BackendError if this onnxruntime cannot compute there.
-    """
-    available: list[str] = ort.get_available_providers()
-    if device is None:
-        has_gpu = PROVIDERS["cuda"][0] in available and sees_gpu()
-        return Device("cuda" if has_gpu else "cpu")
-    kind, colon, number = device.partition(":")
-    numbered = not colon or (kind != "cpu" and number.isdecimal())
-    if kind not in PROVIDERS or not numbered:
-        known = ", ".join(f"ort:{name}" for name in PROVIDERS)
-        raise UsageError(f"backend 'ort:{device}' is not known; there are {known}, and ort:cuda:1 for the second GPU")
-    if PROVIDERS[kind][0] not in available:
-        raise BackendError(
-            f"backend 'ort:{device}': this onnxruntime has {', '.join(available)}. "
-            'For NVIDIA GPUs: pip uninstall onnxruntime && pip install "sdopt[cuda]"'
-        )
-    return Device(kind, int(number or 0))
-
-
-def open_component(bundle: Bundle, name: str, options: EngineOptions) -> OrtEngine:
+def open_component(bundle: ModelFolder, name: str, options: EngineOptions) -> OrtEngine:
     """The engine of component `name`; its graph must take and give what the manifest says.
 
     A graph that `sdopt build --backend ort` made for this kind of device, in the wanted precision, replaces the
     bundle's own.
     """
     device = find_device(options.device)
-    if name not in built_components(bundle, options.backend, device.provider, options.built):
+    built = built_graph(bundle, name, options, device.provider)
+    if built is None:
         return _own_graph(bundle, name, options, device)
-    here = {"provider": device.provider}
-    engines = usable(bundle, name, options.backend, lambda record: here, options.trust, device.provider, options.built)
-    newest = engines[0]
-    for file in newest.record.files:
-        newest.checked(file)
-    component = Component(name, newest.folder / GRAPH, newest.record.inputs, newest.record.outputs)
-    return OrtEngine(component, options.threads, device, carry=newest.record.carry)
+    newest, component = built
+    own = None
+    if options.overlay is not None:
+        own = own_weights(*changes(component, options.overlay), widen=False)
+    return OrtEngine(component, options.threads, device, carry=newest.record.carry, own=own)
 
 
-def _own_graph(bundle: Bundle, name: str, options: EngineOptions, device: Device) -> OrtEngine:
+def _own_graph(bundle: ModelFolder, name: str, options: EngineOptions, device: Device) -> OrtEngine:
     """The engine of the bundle's own graph; on a CPU as ONNX Runtime optimised it for an earlier process.
 
     The cache keeps the fused nodes, and the weights as float32 in the kernels' own order. Weights are mapped from the
     file, so processes share them, and nothing is converted a second time.
     """
+    if options.overlay is not None:
+        return _overlaid(bundle, name, options, options.overlay, device)
     if device.kind != "cpu":
         return OrtEngine(bundle.component(name), options.threads, device)
     component = bundle.component(name, "ort")
@@ -113,20 +70,56 @@ def _own_graph(bundle: Bundle, name: str, options: EngineOptions, device: Device
     def opened(component: Component, optimise: bool = True, keep: Path | None = None) -> OrtEngine:
         return OrtEngine(component, options.threads, device, optimise=optimise, keep=keep)
 
-    if not options.cache or not cache.available():
+    if not options.cache or not cache.usable(bundle):
         return opened(component)
     return cache.load(
-        cache.entry(bundle, component, "ort", {"onnxruntime": ort.__version__}),
-        2 * bundle.nbytes(name),
+        bundle,
+        name,
+        _entry(bundle, component),
         kept=lambda folder: opened(replace(component, graph=folder / GRAPH), optimise=False),
         new=lambda folder: opened(component, keep=folder and folder / GRAPH),
     )
 
 
+def _entry(bundle: ModelFolder, component: Component) -> Path:
+    return cache.entry(bundle, component, "ort", {"onnxruntime": ort.__version__})
+
+
+def _overlaid(bundle: ModelFolder, name: str, options: EngineOptions, overlay: Overlay, device: Device) -> OrtEngine:
+    """The engine of the bundle's own graph with the weights of an overlay.
+
+    Where the graph that ONNX Runtime optimised for the bundle's own weights has all the weights that are changed, that
+    graph is loaded, and nothing is optimised anew. If there is none yet, it is made first, for the next overlay too.
+    """
+    component = bundle.component(name, "ort" if device.kind == "cpu" else "")
+    weights, changed = changes(component, overlay)
+    if device.kind == "cpu" and options.cache and cache.usable(bundle):
+        optimised = _optimised(bundle, component, options, device)
+        there = Weights.of(optimised) if optimised else None
+        same = takes(there, weights, changed) if there else None
+        if optimised and there and same is not None:
+            own = own_weights(there, same, widen=False)
+            return OrtEngine(optimised, options.threads, device, optimise=False, own=own)
+    return OrtEngine(component, options.threads, device, own=own_weights(weights, changed, widen=True))
+
+
+def _optimised(bundle: ModelFolder, component: Component, options: EngineOptions, device: Device) -> Component | None:
+    """The component with the graph that ONNX Runtime optimised, from the cache; None if nothing can be kept."""
+
+    def made(folder: Path | None) -> bool:
+        if folder is not None:
+            OrtEngine(component, options.threads, device, keep=folder / GRAPH).close()
+        return folder is not None
+
+    entry = _entry(bundle, component)
+    there = cache.load(bundle, component.name, entry, kept=lambda folder: True, new=made)
+    return replace(component, graph=entry / GRAPH) if there and cache.is_sound(entry, bundle.paranoid) else None
+
+
 def describe(backend: str) -> dict[str, Any]:
     """Version, precisions and devices, for `sdopt doctor`."""
     available: list[str] = ort.get_available_providers()
-    devices = [device for device, (provider, _) in PROVIDERS.items() if provider in available]
+    devices = [device for device, entry in PROVIDERS.items() if entry.name in available]
     return {"version": ort.__version__, "precisions": ["fp32"], "devices": devices}
 
 
@@ -146,19 +139,29 @@ class OrtEngine:
         keep: Path | None = None,
         lean: bool = False,
         carry: Mapping[str, str] | None = None,
+        own: OwnWeights | None = None,
     ) -> None:
         self.name, self.inputs, self.outputs = component.name, component.inputs, component.outputs
         self.carry: Mapping[str, str] = carry or {}
         self._device = device if isinstance(device, Device) else find_device(device)
-        self._session: Any = _session(component.graph, threads, self._device, optimise, keep, lean)
-        _check_signature(component, "input", self.inputs, self._session.get_inputs())
-        _check_signature(component, "output", self.outputs, self._session.get_outputs())
+        with library_call():
+            session = _session(component.graph, threads, self._device, optimise, keep, lean, own)
+        _check_signature(component, "input", self.inputs, session.get_inputs())
+        _check_signature(component, "output", self.outputs, session.get_outputs())
+        self._session = Native(self.name, session)
         self._output_names = [s.name for s in self.outputs]
+        self._turn = Lock() if PROVIDERS[self._device.kind].one_call_at_a_time else nullcontext()
 
     def __call__(self, **arrays: Array) -> dict[str, Array]:
-        session = self._open()
+        session = self._session.get()
         check_inputs(self.name, self.inputs, arrays)
-        return dict(zip(self._output_names, session.run(self._output_names, arrays), strict=True))
+        options = _run_options()
+        try:
+            with self._turn, library_call(lambda: setattr(options, "terminate", True)):
+                results = session.run(self._output_names, arrays, options)
+        except Exception as error:  # the library raises its own classes for every kind of fault
+            raise failure(self.name, f"ONNX Runtime {ort.__version__}", shapes_of(arrays), error) from error
+        return dict(zip(self._output_names, results, strict=True))
 
     def begin(self, arrays: Mapping[str, Array], tables: Mapping[str, Array]) -> OrtRun:
         """A run whose inputs are `arrays`, rows of `tables`, and zeros.
@@ -167,16 +170,11 @@ class OrtEngine:
         """
         dims = check_begin(self.name, self.inputs, arrays, tables)
         values = {s.name: np.zeros(s.sized(dims), s.dtype) for s in self.inputs if s.name not in arrays}
-        return OrtRun(self._open(), self._device, self.carry, {**values, **arrays}, tables)
-
-    def _open(self) -> Any:
-        if self._session is None:
-            raise UsageError(f"{self.name}: this engine is closed; open it again with open_engine")
-        return self._session
+        return OrtRun(self.name, self._session.get(), self._device, self.carry, {**values, **arrays}, tables)
 
     def close(self) -> None:
         """Free the session and its memory."""
-        self._session = None
+        self._session.close()
 
     def __enter__(self) -> OrtEngine:
         return self
@@ -192,13 +190,15 @@ class OrtRun:
 
     def __init__(
         self,
+        component: str,
         session: Any,
         device: Device,
         carry: Mapping[str, str],
         arrays: Mapping[str, Array],
         tables: Mapping[str, Array],
     ) -> None:
-        self._session, self._device, self._carry, self._tables = session, device, carry, tables
+        self._component, self._session = component, Native(component, session)
+        self._device, self._carry, self._tables = device, carry, tables
         self._values = {name: self._placed(array) for name, array in arrays.items()}
         self._outputs: dict[str, Any] = {}
         self._feeds = list[tuple[str, OrtRun, str]]()
@@ -208,13 +208,19 @@ class OrtRun:
             self.put(name, array)
         for name, table in self._tables.items():
             self.put(name, table[k])
-        binding = self._session.io_binding()
+        session, options = self._session.get(), _run_options()
+        binding = session.io_binding()
         for name, value in self._values.items():
             binding.bind_ortvalue_input(name, value)
-        names = [node.name for node in self._session.get_outputs()]
+        names = [node.name for node in session.get_outputs()]
         for name in names:
             binding.bind_output(name, self._device.memory, self._device.index)
-        self._session.run_with_iobinding(binding)
+        try:
+            with library_call(lambda: setattr(options, "terminate", True)):
+                session.run_with_iobinding(binding, options)
+        except Exception as error:  # the library raises its own classes for every kind of fault
+            shapes = {name: value.shape() for name, value in self._values.items()}
+            raise failure(self._component, f"ONNX Runtime {ort.__version__}", shapes, error) from error
         self._outputs = dict(zip(names, binding.get_outputs(), strict=True))
         self._values |= {name: self._outputs[output] for output, name in self._carry.items()}
         for output, run, name in self._feeds:
@@ -238,36 +244,11 @@ class OrtRun:
         self._values, self._outputs, self._feeds = {}, {}, []
 
 
-def providers(device: Device) -> Providers:
-    """The execution providers of a session on `device`; ONNX Runtime adds the CPU's for nodes that they cannot run."""
-    name, options = PROVIDERS[device.kind]
-    if device.kind == "cpu":
-        return [(name, options)]
-    options = {**options, "device_id": str(device.index)}
-    if device.kind == "cuda":
-        return [(name, options)]
-    plans = user_folder("XDG_CACHE_HOME", ".cache") / "ort-tensorrt"  # not the folder where a process happens to run
-    return [(name, {**options, "trt_engine_cache_path": str(plans)}), *providers(Device("cuda", device.index))]
-
-
-def _preload() -> None:
-    """Load the libraries of CUDA and cuDNN from their pip packages, if the system has none.
-
-    Without them ONNX Runtime only warns, and computes on the CPU.
-    """
-    if hasattr(ort, "preload_dlls"):  # 1.21 and newer
-        ort.preload_dlls()
-
-
-def _refuse_fallback(session: Any, device: Device) -> None:
-    """Raises: BackendError if a session does not compute where it was asked to."""
-    wanted, active = PROVIDERS[device.kind][0], session.get_providers()
-    if wanted not in active:
-        raise BackendError(
-            f"backend 'ort:{device.kind}': ONNX Runtime {ort.__version__} could not start its {wanted} and would "
-            f"compute on {', '.join(active)} instead. Its libraries of CUDA and cuDNN are missing or too old, or the "
-            'driver is: pip install "onnxruntime-gpu[cuda,cudnn]", see the warning above; or use --backend ort:cpu'
-        )
+def _run_options() -> Any:
+    """The options of one run, in which ONNX Runtime logs no error that it raises too."""
+    options = ort.RunOptions()
+    options.log_severity_level = FATAL
+    return options
 
 
 def _session(
@@ -277,15 +258,20 @@ def _session(
     optimise: bool = True,
     keep: Path | None = None,
     lean: bool = False,
+    own: OwnWeights | None = None,
 ) -> Any:
     """The session of a graph; with `keep`, the optimised graph is also written there, its weights beside it.
+
+    With `own`, some of its weights are others.
 
     Without `optimise` the graph runs as it is written, and its weights are mapped from their file. `lean` is for a few
     calls in little memory: it turns `optimise` off, does not copy weights into the kernels' own order, and gives memory
     back after each call.
     """
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    # What fails is raised too, and its text must not reach a terminal unescaped. Why a GPU's provider does not start is
+    # only logged, and has no texts of the bundle.
+    options.log_severity_level = FATAL if device.kind == "cpu" else FATAL - 1
     options.intra_op_num_threads = threads or thread_limit()
     # Without this the threads of the last component keep spinning, and take the cores from the next one.
     options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -300,15 +286,25 @@ def _session(
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False
     if device.kind != "cpu":
-        _preload()
+        preload()
+    source: Any = graph
+    if own is not None:
+        source = own.content
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(own.folder))
+        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in own.external.values()]
+        options.add_external_initializers(list(own.external), values)
     try:
-        session = ort.InferenceSession(graph, options, providers=providers(device))
+        session = ort.InferenceSession(source, options, providers=providers(device))
     except Exception as error:  # the library raises its own classes for every kind of fault
         text = f"{graph}: ONNX Runtime {ort.__version__} cannot load it: {error}"
+        if memory_is_full(error):
+            raise BackendError(
+                f'{text}\nThe memory of this process is full: try memory="low", or close others.'
+            ) from error
         if "opset" in str(error) or "NOT_IMPLEMENTED" in str(error):
             raise BackendError(f"{text}\nUpgrade onnxruntime, or export the bundle with --opset 18.") from error
         raise BundleError(text) from error
-    _refuse_fallback(session, device)
+    refuse_fallback(session, device)
     return session
 
 

@@ -15,21 +15,22 @@ import hashlib
 import hmac
 import json
 import os
-import secrets
 import shlex
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, cast
 
 from sdopt.bundle.decode import Json, decode, encode
-from sdopt.bundle.disk import parse_json, user_folder
-from sdopt.bundle.files import Bundle
+from sdopt.bundle.disk import is_private, parse_json, read_plain, user_folder, write_new
+from sdopt.bundle.files import ModelFolder
 from sdopt.bundle.format import File
+from sdopt.bundle.joined import adapter_hashes
 from sdopt.bundle.specs import Profile, TensorSpec
 from sdopt.bundle.stamps import known_sha256, sha256
+from sdopt.bundle.weights import Overlay
+from sdopt.dataclass import dataclass
 from sdopt.errors import BackendError, BundleError
 
 RECORD = "record.json"
@@ -38,6 +39,7 @@ GRAPH = "graph.onnx"  # ONNX Runtime's: what `sdopt build` makes, and what an ea
 FOLDER = "engines"
 COMMAND = "sdopt build BUNDLE"  # how a record's command begins; `Record.at` fills in where the bundle is now
 MAX_RECORD_BYTES = 1 << 20
+KEY_BYTES = 32
 
 Environment = Callable[["Record"], Mapping[str, str]]  # the environment that a record would have if built here, now
 
@@ -70,7 +72,7 @@ class Record:
         parts = [self.backend, str(dict(self.carry)), [str(p) for p in self.profiles]]
         made_from = [parts, sorted(self.environment.items()), sorted(self.sources.items()), self.options]
         text = json.dumps(made_from, sort_keys=True)
-        return f"{self.component}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        return f"{self.component.replace('/', '.')}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     @property
     def rebuild_command(self) -> str:
@@ -81,6 +83,11 @@ class Record:
         """The command that builds this component for these profiles, in the user's units."""
         words = [self.command, f"--component {self.component}", *(f'--profile "{text}"' for text in profiles)]
         return " ".join(words)
+
+    def having(self, option: str) -> Record:
+        """The record, with an option of `sdopt build` in its command."""
+        there = not option or f" {option} " in f"{self.command} "
+        return self if there else replace(self, command=f"{self.command} {option}")
 
     def at(self, bundle: Path) -> Record:
         """The record, with the bundle's present folder in its command."""
@@ -102,6 +109,11 @@ class Stored:
     def precision(self) -> str:
         """What it was built in: "fp32", "fp16" or "bf16"."""
         return str(self.record.options.get("precision", ""))
+
+    @property
+    def weights(self) -> str:
+        """The key of the overlay that it was built with; empty for the bundle's own weights."""
+        return str(self.record.options.get("weights", ""))
 
     def checked(self, name: str) -> Path:
         """The path of one file of the engine, after its size and hash were compared with the record."""
@@ -127,21 +139,21 @@ class Unsigned:
         return self.folder / name
 
 
-def engines_folder(bundle: Bundle) -> Path:
+def engines_folder(bundle: ModelFolder) -> Path:
     """Where a bundle's engines are: inside it or, if it cannot be written, in this user's cache."""
     inside = bundle.path / FOLDER
-    if inside.is_symlink():
+    if os.path.islink(inside):
         raise BundleError(f"{inside} is a symbolic link; a bundle's engines are a plain folder. Remove the link.")
-    if inside.is_dir() or os.access(bundle.path, os.W_OK):
+    if os.path.isdir(inside) or os.access(bundle.path, os.W_OK):
         return inside
     return user_folder("XDG_CACHE_HOME", ".cache") / FOLDER / bundle.digest
 
 
-def stored(bundle: Bundle, backend: str) -> list[Stored]:
+def stored(bundle: ModelFolder, backend: str) -> list[Stored]:
     """The engines of `backend` in a bundle, newest first; folders without a readable record are left out."""
     dated: list[tuple[int, Stored]] = []
-    for path in engines_folder(bundle).glob(f"*/{RECORD}"):
-        with suppress(FileNotFoundError):  # a build in another process removes what is stale
+    for path in _record_files(bundle):
+        with suppress(OSError):  # a build in another process removes what is stale
             entry = _read(path)
             if entry is None or entry[0].backend != backend:
                 continue
@@ -152,32 +164,51 @@ def stored(bundle: Bundle, backend: str) -> list[Stored]:
     return [engine for _, engine in dated]
 
 
+def _record_files(bundle: ModelFolder) -> list[Path]:
+    """Where a bundle's engines have their records; none where this user may not look, or has no home."""
+    try:
+        return list(engines_folder(bundle).glob(f"*/{RECORD}"))
+    except (OSError, BackendError):
+        return []
+
+
 def usable(
-    bundle: Bundle,
+    bundle: ModelFolder,
     component: str,
     backend: str,
     environment: Environment,
     trust: bool = False,
     provider: str = "",
     precision: str = "",
+    option: str = "",
+    weights: str = "",
 ) -> list[Stored]:
     """The engines of `component` that fit this bundle, library and machine, newest first; at least one.
 
     `provider`: see `built_components`. `precision`: engines in it are preferred. Others are taken if there are none,
-    since `sdopt build` chooses another precision for a component that overflows.
+    since `sdopt build` chooses another precision for a component that overflows. `option`: of `sdopt build`, which the
+    caller will need; the commands in errors have it. `weights`: the key of the overlay that is in use. An engine that
+    was built with it is taken before the others; one that was built with another is not taken.
 
     Raises: BackendError if there is no such engine, if somebody else built it, or if it is stale; the text has the
     command that builds it. NoEnginesError if nothing at all is built for this backend.
     """
-    build = f"sdopt build {shlex.quote(str(bundle.path))} --backend {backend}"
+    build = f"sdopt build {shlex.quote(str(bundle.path))} --backend {backend}{f' {option}' if option else ''}"
     every = _for_provider(stored(bundle, backend), provider)
     if not every:
         raise NoEnginesError(f"{bundle.path} has no {backend} engines. Build them: {build}")
     build = f"{build} --component {component}"
     candidates = [s for s in every if s.record.component == component]
-    candidates = [s for s in candidates if s.precision == precision] or candidates
     if not candidates:
         raise BackendError(f"{bundle.path} has no {backend} engine of {component}. Build it: {build}")
+    candidates = [s for s in candidates if s.weights in ("", weights)]
+    if not candidates:
+        raise BackendError(
+            f"{bundle.path} has {backend} engines of {component} only with other LoRAs built into them. "
+            f"Build one without: {build}; or use the LoRA and the weight that it was built with"
+        )
+    candidates = [s for s in candidates if s.precision == precision] or candidates
+    candidates = [s for s in candidates if s.weights == weights] or candidates
     allowed = [s for s in candidates if trust or s.ours]
     if not allowed:
         raise BackendError(
@@ -188,15 +219,20 @@ def usable(
     fresh = [s for s, change in changes if not change]
     if not fresh:
         newest, change = changes[0]
-        rebuild = newest.record.rebuild_command
+        rebuild = newest.record.having(option).rebuild_command
         raise BackendError(f"the {backend} engine of {component} is stale: {change}. Build it: {rebuild}")
     return fresh
 
 
-def changed(record: Record, bundle: Bundle, environment: Mapping[str, str]) -> str:
+def changed(record: Record, bundle: ModelFolder, environment: Mapping[str, str]) -> str:
     """What changed since the engine was built, as text; empty if nothing did."""
     files = {name: entry.sha256 for name, entry in bundle.manifest.files.items()}
-    changes = [f"{name} is another file" for name, digest in record.sources.items() if files.get(name) != digest]
+    files |= adapter_hashes(bundle, [name for name in record.sources if name not in files])
+    changes = [
+        f"{name} is {'another file' if name in files else 'not there'}"
+        for name, digest in record.sources.items()
+        if files.get(name) != digest
+    ]
     for name in {**record.environment, **environment}:
         was, now = record.environment.get(name), environment.get(name)
         if was != now:
@@ -204,15 +240,26 @@ def changed(record: Record, bundle: Bundle, environment: Mapping[str, str]) -> s
     return "; ".join(changes)
 
 
-def built_components(bundle: Bundle, backend: str, provider: str = "", precision: str = "") -> dict[str, str]:
+def built_components(
+    bundle: ModelFolder,
+    backend: str,
+    provider: str = "",
+    precision: str = "",
+    only_ours: bool = False,
+    overlay: Overlay | None = None,
+) -> dict[str, str]:
     """The components that have engines, usable or not, each with the precision of its newest one.
 
-    `provider`: "CUDA" or "CPU" counts only engines made for it; "" counts all. `precision`: the same.
+    `provider`: "CUDA" or "CPU" counts only engines made for it; "" counts all. `precision`: the same. `only_ours`
+    leaves out what somebody else built. `overlay`: counts engines that were built with it too; those that were built
+    with another are left out always.
     """
     newest: dict[str, str] = {}
     for engine in reversed(_for_provider(stored(bundle, backend), provider)):
-        if precision in ("", engine.precision):
-            newest[engine.record.component] = engine.precision
+        component = engine.record.component
+        fits = engine.weights in ("", overlay.key(component) if overlay is not None else "")
+        if fits and precision in ("", engine.precision) and (engine.ours or not only_ours):
+            newest[component] = engine.precision
     return newest
 
 
@@ -227,41 +274,78 @@ def write_record(folder: Path, record: Record, names: Sequence[str]) -> Record:
     files = {n: File((folder / n).stat().st_size, sha256(folder / n)) for n in names}
     record = replace(record, files=files)
     entry: dict[str, Any] = json.loads(json.dumps(encode(record)))
-    text = json.dumps({**entry, "signature": _signature(entry)}, indent=1, allow_nan=False)
+    text = json.dumps({**entry, "signature": _signature(entry, _key())}, indent=1, allow_nan=False)
     (folder / RECORD).write_text(text + "\n", encoding="utf-8")
     return record
 
 
+def check_key() -> None:
+    """To be called before a build: without a key its engines could not be signed.
+
+    Raises: BackendError if this user's key cannot be made or read.
+    """
+    _key()
+
+
 def _read(path: Path) -> tuple[Record, bool] | None:
     """(record, whether this user signed it), or None if the file is not a record."""
-    if path.is_symlink() or path.parent.is_symlink() or path.stat().st_size > MAX_RECORD_BYTES:
+    if path.parent.is_symlink():
         return None
     try:
-        entry = parse_json(path.read_bytes())
+        entry = parse_json(read_plain(path, MAX_RECORD_BYTES))
         fields = cast("dict[str, Any]", entry) if isinstance(entry, dict) else {}
         signature = fields.pop("signature", None)
         record: Record = decode(Record, fields)
     except (OSError, ValueError):
         return None
-    return record, isinstance(signature, str) and hmac.compare_digest(signature, _signature(fields))
+    return record, _is_signed(fields, signature)
 
 
-def _signature(entry: Mapping[str, Any]) -> str:
+def _is_signed(fields: Mapping[str, Any], signature: Any) -> bool:
+    """Whether a signature is that of this user's key; without a key, or with one that others know, nothing is."""
+    if not (isinstance(signature, str) and signature.isascii()):
+        return False
+    try:
+        key = _read_key(_key_path())
+    except (OSError, BackendError):
+        return False
+    return hmac.compare_digest(signature, _signature(fields, key))
+
+
+def _signature(entry: Mapping[str, Any], key: bytes) -> str:
     text = json.dumps(entry, sort_keys=True, separators=(",", ":"))
-    return hmac.new(_key(), text.encode(), hashlib.sha256).hexdigest()
+    return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
+
+
+def _key_path() -> Path:
+    return user_folder("XDG_STATE_HOME", ".local/state") / "engine-key"
+
+
+def _read_key(path: Path) -> bytes:
+    """The key in a file.
+
+    Raises: OSError if there is none; BackendError if it is no key, or one that other users may have read or written.
+    """
+    key = read_plain(path, KEY_BYTES)
+    closed = is_private(path) and (os.name == "nt" or not path.stat().st_mode & 0o077)
+    if len(key) != KEY_BYTES or not closed:
+        raise BackendError(
+            f"{path} is not a signing key that this user alone can read; remove it and build the engines again"
+        )
+    return key
 
 
 def _key() -> bytes:
-    """This user's signing key, made when it is first needed."""
-    path = user_folder("XDG_STATE_HOME", ".local/state") / "engine-key"
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if not path.exists():
-        with tempfile.NamedTemporaryFile(dir=path.parent) as stream:  # readable by its owner alone
-            stream.write(secrets.token_bytes(32))
-            stream.flush()
-            with suppress(FileExistsError):  # another process was first
-                os.link(stream.name, path)
-    key = path.read_bytes()
-    if len(key) != 32:
-        raise BackendError(f"{path} is not a signing key; remove it and build the engines again")
-    return key
+    """This user's signing key, made when it is first needed.
+
+    Raises: BackendError if it cannot be made or read.
+    """
+    path = _key_path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_new(path, lambda: os.urandom(KEY_BYTES))
+        return _read_key(path)
+    except OSError as error:
+        raise BackendError(
+            f"{path}: the key that signs engines cannot be kept: {error}. Set XDG_STATE_HOME to a folder of your own"
+        ) from error

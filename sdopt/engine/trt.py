@@ -5,9 +5,10 @@
               inputs | rows --> [ one CUDA graph: the engine, then carried outputs back to their inputs ] --> outputs
 
 A component may have been built more than once, for other sizes: the plan is loaded whose profile fits a call best
-(`sdopt.engine.loaded`). A plan keeps a lane (`sdopt.engine.lane`) for every set of shapes that it was called with, so
-that a shape that was seen before costs nothing. Scratch memory is the device's arena, which all engines share. Between
-`launch`es the host waits for nothing.
+(`sdopt.engine.loaded`). A plan keeps an execution context with its buffers and its graph
+(`sdopt.engine.bound_context`) for every set of shapes that it was called with, so that a shape that was seen before
+costs nothing. Scratch memory is the device's arena, which all engines share. Between `launch`es the host waits for
+nothing.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from sdopt.bundle.files import Bundle
+from sdopt.bundle.files import ModelFolder
 from sdopt.bundle.specs import Array, Profile, check_begin, check_inputs
 from sdopt.engine import EngineOptions, Run
-from sdopt.engine.cuda import LostContextError, OutOfMemoryError
+from sdopt.engine.bound_context import BoundContext
+from sdopt.engine.cuda_errors import LostContextError, OutOfMemoryError
 from sdopt.engine.device import Device, shared_device
-from sdopt.engine.lane import Lane
 from sdopt.engine.loaded import Loaded
+from sdopt.engine.refit import OPTION, REFIT, NewWeights, refittable
 from sdopt.engine.store import PLAN, Record, Stored, Unsigned, usable
 from sdopt.engine.trt_api import TensorRT, environment, imported
 from sdopt.engine.widen import widened
@@ -36,7 +38,7 @@ from sdopt.errors import BackendError, UsageError
 Plan = Stored | Unsigned
 
 
-def open_component(bundle: Bundle, name: str, how: EngineOptions) -> TrtEngine:
+def open_component(bundle: ModelFolder, name: str, how: EngineOptions) -> TrtEngine:
     """The engine of component `name` that `sdopt build` made for this GPU; `how.device` is its index, "0" if None.
 
     Raises: BackendError for what is missing here: library, driver, GPU or engine.
@@ -45,10 +47,13 @@ def open_component(bundle: Bundle, name: str, how: EngineOptions) -> TrtEngine:
     lib = TensorRT(how.backend)
     plans = usable(
         bundle, name, how.backend, lambda record: environment(lib, gpu.cuda.gpu, record.options), how.trust,
-        precision=how.built,
+        precision=how.built, option=OPTION if how.overlay is not None else "",
+        weights=how.overlay.key(name) if how.overlay is not None else "",
     )  # fmt: skip
-    factor = bundle.manifest.latents.factor
-    return TrtEngine(lib, gpu, plans, {"latent_height": factor, "latent_width": factor}, how.cache)
+    factor, weights = bundle.factor, None
+    if how.overlay is not None and not plans[0].weights:  # one that was built with it needs nothing
+        plans, weights = refittable(plans), NewWeights(bundle, name, how.overlay)
+    return TrtEngine(lib, gpu, plans, {"latent_height": factor, "latent_width": factor}, how.cache, weights)
 
 
 def device_index(backend: str, device: str | None) -> int:
@@ -80,7 +85,7 @@ class TrtEngine:
     """One component behind the Engine contract, with runs that carry their tensors on the GPU.
 
     `plans`: what was built of it, the newest first; at least one. They are loaded when a call needs them, the newest at
-    once, so that its faults are reported here.
+    once, so that its faults are reported here. `weights`: what their weights become.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class TrtEngine:
         plans: Sequence[Plan],
         units: Mapping[str, int] | None = None,
         cache: bool = True,
+        weights: NewWeights | None = None,
     ) -> None:
         newest = plans[0].record
         self.name, self.inputs, self.outputs, self.carry = (
@@ -98,6 +104,7 @@ class TrtEngine:
         signature = (newest.inputs, newest.outputs, newest.carry)
         self._plans = [p for p in plans if (p.record.inputs, p.record.outputs, p.record.carry) == signature]
         self.device, self._lib, self._units, self._cache = device, lib, dict(units or {}), cache
+        self._weights = weights
         self._loaded: dict[str, Loaded] = {}  # by the record's key, the one that was used last at the end
         self.precision: str = newest.options.get("precision", "")  # of the plan that was used last
         self._closed = False
@@ -112,17 +119,17 @@ class TrtEngine:
 
     def __call__(self, **arrays: Array) -> dict[str, Array]:
         dims = check_inputs(self.name, self.inputs, arrays)
-        loaded, lane = self._take(dims)
+        loaded, context = self._take(dims)
         try:
             with self.device.queueing():
                 for name, array in arrays.items():
-                    lane.put(name, array)
-                lane.launch()
-                lane.start_fetch(tuple(s.name for s in self.outputs))
-            self.device.wait(lane.done)
-            return {s.name: lane.fetched(s.name) for s in self.outputs}
+                    context.put(name, array)
+                context.launch()
+                context.start_fetch(tuple(s.name for s in self.outputs))
+            self.device.wait(context.done)
+            return {s.name: context.fetched(s.name) for s in self.outputs}
         finally:
-            self.give_back(loaded, dims, lane)
+            self.give_back(loaded, dims, context)
 
     def begin(self, arrays: Mapping[str, Array], tables: Mapping[str, Array]) -> TrtRun:
         """A run whose inputs are `arrays`, rows of `tables`, and zeros.
@@ -130,20 +137,20 @@ class TrtEngine:
         Raises: UsageError for an unknown name, a wrong dtype or a wrong shape; before anything runs.
         """
         dims = check_begin(self.name, self.inputs, arrays, tables)
-        loaded, lane = self._take(dims)
+        loaded, context = self._take(dims)
         try:
             with self.device.queueing():
-                lane.clear()
+                context.clear()
                 for name, array in arrays.items():
-                    lane.put(name, array)
-                lane.put_tables(tables, max(map(len, tables.values()), default=1))
-            return TrtRun(self, loaded, dims, lane, tuple(map(len, tables.values())))
+                    context.put(name, array)
+                context.put_tables(tables, max(map(len, tables.values()), default=1))
+            return TrtRun(self, loaded, dims, context, tuple(map(len, tables.values())))
         except BaseException:
-            self.give_back(loaded, dims, lane)
+            self.give_back(loaded, dims, context)
             raise
 
     def close(self) -> None:
-        """Free the engine, its lanes and their memory. A run that is not over yet keeps its own until it is."""
+        """Free the engine, its contexts and their memory. A run that is not over yet keeps its own until it is."""
         self._closed = True
         with suppress(LostContextError), self.device.queueing():  # with its context the memory is gone already
             for loaded in self._loaded.values():
@@ -158,8 +165,8 @@ class TrtEngine:
     ) -> None:
         self.close()
 
-    def _take(self, dims: Mapping[str, int]) -> tuple[Loaded, Lane]:
-        """The plan that fits these lengths, and a lane of it."""
+    def _take(self, dims: Mapping[str, int]) -> tuple[Loaded, BoundContext]:
+        """The plan that fits these lengths, and a context of it."""
         plan, profile = self._fitting(dims)
         self.precision = plan.record.options.get("precision", "")
         with self.device.queueing():
@@ -222,12 +229,15 @@ class TrtEngine:
 
     def _open(self, plan: Plan) -> Loaded:
         data: Any = np.memmap(plan.checked(PLAN), np.uint8, "r")
-        return Loaded(self._lib, self.device, data, plan.record, self._cache)
+        weights, change = self._weights, None
+        if weights is not None:
+            change = partial(weights.put_into, record=plan.record, file=plan.checked(REFIT))
+        return Loaded(self._lib, self.device, data, plan.record, self._cache, change)
 
-    def give_back(self, loaded: Loaded, dims: Mapping[str, int], lane: Lane) -> None:
-        """A call or a run that took this lane is over."""
+    def give_back(self, loaded: Loaded, dims: Mapping[str, int], context: BoundContext) -> None:
+        """A call or a run that took this context is over."""
         with suppress(LostContextError), self.device.queueing():
-            loaded.give_back(dims, lane)
+            loaded.give_back(dims, context)
 
 
 def _discard(device: Device, loaded: dict[str, Loaded]) -> None:
@@ -240,11 +250,11 @@ class TrtRun:
     """Calls of a TensorRT engine in turn; see `sdopt.engine.Run`."""
 
     def __init__(
-        self, engine: TrtEngine, loaded: Loaded, dims: Mapping[str, int], lane: Lane, rows: tuple[int, ...]
+        self, engine: TrtEngine, loaded: Loaded, dims: Mapping[str, int], context: BoundContext, rows: tuple[int, ...]
     ) -> None:
         self._rows = rows  # of each table
-        self._name, self._device, self._lane = engine.name, engine.device, lane
-        self._give_back: Callable[[], None] | None = partial(engine.give_back, loaded, dims, lane)
+        self._name, self._device, self._context = engine.name, engine.device, context
+        self._give_back: Callable[[], None] | None = partial(engine.give_back, loaded, dims, context)
 
     def launch(self, k: int, **arrays: Array) -> None:
         if not 0 <= k < min(self._rows, default=1) and (self._rows or arrays):
@@ -253,33 +263,33 @@ class TrtRun:
             )
         with self._queueing():
             for name, array in arrays.items():
-                self._lane.stream_in(k, name, array)
-            self._lane.launch(k)
+                self._context.stream_in(k, name, array)
+            self._context.launch(k)
 
     def fetch(self, name: str) -> Array:
         with self._queueing():
-            self._lane.start_fetch((name,))
-        self._device.wait(self._lane.done)
-        return self._lane.fetched(name)
+            self._context.start_fetch((name,))
+        self._device.wait(self._context.done)
+        return self._context.fetched(name)
 
     def put(self, name: str, array: Array) -> None:
-        self._lane.settle()
+        self._context.settle()
         with self._queueing():
-            self._lane.put(name, array)
+            self._context.put(name, array)
 
     def feed(self, output: str, to: Run, name: str) -> None:
         if not isinstance(to, TrtRun) or to._device is not self._device:
             raise UsageError(f"{self._name}: {output!r} cannot be given to a run on another device")
         with self._queueing():
-            self._lane.feed(output, to._lane, name)
+            self._context.feed(output, to._context, name)
 
     def _queueing(self) -> AbstractContextManager[None]:
-        if self._give_back is None or self._lane.closed:
+        if self._give_back is None or self._context.closed:
             raise UsageError(f"{self._name}: this run is over; begin another")
         return self._device.queueing()
 
     def close(self) -> None:
         give_back, self._give_back = self._give_back, None
         if give_back is not None:
-            self._lane.feeds = ()
+            self._context.feeds = ()
             give_back()

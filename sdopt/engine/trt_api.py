@@ -1,28 +1,33 @@
-"""The one thin layer over TensorRT's Python bindings: 8.6, 10, 11 and TensorRT-RTX, told apart by what they have.
+"""A thin layer over TensorRT's Python bindings: 8.6, 10, 11 and TensorRT-RTX.
 
-Libraries are imported by name, features found with `hasattr`, enum members by name: their values differ between
-versions, and versions are never compared. `tests/engine/test_trt_api.py` holds every call made here and in
-`sdopt.build.trt_build` against what each version's bindings offer.
+Features are found with `hasattr`; versions are never compared. Enum members are found by name, because their values
+differ between versions. `tests/engine/test_trt_api.py` checks every call of the bindings, here and in `sdopt.build`,
+against what each version offers.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from sdopt.engine.cuda import Gpu, OutOfMemoryError
+from sdopt.bundle.specs import Array
+from sdopt.dataclass import dataclass
+from sdopt.engine.cuda import Gpu
+from sdopt.engine.cuda_errors import OutOfMemoryError
 from sdopt.errors import BackendError
 
 LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # backend -> the module of its bindings
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64", "BOOL": "bool"}
+WEIGHTS = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}  # what weights may be -> DataType
 SEVERITIES = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")
+
+Typed = tuple[str, Array]  # a key of WEIGHTS, and the numbers; those of bfloat16 as their bits
 
 
 class TensorRT:
-    """One imported library with its logger, which must outlive all that it made."""
+    """One imported library and its logger. The logger must outlive every object that was made with it."""
 
     def __init__(self, backend: str) -> None:
         self.backend, self.trt = backend, imported(backend)
@@ -30,9 +35,9 @@ class TensorRT:
         self.version = str(self.trt.__version__)
 
     def runtime(self) -> Any:
-        """A runtime on the calling thread's GPU: without a driver its constructor would end the process."""
+        """A runtime on the calling thread's GPU. Without a driver its constructor ends the process."""
         runtime = self.trt.Runtime(self.log)
-        runtime.engine_host_code_allowed = True  # version-compatible plans carry a runtime; plans are signed
+        runtime.engine_host_code_allowed = True  # version-compatible plans contain a runtime; plans are signed
         return runtime
 
     def load(self, runtime: Any, plan: Any, what: str) -> LoadedPlan:
@@ -48,7 +53,7 @@ class TensorRT:
         return LoadedPlan(self.trt, engine, self.log, what)
 
     def stream_weights(self, loaded: LoadedPlan) -> None:
-        """Keep as many weights on the GPU as there is room for, and stream the others; before any context is made.
+        """Keep the weights that fit on the GPU, and stream the others. To be called before any context is made.
 
         Ref: NVIDIA, ICudaEngine::setWeightStreamingBudget of 10.0: -1 is automatic, 0 disables streaming.
         """
@@ -71,13 +76,13 @@ def imported(backend: str) -> Any:
 
 
 def make_log(trt: Any) -> Any:
-    """A logger that keeps the last errors instead of printing them."""
+    """A logger that keeps the last 20 errors instead of printing them."""
     names = {int(getattr(trt.ILogger, name)): name for name in SEVERITIES}
 
     class Log(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self._lines: deque[str] = deque(maxlen=20)  # errors, and nothing else: a build logs thousands of lines
+            self._lines: deque[str] = deque(maxlen=20)  # errors only: a build logs thousands of lines
 
         def log(self, severity: Any, msg: str) -> None:
             if names[int(severity)].endswith("ERROR"):
@@ -95,7 +100,7 @@ def make_log(trt: Any) -> Any:
 
 @dataclass(frozen=True)
 class LoadedPlan:
-    """A deserialized engine: its tensors, its profiles and contexts to run it in. `what`: its name, for messages."""
+    """A deserialized engine: its tensors, its profiles and its contexts. `what` is its name in messages."""
 
     trt: Any
     engine: Any
@@ -103,14 +108,14 @@ class LoadedPlan:
     what: str
 
     def names(self, inputs: bool) -> Iterator[str]:
-        """The tensors that go in, or that come out."""
+        """The names of its inputs, or of its outputs."""
         for i in range(self.engine.num_io_tensors):
             name = self.engine.get_tensor_name(i)
             if (self.engine.get_tensor_mode(name).name == "INPUT") is inputs:
                 yield name
 
     def dtype(self, name: str) -> str:
-        """NumPy's name of a tensor's type."""
+        """NumPy's name of a tensor's dtype."""
         return DTYPES[self.engine.get_tensor_dtype(name).name]
 
     @property
@@ -119,10 +124,10 @@ class LoadedPlan:
         return int(self.engine.num_optimization_profiles)
 
     def runtime_config(self) -> Any:
-        """How contexts are made, where the library can be told; else None.
+        """How contexts are made; None if the library cannot be told.
 
-        TensorRT-RTX compiles kernels for the shapes of a context: EAGER has them all before the first run, so that a
-        graph never captures the fallback kernels that run while others are compiled.
+        TensorRT-RTX compiles kernels for the shapes of a context, and runs fallback kernels until they are compiled.
+        EAGER compiles all of them before the first run, so a graph never captures a fallback kernel.
         """
         if not hasattr(self.engine, "create_runtime_config"):
             return None
@@ -138,7 +143,7 @@ class LoadedPlan:
     def context(self, config: Any = None) -> Context:
         """A context without memory of its own, made as `runtime_config` says.
 
-        Raises: OutOfMemoryError if there is none, which means that memory is short.
+        Raises: OutOfMemoryError if TensorRT makes none: then memory is short.
         """
         self.log.clear()
         if config is not None:
@@ -154,10 +159,46 @@ class LoadedPlan:
             )
         return Context(self.engine, context, self.log, self.what)
 
-    def layers(self) -> str:
-        """What the engine's layers are, as JSON; empty where the library cannot tell.
+    def refit(self, changed: Iterable[tuple[str, Typed]], as_built: Callable[[str], Typed | None]) -> None:
+        """Give weights other numbers, before the first context is made.
 
-        Raises: BackendError with what TensorRT logged where its inspector fails.
+        `changed`: by the names of the ONNX graph. TensorRT may have joined one of them with others, and then needs
+        these too: `as_built` has their numbers.
+        Raises: OutOfMemoryError where the GPU is full; BackendError with what TensorRT logged.
+        """
+        self.log.clear()
+        refitter = self.trt.Refitter(self.engine, self.log)
+        arrays: dict[str, Array] = {}  # TensorRT copies none of them: they live until it is done
+
+        def give(name: str, typed: Typed | None) -> None:
+            if typed is None or name in arrays:
+                raise self._not_refitted(f"needs {name or 'a weight without a name'!r} to change its weights")
+            kind, arrays[name] = typed
+            if not refitter.set_named_weights(name, self._weights(kind, arrays[name])):
+                raise self._not_refitted(f"does not take {kind} numbers for {name!r}")
+
+        for name, typed in changed:
+            give(name, typed)
+        while missing := refitter.get_missing_weights():
+            for name in missing:
+                give(name, as_built(name))
+        if not refitter.refit_cuda_engine():
+            raise self._not_refitted("does not change its weights")
+
+    def _weights(self, kind: str, array: Array) -> Any:
+        """TensorRT's view of an array; NumPy has no bfloat16."""
+        if kind != "bfloat16":
+            return self.trt.Weights(array)
+        return self.trt.Weights(getattr(self.trt.DataType, WEIGHTS[kind]), array.ctypes.data, array.size)
+
+    def _not_refitted(self, what: str) -> BackendError:
+        kind = OutOfMemoryError if "OutOfMemory" in self.log.errors() else BackendError
+        return kind(f"{self.what}: TensorRT {what}: {self.log.errors()}")
+
+    def layers(self) -> str:
+        """The engine's layers as JSON; empty if the library has no inspector.
+
+        Raises: BackendError with what TensorRT logged if its inspector fails.
         """
         if not hasattr(self.engine, "create_engine_inspector"):
             return ""
@@ -171,7 +212,7 @@ class LoadedPlan:
 
 @dataclass(frozen=True)
 class Context:
-    """One execution context: a profile, shapes and addresses, and then `enqueue`. What is refused says why."""
+    """TensorRT's execution context: choose a profile, shapes and addresses, then `enqueue`."""
 
     engine: Any
     context: Any
@@ -179,45 +220,50 @@ class Context:
     what: str
 
     def prepare(self, profile: int, shapes: Mapping[str, tuple[int, ...]], stream: int) -> int:
-        """Choose the profile, then the shapes of all inputs; bytes of scratch memory that they need."""
+        """Choose the profile, then the shapes of all inputs. Returns the bytes of scratch memory that they need."""
         self.log.clear()
         done = self.context.set_optimization_profile_async(profile, stream)
         for name, shape in shapes.items():
             done = done and self.context.set_input_shape(name, shape)
         if not done:
             raise self._refused(f"takes its profile {profile} not for {dict(shapes)}")
-        most = getattr(self.engine, "device_memory_size_v2", None)
-        most = int(self.engine.device_memory_size if most is None else most)
+        most = int(self._largest_scratch())
         if not hasattr(self.context, "update_device_memory_size_for_shapes"):
             return most
         needed = int(self.context.update_device_memory_size_for_shapes())
-        if not needed and most:  # 0 is TensorRT's word for a failure, unless no shape needs any
+        if not needed and most:  # TensorRT returns 0 for a failure, or if no shape needs any
             raise self._refused(f"does not tell how much memory it needs for {dict(shapes)}")
         return needed
+
+    def _largest_scratch(self) -> int:
+        """Bytes of scratch memory that are enough for all shapes."""
+        if hasattr(self.engine, "device_memory_size_v2"):
+            return self.engine.device_memory_size_v2
+        return self.engine.device_memory_size
 
     def _refused(self, what: str) -> BackendError:
         return BackendError(f"{self.what}: TensorRT {what}; build the engine again. It says: {self.log.errors()}")
 
     def scratch(self, address: int, nbytes: int) -> None:
-        """Use this scratch memory."""
+        """Use the scratch memory at this address."""
         if hasattr(self.context, "set_device_memory"):
             self.context.set_device_memory(address, nbytes)
         else:
             self.context.device_memory = address
 
     def bind(self, name: str, address: int) -> None:
-        """Read or write a tensor there."""
+        """Let the engine read or write tensor `name` at this address."""
         if not self.context.set_tensor_address(name, address):
             raise self._refused(f"refuses the address {address} for {name!r}")
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, once all inputs have theirs."""
+        """The shape of a tensor; all inputs must have theirs."""
         return tuple(self.context.get_tensor_shape(name))
 
     def capturable(self, stream: int) -> bool:
-        """Whether a run can become a graph, where the library can tell; elsewhere the capture itself tells."""
-        ask = getattr(self.context, "is_stream_capturable", None)
-        return ask is None or bool(ask(stream))
+        """Whether a run can become a graph. If the library cannot tell, the capture itself will."""
+        is_capturable = getattr(self.context, "is_stream_capturable", None)
+        return is_capturable is None or bool(is_capturable(stream))
 
     def enqueue(self, stream: int) -> None:
         """Queue one run."""
@@ -226,21 +272,23 @@ class Context:
 
 
 def environment(lib: TensorRT, gpu: Gpu | None, options: Mapping[str, Any]) -> dict[str, str]:
-    """What an engine depends on beside its sources, as a build with these options records it.
+    """What an engine depends on besides its sources, as a build with these options records it.
 
-    An engine runs where its build's TensorRT, GPU and driver are. With `version_compatible` any build of the same major
-    version will do, with `hardware_compatible` any GPU from Ampere on. TensorRT-RTX compiles for the GPU when it loads.
+    An engine needs the TensorRT version, the GPU and the driver that it was built with. With `version_compatible` it
+    runs on every release of the same major version, with `hardware_compatible` on every GPU from Ampere on.
+    TensorRT-RTX compiles for the GPU when an engine is loaded, so its engines run on every GPU that it knows.
     """
     version = lib.version.split(".")[0] + ".x" if options.get("version_compatible") else lib.version
-    told = {lib.trt.__name__: version}
+    recorded = {lib.trt.__name__: version}
     capabilities = getattr(lib.trt, "ComputeCapability", None)
     if capabilities is not None:
-        known = [n[2:] for n in capabilities.__members__ if n.startswith("SM")]
-        takes = gpu is None or gpu.compute_capability.replace(".", "") in known
-        return {**told, "compute capability": " ".join(known) if takes or gpu is None else gpu.compute_capability}
+        known = [member[2:] for member in capabilities.__members__ if member.startswith("SM")]
+        if gpu is None or gpu.compute_capability.replace(".", "") in known:
+            return {**recorded, "compute capability": " ".join(known)}
+        return {**recorded, "compute capability": gpu.compute_capability}
     if gpu is None:
         raise BackendError(f"{lib.trt.__name__} builds engines on the GPU that will run them, and there is none here")
-    told["driver"] = f"CUDA {gpu.driver // 1000}"
+    recorded["driver"] = f"CUDA {gpu.driver // 1000}"
     if options.get("hardware_compatible") and float(gpu.compute_capability) >= 8:
-        return {**told, "GPU": "Ampere or newer"}
-    return {**told, "GPU": gpu.name, "compute capability": gpu.compute_capability}
+        return {**recorded, "GPU": "Ampere or newer"}
+    return {**recorded, "GPU": gpu.name, "compute capability": gpu.compute_capability}

@@ -1,30 +1,35 @@
-"""A diffusers checkpoint on disk: its configurations, its models, its tokenizers. Nothing here knows a family.
+"""A diffusers checkpoint on disk: its configurations, its models, its tokenizers. This module knows no families.
 
 Only safetensors weights are read, because a pickle can run code when it is opened. `sdopt.export.source` opens
-checkpoints, and compares the class of every component with those that are known before anything is loaded.
+checkpoints. It checks that the class of every component is a known one before anything is loaded.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
+from sdopt.dataclass import dataclass
 from sdopt.errors import CheckpointError
+from sdopt.export import accounting
+
+MODEL = ""  # the one component of a folder that holds a model, and no pipeline
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A diffusers folder whose index has been checked.
 
-    `classes`: the class of each component that it has, with its library: "diffusers.AutoencoderKL".
+    `classes`: the class of each component, with its library: "diffusers.AutoencoderKL".
     """
 
     folder: Path
@@ -33,7 +38,7 @@ class Checkpoint:
     provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def index(self) -> dict[str, Any]:
-        """model_index.json, as it is."""
+        """The content of model_index.json."""
         return read_json(self.folder / "model_index.json")
 
     @property
@@ -42,30 +47,107 @@ class Checkpoint:
         return str(self.index().get("_class_name"))
 
     def has(self, component: str) -> bool:
-        """Whether it has this component; SDXL's refiner has one text encoder of two."""
+        """Whether the checkpoint has this component. SDXL's refiner, for example, has one of two text encoders."""
         return component in self.classes
 
     def config(self, component: str) -> dict[str, Any]:
-        """The configuration file of a component, as it is."""
-        name = "scheduler_config.json" if component == "scheduler" else "config.json"
-        config = read_json(self.folder / component / name)
+        """The configuration of a component as its class reads it. Numbers that JSON does not have are texts.
+
+        The class fills in the defaults of absent keys. A scheduler's class is the one that model_index.json names, and
+        its absent keys stay absent.
+        Raises: CheckpointError if it cannot be read.
+        """
+        folder = self.folder / component
+        if component == "scheduler":
+            config = read_json(folder / "scheduler_config.json")
+            entry = self.index().get("scheduler")
+            if isinstance(entry, list) and isinstance(entry[-1], str):
+                config["_class_name"] = entry[-1]
+            config["_class_name"] = str(config.get("_class_name")).removeprefix("Flax")
+        else:
+            config = read_json(folder / "config.json")
+            if component in self.classes:
+                config |= self._resolved(component, config)
         return {key: _json_number(value) for key, value in config.items()}
+
+    def _resolved(self, component: str, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The values that the component's class takes from its configuration, or has as its defaults."""
+        model: Any = self._class(component)
+        if self.classes[component].startswith("transformers."):
+            try:
+                return model.config_class.from_pretrained(self.folder / component, local_files_only=True).to_dict()
+            except Exception as error:  # transformers raises whatever its parts raise
+                raise CheckpointError(f"{self.folder / component / 'config.json'}: cannot be read: {error}") from error
+        parameters = inspect.signature(model.__init__).parameters
+        absent = {name: p.default for name, p in parameters.items() if p.default is not p.empty and name not in config}
+        return absent
+
+    def skeleton(self, component: str) -> torch.nn.Module:
+        """The component's model as its configuration says, without weights: its tensors have shapes alone.
+
+        Raises: CheckpointError if its class cannot read the configuration.
+        """
+        silence_libraries()
+        where = self.folder / component
+        model: Any = self._class(component)
+        try:
+            with torch.device("meta"):
+                if self.classes[component].startswith("transformers."):
+                    return model(model.config_class.from_pretrained(where, local_files_only=True)).eval()
+                return model.from_config(model.load_config(where, local_files_only=True)).eval()
+        except Exception as error:  # a configuration can make the libraries raise anything
+            raise CheckpointError(f"{where / 'config.json'}: {component} cannot be made of it: {error}") from error
+
+    def shapes(self, component: str) -> dict[str, tuple[int, ...]]:
+        """The shapes of its parameters by their names in published files, as its configuration says.
+
+        Raises: CheckpointError if its class cannot read the configuration.
+        """
+        model = self.skeleton(component)
+        # published text encoders have a wrapper around all but their projection; transformers from 5.6 on drops it
+        is_bare = self.classes[component].startswith("transformers.") and not hasattr(model, "text_model")
+        prefix = "text_model." if is_bare else ""
+        return {prefix + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
     def load(self, component: str) -> torch.nn.Module:
         """The component's model in float32, ready to be traced.
 
-        Raises: CheckpointError if its weights cannot be read.
+        Raises: CheckpointError if its weights cannot be read, are not finite, or are not those of the model.
         """
         silence_libraries()
         library = self.classes[component].partition(".")[0]
-        options = {"dtype" if library == "transformers" else "torch_dtype": torch.float32}
-        try:
-            model = self._class(component).from_pretrained(
-                self.folder / component, variant=self.variant, use_safetensors=True, local_files_only=True, **options
+        where = self.folder / component
+        options: dict[str, Any] = {"dtype" if library == "transformers" else "torch_dtype": torch.float32}
+        if library == "transformers":
+            options["attn_implementation"] = "sdpa"  # never one that the checkpoint names: it may be code of the hub
+        if self.config(component).get("quantization_config"):
+            raise CheckpointError(
+                f"{where}: its weights are quantized (quantization_config in config.json); "
+                "export the checkpoint that they were made from"
             )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise CheckpointError(f"{self.folder / component}: cannot be loaded: {error}") from error
+        try:
+            model, info = self._class(component).from_pretrained(
+                where,
+                variant=self._variant_of(component),
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
+            )
+        except Exception as error:  # a configuration can make the libraries raise anything
+            raise CheckpointError(f"{where}: cannot be loaded: {_without_advice(error)}") from error
+        accounting.require_all(where, info)
+        accounting.require_finite(where, model)
         return model.eval().requires_grad_(False)
+
+    def require_weights(self, components: Iterable[str]) -> None:
+        """Load each of these models, so that a fault in the last is not found after hours of tracing.
+
+        Raises: CheckpointError as `load` does.
+        """
+        for component in components:
+            if self.has(component):
+                self.load(component)
 
     def tokenizer(self, component: str) -> Any:
         """A transformers tokenizer, backed by the `tokenizers` library."""
@@ -76,25 +158,39 @@ class Checkpoint:
         return getattr(importlib.import_module(library), name)
 
     def weight_files(self, component: str) -> list[Path]:
-        """The safetensors files of a component: one, or the shards of its index."""
-        infix = f".{self.variant}" if self.variant else ""
+        """The safetensors files of a component: one, or the shards of its index. The variant's come first.
+
+        A component that lacks the variant is read without it, as diffusers does.
+        """
+        return self._files(component, self.variant) or self._files(component, None)
+
+    def _files(self, component: str, variant: str | None) -> list[Path]:
+        infix = f".{variant}" if variant else ""
         pattern = re.compile(rf"(diffusion_pytorch_)?model{re.escape(infix)}(-\d+-of-\d+)?\.safetensors")
         return sorted(p for p in (self.folder / component).glob("*.safetensors") if pattern.fullmatch(p.name))
 
+    def _variant_of(self, component: str) -> str | None:
+        """The variant that a component is read as; None if it has none of this name."""
+        return self.variant if self.has_variant(component) else None
+
+    def has_variant(self, component: str) -> bool:
+        """Whether a component has weights of the variant."""
+        return bool(self._files(component, self.variant))
+
     @property
     def nbytes(self) -> int:
-        """Bytes of all weights, as they are on disk."""
+        """The bytes of all weights on disk."""
         return sum(path.stat().st_size for component in self.classes for path in self.weight_files(component))
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 
-    Raises: CheckpointError if the file is missing or something else.
+    Raises: CheckpointError if the file is missing or is not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds {type(content).__name__}, not a JSON object")
@@ -102,7 +198,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def silence_libraries() -> None:
-    """Keep the libraries' progress bars off the terminal; ours are the lines that `report` is given."""
+    """Keep the libraries' progress bars off the terminal. sdopt reports progress through `report`."""
     import diffusers.utils.logging
     import transformers.utils.logging
 
@@ -111,6 +207,26 @@ def silence_libraries() -> None:
         library.set_verbosity_error()
 
 
+def _without_advice(error: Exception) -> str:
+    """What a library says, without what it tells those who call it to type: the exporter has no such option."""
+    text = str(error).strip()
+    for advice in LIBRARIES_ADVICE:
+        text = re.sub(advice, "", text, flags=re.DOTALL).strip()
+    if "ignore_mismatched_sizes" in str(error):
+        unlike = "its weights have other shapes than its config.json says; take both from the same checkpoint"
+        return f"{text} {unlike}".strip()
+    return text
+
+
+# diffusers, `load_model_dict_into_meta` and `_load_state_dict_into_model`; transformers, `log_state_dict_report`
+LIBRARIES_ADVICE = (
+    r"\s*If you want to instead overwrite.*",
+    r"\s*You may consider adding `ignore_mismatched_sizes.*",
+    r"You set `ignore_mismatched_sizes` to `False`.*",
+)
+
+
 def _json_number(value: Any) -> Any:
-    """A number that JSON does not have, as text: diffusers writes -Infinity into the configurations of DPM-Solver."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    """The value itself, but a number that JSON does not have as text: "-inf" of DPM-Solver's -Infinity."""
+    is_in_json = not isinstance(value, float) or math.isfinite(value)
+    return value if is_in_json else str(value)

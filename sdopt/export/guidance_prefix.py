@@ -1,13 +1,14 @@
-"""Guidance runs the UNet twice on one sample; what comes before the prompt needs to be computed only once.
+"""Guidance runs the UNet twice on one sample. This pass computes only once what does not depend on the prompt.
 
-The halves of classifier-free guidance differ in the prompt alone. Until the first cross-attention they compute the same
-numbers: in Stable Diffusion 1.5 the first residual block and the first self-attention, at the largest resolution. This
-pass gives the sample and the timestep a batch of their own, and repeats a tensor where it first meets the prompt:
+The halves of classifier-free guidance differ only in the prompt. They compute the same numbers up to the first
+cross-attention: in Stable Diffusion 1.5 the first residual block and the first self-attention, at the largest
+resolution. The pass gives the sample and the timestep a batch of their own, and repeats a tensor where the prompt is
+first used with it:
 
     before   sample [batch]   timestep [batch]    encoder_hidden_states [batch]
     after    sample [images]  timestep [images]   encoder_hidden_states [batch],  batch = images or 2 * images
 
-The repeats stand one after another, as `concatenate([sample, sample])` puts them. Nothing is approximated.
+The repeats follow one another, in the order of `concatenate([sample, sample])`. Nothing is approximated.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from sdopt.errors import CheckpointError
 from sdopt.graph import names
 
 IMAGES, BATCH = "images", "batch"
-SIZES = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)  # the types of what is computed from shapes
+SIZES = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)  # the types of values that are computed from shapes
 
 
 def share_guidance_prefix(model: ir.Model, shared: Sequence[str], component: str) -> None:
-    """Give the inputs named in `shared` the batch dimension "images", and repeat what is made of them where it must be.
+    """Give the inputs in `shared` the batch dimension "images", and repeat their results where the prompt needs them.
 
     Raises: CheckpointError if the graph uses its batch in a way that this pass does not know.
     """
@@ -39,7 +40,7 @@ def share_guidance_prefix(model: ir.Model, shared: Sequence[str], component: str
 
 
 class _Pass:
-    """Nodes that depend on the shared inputs alone run once for each image, all others once for each prompt."""
+    """Lets nodes that depend only on the shared inputs run once for each image, and all others once for each prompt."""
 
     def __init__(
         self, component: str, graph: ir.Graph, image_inputs: list[ir.Value], prompt_inputs: list[ir.Value]
@@ -67,7 +68,7 @@ class _Pass:
         self._rename_dimensions()
 
     def _rename_dimensions(self) -> None:
-        """Two names for what was one length: an engine may take equal names for equal lengths."""
+        """Name the first axis by its length: an engine may rely on equal names being equal lengths."""
         lengths = Counter(str(value.shape[0]) for value in self.repeated if value.shape)
         traced = lengths.most_common(1)[0][0] if lengths else BATCH
         for node in self.graph:
@@ -77,7 +78,7 @@ class _Pass:
                     value.shape = ir.Shape([length, *value.shape[1:]])
 
     def _for_each_prompt(self, value: ir.Value) -> ir.Value:
-        """What a node of the prompts reads instead of `value`: a size with its own batch, or the tensor repeated."""
+        """What a node of the prompts reads instead of `value`: a size for its own batch, or the repeated tensor."""
         if value.dtype in SIZES:
             return self._resize(value)
         if value not in self.repeated:
@@ -104,7 +105,7 @@ class _Pass:
         return tile.outputs[0]
 
     def _resize(self, value: ir.Value) -> ir.Value:
-        """An integer computed from shapes: computed again, with the batch of the prompts, if that changes it."""
+        """A value that is computed from shapes, as it is for the batch of the prompts. It may be `value` itself."""
         if value not in self.resized:
             node = _producer(value)
             is_shape = node.op_type == "Shape"
@@ -125,7 +126,7 @@ class _Pass:
         """What a Shape node would give if its input had the batch of the prompts."""
         start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", 1 << 31)
         if start > 0:
-            return value  # the batch is not in it
+            return value  # without the batch
         if end == 1:
             return self.batch
         tensor = node.inputs[0]
@@ -137,14 +138,14 @@ class _Pass:
         return copy.outputs[0]
 
     def _insert_count(self, place: ir.Node, node: ir.Node, name: str) -> ir.Value:
-        """The result of `node`, a list of one integer, put before `place`."""
+        """Insert `node`, whose result is a list of one integer, before `place`. Returns the result."""
         _describe(node.outputs[0], name, ir.TensorType(ir.DataType.INT64), ir.Shape([1]))
         self.graph.insert_before(place, node)
         return node.outputs[0]
 
 
 def _first_length(value: ir.Value) -> ir.Node:
-    """The node that gives the length of the first axis."""
+    """A node that computes the length of the first axis."""
     return ir.node("Shape", [value], {"start": 0, "end": 1})
 
 

@@ -1,6 +1,6 @@
-"""What a diffusers scheduler does with vectors: one run, with chosen model outputs and chosen noise.
+"""Run a diffusers scheduler on chosen model outputs and chosen noise, and observe what it does with them.
 
-The runs are in float64, on the schedule's numbers as set_timesteps made them, so that no step adds a rounding error.
+Runs are in float64, with the schedule's numbers as set_timesteps computed them, so steps add no rounding errors.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,15 +15,18 @@ import torch
 from numpy.typing import NDArray
 from torch.overrides import TorchFunctionMode
 
+from sdopt.dataclass import dataclass
+
 Float64 = NDArray[np.float64]
 Vectors = Callable[[int], torch.Tensor]  # the i-th vector of a run
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What a scheduler did with vectors: row k belongs to call k of the model.
+    """What a scheduler did in one run. Row k belongs to call k of the model.
 
-    Shapes: K calls, vectors of D numbers; samples [K + 1, D], inputs [K, D], clean [K, D] (NaN where it gives none).
+    Shapes for K calls and vectors of D numbers: samples [K + 1, D], inputs [K, D], clean [K, D]. A clean sample that
+    the scheduler does not give is NaN. `draws`: how many times each call drew noise.
     """
 
     timesteps: Float64
@@ -44,10 +46,11 @@ def observe(
     double: bool = True,
     **step: Any,
 ) -> Observation:
-    """The samples of one run: `sample` in, the i-th model output `output(i)`, the j-th noise drawn `noise(j)`.
+    """Run the scheduler from `sample`, with `output(i)` as the i-th model output and `noise(j)` as the j-th noise.
 
-    `begin` is the index of the first timestep, above 0 as in image to image; `step` goes to scheduler.step where it has
-    such an argument (eta). Without `double` the scheduler computes as it always does, in the vectors' own precision.
+    `begin` is the index of the first timestep; in image to image it is above 0. `step` has arguments for
+    scheduler.step, such as eta; those that it does not take are left out. Without `double` the scheduler computes as
+    usual, in the precision of the vectors.
     """
     if begin and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
@@ -91,14 +94,14 @@ def one_hot(size: int, i: int) -> torch.Tensor:
 
 
 def widen(scheduler: Any) -> None:
-    """Make the scheduler's float32 tensors float64, but for its timesteps."""
+    """Make the scheduler's float32 tensors float64, except its timesteps."""
     for name, value in scheduler.__dict__.items():
         if isinstance(value, torch.Tensor) and value.dtype == torch.float32 and name != "timesteps":
             setattr(scheduler, name, value.double())
 
 
 class _Observed(TorchFunctionMode):
-    """Inside, standard normal noise comes from `noise`; with `double`, float64 takes the place of float32."""
+    """A context in which torch's normal noise comes from `noise`. With `double`, float64 replaces float32."""
 
     def __init__(self, noise: Callable[[], torch.Tensor], double: bool) -> None:
         super().__init__()
@@ -119,7 +122,7 @@ class _Observed(TorchFunctionMode):
 
 @contextmanager
 def _default_dtype_of(sample: torch.Tensor) -> Generator[None]:
-    """Inside, torch makes tensors in the precision of `sample`."""
+    """A context in which torch makes tensors in the precision of `sample`."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(sample.dtype)
     try:

@@ -1,20 +1,34 @@
 """A part: one component of a checkpoint, loaded and ready to be traced.
 
-It is the checkpoint's own module behind a `forward` whose arguments and results are the tensors of its spec.
+Its module wraps the checkpoint's own model. The arguments and results of `forward` are the tensors of the part's spec.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import field, replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 
 from sdopt.bundle.specs import Array, TensorSpec
+from sdopt.dataclass import dataclass
 
 Sizes = Mapping[str, int]  # the length of each named dimension
+Write = Callable[[Path, Path], object]  # the written graph of a part, the graph to be made of it
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A second graph of a part, which `write` makes of the written one, on the same file of weights.
+
+    `part` is what it must compute. Its module has the same model inside, and its graph is not traced.
+    """
+
+    part: Part
+    write: Write
 
 
 @dataclass(frozen=True)
@@ -25,8 +39,9 @@ class Part:
     `limits`: exclusive upper bounds of integer inputs.
     `shared`: inputs that are the same for both halves of guidance. Their batch, "images", may be smaller than the
     "batch" of the other inputs, which is a multiple of it.
-    `prefix`: what the checkpoint writes before the model's names of parameters.
-    `unused`: the parameters that the component does not read, by the beginning of their names; and why.
+    `prefix`: the checkpoint's names of parameters are this prefix and the model's names.
+    `variants`: further graphs that are made of its graph.
+    `unused`: the parameters that the component does not read: the beginning of their names -> the reason.
     """
 
     name: str
@@ -38,6 +53,7 @@ class Part:
     shared: tuple[str, ...] = ()
     prefix: str = ""
     unused: Mapping[str, str] = field(default_factory=dict[str, str])
+    variants: tuple[Variant, ...] = ()
 
     def example(self, sizes: Sizes, seed: int = 0) -> dict[str, Array]:
         """Seeded inputs of the given sizes: ids and timesteps in their range, everything else standard normal."""
@@ -50,14 +66,14 @@ class Part:
             elif spec.dtype == "int32":
                 highest = self.limits[spec.name] - 1
                 ids = rng.integers(0, highest + 1, shape, np.int32)
-                ids.flat[-1] = highest  # so that every example has it
+                ids.flat[-1] = highest  # every example contains the highest id
                 arrays[spec.name] = ids
             else:
                 arrays[spec.name] = rng.standard_normal(shape, np.float32)
         return arrays
 
     def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """What PyTorch computes in float32: the reference of the parity gate."""
+        """The outputs that PyTorch computes in float32, which are the reference of the parity gate."""
         with torch.inference_mode():
             tensors = {spec.name: torch.from_numpy(arrays[spec.name]) for spec in self.inputs}
             batch = max(len(tensor) for tensor in tensors.values())
@@ -69,7 +85,8 @@ class Part:
         return {spec.name: tensor.numpy() for spec, tensor in zip(self.outputs, outputs, strict=True)}
 
     def released(self) -> Part:
-        """The same without the model. Its weights are emptied, because torch's ONNX exporter keeps them (2.13)."""
+        """The part without its model. The weights are emptied, because torch's ONNX exporter (2.13) keeps the model."""
         for weight in self.module.parameters():
             weight.data = torch.empty(0)
-        return replace(self, module=torch.nn.Identity())
+        variants = tuple(replace(v, part=replace(v.part, module=torch.nn.Identity())) for v in self.variants)
+        return replace(self, module=torch.nn.Identity(), variants=variants)

@@ -1,10 +1,10 @@
 """The affine map from latents to colours that previews need, fitted to the checkpoint's own VAE.
 
-Its latents are those of the encoder for a fixed set of random pictures: a few colours spread smoothly, with hard edges
-in some and a little noise in all. They are made from pictures because a VAE's latents cover a small part of the space,
-and the map has to be best there. The target is what the decoder makes of them, averaged over each cell of
-factor x factor pixels. A quarter of the pictures takes no part in the fit; the figures in the manifest are measured on
-it.
+The latents of the fit are encoded from a fixed set of random pictures. These have a few colours, smooth or with hard
+edges, and a little noise. Random latents would not do, because the latents of pictures cover a small part of the space,
+and the map has to be best there. The colours of the fit are what the decoder makes of the latents, averaged over each
+cell of factor x factor pixels. A quarter of the pictures is left out of the fit. The figures in the manifest are
+measured on that quarter.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ GRIDS = (2, 3, 5, 8)  # cells a side of the small picture that is enlarged
 
 
 def fit(folder: Path, manifest: Manifest) -> Preview | None:
-    """`preview` of the manifest: the matrix [channels + 1, 3], its PSNR in dB, and its R2, the variance explained.
+    """The `preview` entry of the manifest: the matrix [channels + 1, 3], its PSNR in dB, and its R2.
 
-    None for a VAE whose outputs are not finite, that cannot encode, or that does not take three channels.
+    None if the VAE cannot encode, does not take three channels, or has outputs that are not finite.
     """
     if not {"vae_encoder", "vae_decoder"} <= set(manifest.components):
         return None
@@ -48,10 +48,12 @@ def fit(folder: Path, manifest: Manifest) -> Preview | None:
             decoded = decoder(latent_sample=mean)["sample"]
             cells = decoded.reshape(1, 3, EDGE, factor, EDGE, factor)
             averaged.append(np.clip(np.mean(cells, (3, 5)) / 2 + 0.5, 0, 1))
-    latents, colours = _samples(_scaled(np.concatenate(encoded), manifest.latents)), _samples(np.concatenate(averaged))
+    latents = _samples(_scaled(np.concatenate(encoded), manifest.latents))
+    colours = _samples(np.concatenate(averaged))
     if not (np.isfinite(latents).all() and np.isfinite(colours).all()):
         return None
-    return _fitted(np.concatenate([latents, np.ones((len(latents), 1))], 1), colours)
+    with_constant = np.concatenate([latents, np.ones((len(latents), 1))], 1)
+    return _fitted(with_constant, colours)
 
 
 def pictures(edge: int) -> list[Float32]:
@@ -70,13 +72,14 @@ def pictures(edge: int) -> list[Float32]:
 
 
 def _scaled(latents: Array, entry: Latents) -> Array:
-    """The VAE's latents as the denoiser has them."""
-    scale, shift = (np.asarray(f, np.float32).reshape(-1, 1, 1) for f in (entry.scaling_factor, entry.shift_factor))
+    """The VAE's latents, scaled as the denoiser takes them."""
+    scale = np.asarray(entry.scaling_factor, np.float32).reshape(-1, 1, 1)
+    shift = np.asarray(entry.shift_factor, np.float32).reshape(-1, 1, 1)
     return (latents - shift) * scale
 
 
 def _fitted(latents: Array, colours: Array) -> Preview:
-    """The map by least squares from the first three quarters of the pictures, measured on the last quarter."""
+    """Fit the map to the first three quarters of the pictures by least squares, and measure it on the last quarter."""
     split = EDGE * EDGE * (PICTURES * 3 // 4)
     matrix = np.linalg.lstsq(latents[:split], colours[:split], rcond=None)[0]
     predicted, target = latents[split:] @ matrix, colours[split:]

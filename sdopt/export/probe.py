@@ -1,9 +1,9 @@
 """The table of any linear diffusers scheduler, found by running it.
 
-A scheduler that is linear in (sample, model outputs, noise) is known once it has been run on one-hot vectors: the
-first sample is e0, the i-th model output e(1+i), and every noise has a vector of its own; each sample that comes back
-is then the list of its own coefficients. A second run, on random vectors, must give what those coefficients say: that
-is the test of whether the scheduler is linear at all.
+A scheduler that is linear in (sample, model outputs, noise) is known once it has been run on one-hot vectors. The first
+sample is e0, the i-th model output is e(1+i), and every noise has a vector of its own. So each sample that comes back
+is the list of its own coefficients. A second run, on random vectors, tests whether the scheduler is linear at all: it
+must give what those coefficients predict.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ TINY = 1e-300  # stands for the size of a vector of zeros
 
 
 def probe(scheduler: Any, steps: int, *, begin: int = 0) -> SamplerTable:
-    """The table of a diffusers scheduler for `steps` steps, without the first `begin` timesteps as in image to image.
+    """The table of a diffusers scheduler for `steps` steps. As in image to image, `begin` timesteps can be left out.
 
-    The table's history is of model outputs, of clean samples or of noises, whichever needs to be shortest. eta is 0, as
-    in diffusers' pipelines. What previews show (`denoised`) follows from the prediction type where the scheduler does
-    not give its clean samples.
+    The table's history is of model outputs, clean samples or noises, whichever can be the shortest. eta is 0, as in
+    diffusers' pipelines. If the scheduler does not give its clean samples, what previews show (`denoised`) follows from
+    the prediction type.
 
-    Raises: CheckpointError when the scheduler cannot be run, is not linear, or needs more than its history.
+    Raises: CheckpointError if the scheduler cannot be run, is not linear, or needs more than its history.
     """
     name = type(scheduler).__name__
     try:
@@ -82,9 +82,9 @@ def _probe(scheduler: Any, name: str, steps: int, begin: int) -> SamplerTable:
 
 
 def _end(levels: Sequence[Level], keep: Float64, update: Float64, clean: Sequence[Pair]) -> Level:
-    """(alpha, sigma) after the last call, as a perfect denoiser leaves it.
+    """(alpha, sigma) after the last call, if the denoiser is perfect.
 
-    Such a denoiser gives the output with which `clean` is the clean sample; every kept value follows from it.
+    A perfect denoiser's output makes `clean` equal to the clean image. All kept values follow from it.
     """
     kept = list[Float64]()
     for level, (c_skip, c_out), (of_x, of_output) in zip(levels, keep, clean, strict=True):
@@ -97,7 +97,7 @@ def _end(levels: Sequence[Level], keep: Float64, update: Float64, clean: Sequenc
 
 
 def _refuse_nonlinear(scheduler: Any, name: str, begin: int, observed: Observation, calls: int) -> None:
-    """Raises: CheckpointError when random vectors do not arrive where the coefficients say."""
+    """Raises: CheckpointError if a run on random vectors does not give what the coefficients predict."""
     random = torch.Generator().manual_seed(0)
     vectors = 3 * torch.randn(1 + 2 * calls, 64, dtype=torch.float64, generator=random)
 
@@ -118,7 +118,7 @@ def _refuse_nonlinear(scheduler: Any, name: str, begin: int, observed: Observati
 
 
 def _level(scheduler: Any, index: int) -> Level:
-    """(alpha, sigma) at a timestep, as the scheduler mixes an image with noise there."""
+    """(alpha, sigma) at a timestep: the factors with which the scheduler mixes an image and noise there."""
     fresh = copy.deepcopy(scheduler)
     widen(fresh)
     if hasattr(fresh, "set_begin_index"):
@@ -135,13 +135,13 @@ def _level(scheduler: Any, index: int) -> Level:
 
 
 def _prediction_type(scheduler: Any) -> str:
-    """What the model predicts, as the configuration says; else by the way in which the scheduler mixes noise."""
+    """What the model predicts. If the configuration does not say, it follows from how the scheduler mixes in noise."""
     is_flow = hasattr(scheduler, "scale_noise") and not hasattr(scheduler, "add_noise")
     return str(scheduler.config.get("prediction_type", "flow_prediction" if is_flow else "epsilon"))
 
 
 def _clean_samples(observed: Observation, prediction: str, levels: Sequence[Level]) -> list[Pair]:
-    """The clean samples in terms of [x, output]: as the scheduler gives them, else as the prediction type says."""
+    """The clean samples in terms of [x, output]: the scheduler's own or, if it has none, by the prediction type."""
     pairs: list[Pair] = []
     for k, level in enumerate(levels):
         pair = _given_clean_sample(observed, k)
@@ -152,7 +152,7 @@ def _clean_samples(observed: Observation, prediction: str, levels: Sequence[Leve
 
 
 def _given_clean_sample(observed: Observation, k: int) -> Pair | None:
-    """The clean sample that call k gave, in terms of [x, output]; None if there is none, or if it needs more."""
+    """The clean sample of call k in terms of [x, output]. None if there is none, or if it needs other terms too."""
     if not np.isfinite(observed.clean[k]).all():
         return None
     output = np.eye(observed.samples.shape[1])[1 + k]
@@ -179,7 +179,7 @@ def _input_scales(observed: Observation, name: str) -> Float64:
 
 
 def _shortest_fit(observed: Observation, candidates: Iterator[Float64], name: str) -> tuple[Float64, Float64]:
-    """(update, what is kept): the candidate with the shortest history; the first of those that are equally short.
+    """(update, kept) of the candidate with the shortest history. If several are equally short, the first one wins.
 
     Raises: CheckpointError if no history of any candidate explains every step.
     """
@@ -194,7 +194,7 @@ def _shortest_fit(observed: Observation, candidates: Iterator[Float64], name: st
 
 
 def _fit(observed: Observation, keep: Float64) -> Float64 | None:
-    """The update of every step by the shortest history of `keep`, or None when no history explains them all."""
+    """The update of every step with the shortest history of `keep`. None if no history explains all steps."""
     if not np.isfinite(keep).all():
         return None
     unit, calls = np.eye(observed.samples.shape[1]), len(keep)
@@ -213,7 +213,7 @@ def _fit(observed: Observation, keep: Float64) -> Float64 | None:
 
 
 def _shortest(x: Float64, history: Sequence[Float64], noise: Float64, after: Float64) -> Float64 | None:
-    """[x, kept..., noise] coefficients of the next sample, with as little history as explains it."""
+    """The coefficients of the next sample in [x, kept..., noise], with the shortest history that explains it."""
     for length in range(1, len(history) + 1):
         row = _coefficients(np.stack([x, *history[:length], noise]), after)
         if row is not None:
@@ -222,7 +222,7 @@ def _shortest(x: Float64, history: Sequence[Float64], noise: Float64, after: Flo
 
 
 def _coefficients(basis: Float64, target: Float64) -> Float64 | None:
-    """The coefficients of `target` in the rows of `basis`, or None when it is not in their span."""
+    """The coefficients of `target` in the rows of `basis`. None if it is not in their span."""
     lengths = np.linalg.norm(basis, axis=1)
     scale = np.where(lengths > 0, lengths, 1.0)
     rows: Float64 = basis / scale[:, None]

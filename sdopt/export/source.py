@@ -6,23 +6,25 @@ read: a pickle can run code when it is opened.
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
+import shutil
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-
-from sdopt.errors import CheckpointError, choices
-from sdopt.export import families
-from sdopt.export.checkpoint import Checkpoint, read_json, silence_libraries
+from sdopt.bundle.unfinished import scratch
+from sdopt.errors import CheckpointError, SdoptError, UsageError, choices, shown
+from sdopt.export import families, hub, wrong
+from sdopt.export.checkpoint import Checkpoint, read_json
 from sdopt.export.families.contract import Family
+from sdopt.export.single_file import convert, recognise
+from sdopt.export.single_file.file import SingleFile
+from sdopt.export.single_file.published import PUBLISHED
+from sdopt.export.wrong import PICKLES
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 ABSENT = [None, None]  # how an index writes that a pipeline has no such component
-PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 CONVERT = (
     "Pickle files can run code when they are opened, so only safetensors are read. Convert it where you trust it: "
     "python -c \"from diffusers import {pipeline} as P; P.from_{how}('{source}').save_pretrained('NEW')\" "
@@ -39,24 +41,27 @@ def open_checkpoint(
     offline: bool = False,
     config: str | None = None,
 ) -> Generator[Checkpoint]:
-    """The checkpoint that `source` names: a folder, a file, or else an id on the hub.
+    """The checkpoint that `source` names: a folder, a file, or an id on the hub.
 
-    Raises: CheckpointError with what is wrong and what to do.
+    `config`: whose configurations a file has: a folder, an id on the hub, or a name in PUBLISHED. Without it they are
+    those of the published model that the file's tensors are like.
+    Raises: CheckpointError with what is wrong and what to do; UsageError for an option that this source does not take.
     """
+    wrong.refuse(source)
     path = Path(source).expanduser()
     if path.is_dir():
+        refuse_unused(f"{source} is a folder", revision=revision, config=config)
         yield open_folder(path, variant, {"folder": path.name})
     elif path.suffix in PICKLES:
-        convert = CONVERT.format(pipeline=families.single_file_pipeline(), how="single_file", source=source)
-        raise CheckpointError(f"{source} is a pickle checkpoint. {convert}")
+        convert = CONVERT.format(pipeline="StableDiffusionPipeline", how="single_file", source=source)
+        raise CheckpointError(f"{source} is a pickle checkpoint. {convert} For SDXL: StableDiffusionXLPipeline.")
     elif path.suffix == ".safetensors":
-        if not path.is_file():
-            raise CheckpointError(f"{source}: there is no such file")
-        with tempfile.TemporaryDirectory(prefix="sdopt-", ignore_cleanup_errors=True) as scratch:
-            _unpack_single_file(path, Path(scratch), config, offline)
-            yield open_folder(Path(scratch), None, {"file": path.name})
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.is_absolute():
-        folder = _download(source, revision, variant, offline)
+        refuse_unused(f"{source} is one file", revision=revision, variant=variant)
+        with scratch() as folder, _named(folder / path.name, source):
+            yield _unpack(path, folder / path.name, config, offline)
+    elif HUB_ID.fullmatch(source) and not path.is_absolute():
+        refuse_unused(f"{source} is an id on the hub", config=config)
+        folder = hub.download(source, revision, variant, offline)
         yield open_folder(folder, variant, {"hub_id": source, "revision": folder.name})
     else:
         raise CheckpointError(
@@ -65,8 +70,39 @@ def open_checkpoint(
         )
 
 
+@contextmanager
+def _named(folder: Path, source: str) -> Generator[None]:
+    """An error of the block names the user's file in place of the folder that it was unpacked into."""
+    try:
+        yield
+    except SdoptError as error:
+        error.args = tuple(str(part).replace(str(folder), source) for part in error.args)
+        raise
+
+
+def refuse_unused(what: str, **options: str | None) -> None:
+    """Raises: UsageError for an option that was given, because a source such as `what` does not take it."""
+    takers = {"revision": "an id on the hub takes", "variant": "a folder takes", "config": "a single file takes"}
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(f"{name} = {shown(value)}: {what}, and only {takers[name]} it; leave it out", name)
+
+
 def open_folder(folder: Path, variant: str | None, provenance: Mapping[str, Any]) -> Checkpoint:
-    """A checked checkpoint in `folder`: each component is of a class that its family knows, with safetensors weights.
+    """The checkpoint in `folder`, after a check that its classes are known and its weights are safetensors files.
+
+    Raises: CheckpointError with what is wrong and what to do; UsageError for a variant that no component has.
+    """
+    checkpoint = read_folder(folder, variant, provenance)
+    for component in families.of(checkpoint).models:
+        if checkpoint.has(component):
+            require_weights(checkpoint, component)
+    _require_variant(checkpoint)
+    return checkpoint
+
+
+def read_folder(folder: Path, variant: str | None, provenance: Mapping[str, Any]) -> Checkpoint:
+    """The same without its weights.
 
     Raises: CheckpointError with what is wrong and what to do.
     """
@@ -74,24 +110,19 @@ def open_folder(folder: Path, variant: str | None, provenance: Mapping[str, Any]
     if not path.is_file():
         raise CheckpointError(f"{folder} has no model_index.json, so it is {_other_content(folder)}")
     index = read_json(path)
-    family = families.of_index(index, str(folder))
-    classes = _checked_classes(index, family, path)
-    checkpoint = Checkpoint(folder, classes, variant, dict(provenance, variant=variant))
-    for component in family.models:
-        if checkpoint.has(component):
-            _require_weights(checkpoint, component)
-    return checkpoint
+    classes = _checked_classes(index, families.of_index(index, str(folder)), path)
+    return Checkpoint(folder, classes, variant, dict(provenance, variant=variant))
 
 
 def _other_content(folder: Path) -> str:
-    """What a folder without an index holds, as far as it is known."""
+    """What a folder without an index is, for an error message."""
     path = folder / "config.json"
     model = read_json(path).get("_class_name") if path.is_file() else None
     return f"one model, {model}, and not a pipeline" if model else "not a diffusers checkpoint"
 
 
 def _checked_classes(index: Mapping[str, Any], family: Family, path: Path) -> dict[str, str]:
-    """The class of each component that is read, with its library; one that the index leaves out has the usual class.
+    """The class of each component that is read, with its library. A component that the index lacks has the usual class.
 
     Raises: CheckpointError for a class that the family does not name.
     """
@@ -115,7 +146,7 @@ def _checked_classes(index: Mapping[str, Any], family: Family, path: Path) -> di
     return classes
 
 
-def _require_weights(checkpoint: Checkpoint, component: str) -> None:
+def require_weights(checkpoint: Checkpoint, component: str) -> None:
     """Raises: CheckpointError if a model has no safetensors weights."""
     if checkpoint.weight_files(component):
         return
@@ -130,6 +161,20 @@ def _require_weights(checkpoint: Checkpoint, component: str) -> None:
     raise CheckpointError(f"{folder} has no safetensors weights; it holds {', '.join(names) or 'nothing'}")
 
 
+def _require_variant(checkpoint: Checkpoint) -> None:
+    """Raises: UsageError if no component has weights of the variant that was named; some may lack it."""
+    models = [name for name in families.of(checkpoint).models if checkpoint.has(name)]
+    if checkpoint.variant is None or any(checkpoint.has_variant(name) for name in models):
+        return
+    present = {one for name in models for one in _variants(p.name for p in (checkpoint.folder / name).glob("*"))}
+    there = f"there are {choices(checkpoint.variant, present)}" if present else "it has none"
+    raise UsageError(
+        f"variant = {shown(checkpoint.variant)}: {checkpoint.folder} has no weights of this variant; {there}, and "
+        "without it the weights that have no variant are read",
+        "variant",
+    )
+
+
 def _variants(names: Iterable[str]) -> Iterator[str]:
     """The variants of weights among the names of files."""
     for name in names:
@@ -138,49 +183,50 @@ def _variants(names: Iterable[str]) -> Iterator[str]:
             yield match[1]
 
 
-def _download(repo_id: str, revision: str | None, variant: str | None, offline: bool) -> Path:
-    """The folder of a hub snapshot: the configurations, and the weights of one variant."""
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    infix = f".{variant}" if variant else ""
-    patterns = ["model_index.json", "generation_config.json", "*/*.json", "*/merges.txt"]
-    for component in families.models():
-        patterns += [f"{component}/*model{infix}.safetensors", f"{component}/*model{infix}-*-of-*.safetensors"]
-    try:
-        snapshot = cast(Any, huggingface_hub).snapshot_download
-        return Path(snapshot(repo_id, revision=revision, allow_patterns=patterns, local_files_only=offline))
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"{repo_id} is not in the local cache, and the hub cannot be asked (offline, or no connection). "
-            f"Download it first, where there is a network: hf download {repo_id}"
-        ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise CheckpointError(f"{repo_id}: the hub says: {error}") from error
-
-
-def _unpack_single_file(path: Path, folder: Path, config: str | None, offline: bool) -> None:
-    """Write one .safetensors file as a diffusers folder, in its own precision."""
-    import diffusers
-    from safetensors import SafetensorError, safe_open
-
-    silence_libraries()
-    try:
-        with cast(Any, safe_open)(path, "pt") as weights:
-            dtypes = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
-    dtype = torch.float16 if dtypes <= {"F16", "I64", "I32"} else torch.float32
-    local = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    options: dict[str, Any] = {"config": config} if config else {}
-    pipeline_class = getattr(diffusers, families.single_file_pipeline())
-    try:
-        pipeline = pipeline_class.from_single_file(
-            str(path), torch_dtype=dtype, local_files_only=local, safety_checker=None, **options
+def _unpack(path: Path, folder: Path, config: str | None, offline: bool) -> Checkpoint:
+    """The model in one .safetensors file, written into `folder` as a diffusers folder with the file's precision."""
+    file = SingleFile.open(path)
+    provenance = {"file": path.name}
+    hint = f"The configurations are those that --config {config} names: name those of the file's own model."
+    if config is None:
+        name, published = recognise.recognise(file)
+        published.write(folder)
+        provenance["configurations"] = name
+        hint = (
+            f"A single file holds no configurations, and those of {published.title} were taken, which its tensors are "
+            "most like. If it is of another model, name a diffusers folder of that model with --config."
         )
-    except Exception as error:  # diffusers raises whatever its parts raise
-        raise CheckpointError(
-            f"{path} cannot be loaded: {error}\nA single file holds no configurations: diffusers takes them from the "
-            "hub, or from a folder of the same model that --config names."
-        ) from error
-    pipeline.save_pretrained(folder, safe_serialization=True)
+    elif config in PUBLISHED:
+        recognise.require_model(file)
+        PUBLISHED[config].write(folder)
+        provenance["configurations"] = config
+    else:
+        recognise.require_model(file)
+        _copy_configurations(config, folder, offline)
+    checkpoint = read_folder(folder, None, provenance)
+    family = families.of(checkpoint)
+    models = {name: checkpoint.shapes(name) for name in family.models if checkpoint.has(name)}
+    for component, origins in convert.plan(file, models, family.single_file, hint).items():
+        library = checkpoint.classes[component].partition(".")[0]
+        name = "model.safetensors" if library == "transformers" else "diffusion_pytorch_model.safetensors"
+        convert.write(file, component, origins, models[component], folder / component / name)
+    return checkpoint
+
+
+def _copy_configurations(config: str, folder: Path, offline: bool) -> None:
+    """Copy the configurations and tokenizers of a diffusers folder, or of an id on the hub, into `folder`."""
+    source = Path(config).expanduser()
+    if not source.is_dir():
+        if not HUB_ID.fullmatch(config):
+            raise CheckpointError(
+                f"--config {config}: there is no such folder; give a diffusers folder of the same model, its id on "
+                f"the hub (owner/name), or one of {', '.join(PUBLISHED)}"
+            )
+        source = hub.download(config, None, None, offline, weights=False)
+    checkpoint = read_folder(source, None, {})
+    for part in ("", "scheduler", *checkpoint.classes):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        for path in (source / part).glob("*"):
+            is_shards = path.name.endswith(".index.json")  # of weights that are not read
+            if path.suffix in (".json", ".txt") and not is_shards:
+                shutil.copyfile(path, folder / part / path.name)

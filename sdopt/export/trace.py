@@ -1,4 +1,4 @@
-"""A torch module to standard ONNX: traced by torch.export, stripped, each weight in the smallest exact dtype."""
+"""From a torch module to standard ONNX: trace it with torch.export, strip it, and store weights as fp16 if exact."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 
 from sdopt.bundle.specs import TensorSpec
-from sdopt.errors import CheckpointError, UsageError
+from sdopt.errors import CheckpointError, UsageError, refuse_other, shown
 from sdopt.export import weights
 from sdopt.export.guidance_prefix import share_guidance_prefix
 from sdopt.export.part import Part
@@ -26,12 +26,11 @@ NARROW_ABOVE = 1024  # elements; a smaller tensor is not worth a Cast
 
 
 def trace(part: Part, opset: int = 23) -> ir.Model:
-    """The graph of a component: float32-typed, dynamic in every named dimension.
+    """The graph of a component in float32. Every named dimension is dynamic.
 
     Raises: UsageError for an opset that the exporter does not write; CheckpointError if tracing fails.
     """
-    if opset not in OPSETS:
-        raise UsageError(f"opset {opset}; allowed are {', '.join(map(str, OPSETS))}")
+    check_opset(opset)
     arrays = part.example(part.sizes[0])
     inputs = {s.name: torch.from_numpy(arrays[s.name]) for s in part.inputs}
     try:
@@ -51,7 +50,7 @@ def trace(part: Part, opset: int = 23) -> ir.Model:
             assert program is not None  # with dynamo=True and no file, the program is returned
             with weights.as_inputs(program.model, part):
                 program.optimize()
-    except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
+    except Exception as error:  # of torch's exporter, or of the model's own code
         raise CheckpointError(f"{part.name}: torch cannot trace it: {error}") from error
     model: ir.Model = program.model
     _strip(model)
@@ -62,18 +61,26 @@ def trace(part: Part, opset: int = 23) -> ir.Model:
     return model
 
 
+def check_opset(opset: int) -> None:
+    """Raises: UsageError for an opset that the exporter does not write."""
+    allowed = f"are {', '.join(map(str, OPSETS))}"
+    refuse_other("opset", opset, int, allowed)
+    if opset not in OPSETS:
+        raise UsageError(f"opset = {shown(opset)}; allowed {allowed}", "opset")
+
+
 def save(model: ir.Model, path: Path) -> str:
-    """Write `path` and its weights beside it as `path`.data; the dtype that most of the weights are stored in."""
+    """Write the graph to `path` and its weights to `path`.data. Returns the dtype that most weights are stored in."""
     stored = narrow(model)
     ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=256)
     return stored
 
 
 def narrow(model: ir.Model) -> str:
-    """Store every float32 weight that fp16 holds exactly as fp16, with a Cast that is folded when a graph is loaded.
+    """Store every float32 weight as fp16 if its values stay exact. A Cast, which engines fold at load, turns it back.
 
     So an fp16 checkpoint keeps its size, no value changes, and a weight keeps its name.
-    Returns the dtype that most of the weights are stored in.
+    Returns the dtype that most weights are stored in.
     """
     total = narrowed = 0
     for name, value in list(model.graph.initializers.items()):
@@ -100,12 +107,12 @@ def narrow(model: ir.Model) -> str:
 
 
 def _dynamic(spec: TensorSpec) -> dict[int, Any]:
-    """Axis to dynamic dimension; the trace finds out which of them are equal."""
+    """Axis -> dynamic dimension. The trace finds out which of them are equal."""
     return {axis: torch.export.Dim.AUTO for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}
 
 
 def _strip(model: ir.Model) -> None:
-    """Drop what tells of the machine that exported, so that a graph is the same wherever it was made."""
+    """Remove all traces of the machine that exports, so that a graph is the same wherever it was made."""
     for owner in (model, model.graph, *model.functions.values()):
         owner.metadata_props.clear()
         owner.doc_string = None
@@ -119,7 +126,7 @@ def _strip(model: ir.Model) -> None:
 
 
 def _name_dimensions(model: ir.Model, part: Part) -> None:
-    """Give inputs and outputs the dimension names of the spec; the trace calls them s53 and the like."""
+    """Give the dimensions of inputs and outputs the names of the spec. In the trace they have names such as s53."""
     for values, specs in ((model.graph.inputs, part.inputs), (model.graph.outputs, part.outputs)):
         for value, spec in zip(values, specs, strict=True):
             value.shape = ir.Shape(spec.shape)
@@ -127,7 +134,7 @@ def _name_dimensions(model: ir.Model, part: Part) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Generator[None]:
-    """Keep the exporter's progress and warnings off the terminal; errors still raise."""
+    """A context in which the exporter prints no progress and no warnings. Errors still raise."""
     loggers = [
         logging.getLogger(name) for name in ("torch.onnx", "torch.fx", "torch.export", "torch.utils", "onnxscript")
     ]

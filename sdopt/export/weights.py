@@ -1,8 +1,8 @@
-"""Weights by name: every parameter of a component is in its graph under the checkpoint's name, which is proven here.
+"""Weights by name: every parameter of a component is in its graph under the checkpoint's name. This is proven here.
 
-While torch's exporter optimizes a graph, the parameters are inputs of it, so that it neither folds one into another
-tensor nor merges two that are equal. Afterwards each becomes an initializer under its own name. It is transposed where
-a MatMul reads it so. Everything else that holds numbers is a constant (`sdopt.graph.names` has the grammar).
+While torch's exporter optimizes a graph, the parameters are its inputs. So the exporter neither folds one into another
+tensor nor merges two that are equal. Afterwards each becomes an initializer under its own name. If a MatMul reads it
+transposed, it is stored transposed. All other stored numbers are constants (`sdopt.graph.names` has the grammar).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def parameters(part: Part) -> dict[str, str]:
 
 @contextmanager
 def as_inputs(model: ir.Model, part: Part) -> Generator[None]:
-    """Inside, the parameters are inputs of the graph; afterwards they are its initializers, by name.
+    """A context in which the parameters are inputs of the graph. Afterwards they are its initializers, by name.
 
     Raises: CheckpointError if a parameter is not used.
     """
@@ -55,7 +55,7 @@ def as_inputs(model: ir.Model, part: Part) -> Generator[None]:
 
 
 def _transpose(model: ir.Model, value: ir.Value) -> None:
-    """Store a matrix as its readers read it: transposed."""
+    """Store a matrix transposed if nodes read it transposed, in place of their Transpose nodes."""
     for node in [node for node, _ in value.uses() if node.op_type == "Transpose"]:
         tensor = value.const_value
         if tensor is None or tuple(graph.attribute(node, "perm", ())) != (1, 0):
@@ -71,7 +71,7 @@ def _transpose(model: ir.Model, value: ir.Value) -> None:
 
 
 def _transposed(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    """Computed when it is read, because torch's exporter keeps the graph, which must not keep a second copy."""
+    """The transposed tensor. It is computed when it is read, because the exporter keeps the graph in memory."""
     return ir.tensor(np.transpose(tensor.numpy()))
 
 
@@ -92,7 +92,7 @@ def unused(part: Part, name: str) -> str:
 
 
 def prove(part: Part, path: Path) -> int:
-    """Compare every parameter with what the written graph holds of it, bit for bit. Returns how many there are.
+    """Compare every parameter bit for bit with its values in the written graph. Returns the number of parameters.
 
     Raises: CheckpointError that names a parameter that is missing, unknown or different.
     """
@@ -114,7 +114,7 @@ def prove(part: Part, path: Path) -> int:
 
 
 def _equal(stored: Array, parameter: Array) -> bool:
-    """Whether both are the same bits in the parameter's dtype. All NaN count as equal."""
+    """Whether both have the same bits in the parameter's dtype. All NaN count as equal."""
     with np.errstate(invalid="ignore"):
         wide = stored.astype(parameter.dtype, copy=False)
     same_signs = np.array_equal(np.signbit(wide), np.signbit(parameter))

@@ -1,4 +1,4 @@
-"""A graph and its weights: read lazily, written one weight at a time, so that 2 GB and more pass through."""
+"""ONNX graphs and their weights. Weights are read lazily and written one at a time, so 2 GB and more need no memory."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ SHORT = {
     ir.DataType.INT32: "int32",
     BOOL: "bool",
 }
-SMALL = 256  # bytes: a smaller weight is written into the graph itself
+SMALL = 256  # bytes; smaller weights are written into the graph's own file
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:
-    """The model at `path`; its external weights stay in their file until they are asked for.
+    """The model at `path`. Its external weights stay in their file until they are read.
 
-    Raises: BundleError if it cannot be read; UsageError if it has functions or nested graphs, which no pass handles.
+    Raises: BundleError if it cannot be read; UsageError if it has functions or nested graphs: no pass handles them.
     """
     try:
         model = ir.load(path)
     except Exception as error:  # protobuf and onnx_ir raise their own classes for every kind of damage
         raise BundleError(f"{path}: not an ONNX graph that can be read: {error}") from error
-    nested = {node.op_type for node in model.graph for a in node.attributes.values() if a.type in _GRAPHS}
+    nested = {node.op_type for node in model.graph if any(a.type in _GRAPHS for a in node.attributes.values())}
     if nested or model.functions:
         raise UsageError(f"{path}: it has nested graphs or functions ({', '.join(sorted(nested)) or 'functions'})")
     for i, node in enumerate(model.graph):
@@ -55,24 +55,25 @@ _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
 def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
-    """Write `path` and its weights beside it as `path`.data, one weight in memory at a time.
+    """Write the graph to `path` and its weights to `path`.data, one weight in memory at a time.
 
     Raises: UsageError if the model's own weights are in the file that would be written.
     """
     path = Path(path)
     data = path.with_name(f"{path.name}.data")
-    used = {Path(t.path).resolve() for v in weights(model) if isinstance(t := v.const_value, ir.ExternalTensor)}
-    if data.resolve() in used:
+    tensors = [value.const_value for value in weights(model)]
+    sources = {Path(tensor.path).resolve() for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+    if data.resolve() in sources:
         raise UsageError(f"{data}: the graph still reads its weights from this file; choose another name")
     for node in model.graph:
         for value in node.outputs:
-            if value.type is None:  # onnx-ir would say of each that its shape alone is not written
+            if value.type is None:  # onnx-ir warns about each shape without a type
                 value.shape = None
     ir.save(model, path, external_data=data.name, size_threshold_bytes=SMALL)
 
 
 def specs(model: ir.Model) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """(inputs, outputs) of a graph, with the names of its dimensions: what a Component needs."""
+    """(inputs, outputs) of a graph, with the names of its dimensions, as a Component has them."""
     inputs, outputs = (tuple(map(_spec, values)) for values in (model.graph.inputs, model.graph.outputs))
     return inputs, outputs
 
@@ -85,12 +86,12 @@ def _spec(value: ir.Value) -> TensorSpec:
 
 
 def weights(model: ir.Model) -> list[ir.Value]:
-    """The initializers that are data, and not inputs."""
+    """All initializers of a graph."""
     return list(model.graph.initializers.values())
 
 
 def name_of(thing: ir.Value | ir.Node) -> str:
-    """Its name; every value and node of a loaded graph has one."""
+    """The name of a value or node. In a loaded graph each of them has one."""
     return thing.name or ""
 
 
@@ -110,7 +111,7 @@ def rank(value: ir.Value) -> int:
 
 
 def constant_of(value: ir.Value | None) -> Array | None:
-    """The numbers of a constant; None for what is computed, and for an input that is left out."""
+    """The numbers of a constant; None for a computed value and for an input that is left out."""
     return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
@@ -121,7 +122,7 @@ def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
 
 
 def converted(tensor: ir.TensorProtocol, dtype: ir.DataType, name: str) -> ir.TensorProtocol:
-    """`tensor` in another float type, converted when it is read and not before."""
+    """`tensor` in another float type. It is converted when it is read."""
     if tensor.dtype == dtype:
         return tensor
 
@@ -135,15 +136,15 @@ def converted(tensor: ir.TensorProtocol, dtype: ir.DataType, name: str) -> ir.Te
 
 
 def release(tensor: ir.TensorProtocol) -> None:
-    """Let go of the part of the weights' file that was read; no array of it may be in use any more."""
+    """Unmap the weights' file of a tensor. No array of it may be in use any more."""
     if isinstance(tensor, ir.ExternalTensor):
         tensor.release()
 
 
 class Writer:
-    """Writes nodes into a graph: in front of `before`, behind `after`, or at its end.
+    """Writes nodes into a graph: before the node `before`, after the node `after`, or at the end.
 
-    Names of nodes and values begin with `prefix`; an equal constant is stored once.
+    The names of its nodes and values begin with `prefix`.
     """
 
     def __init__(
@@ -163,7 +164,10 @@ class Writer:
         domain: str = "",
         **attributes: Any,
     ) -> ir.Value:
-        """The output of a new node; dtype and shape are those of its first input unless given, its name the node's."""
+        """Write a node, and return its output. Dtype and shape are those of the first input unless they are given.
+
+        The output has the node's name unless `output` is given.
+        """
         first = inputs[0]
         assert first is not None
         shape = first.shape if shape is None else shape
@@ -173,7 +177,7 @@ class Writer:
         return value
 
     def insert(self, node: ir.Node) -> ir.Node:
-        """Put a node where this writer writes."""
+        """Insert a node where this writer writes."""
         if self._before is not None:
             self._graph.insert_before(self._before, node)
         elif self._after is not None:
@@ -184,7 +188,7 @@ class Writer:
         return node
 
     def constant(self, name: str, array: Any, dtype: ir.DataType) -> ir.Value:
-        """An initializer that is no parameter; under one name there is one."""
+        """An initializer that is no parameter. If there is one with this name, it is returned."""
         full = names.constant(self._prefix + name)
         if full in self._graph.initializers:
             return self._graph.initializers[full]
@@ -196,18 +200,18 @@ class Writer:
 
 
 def behind(model: ir.Model, value: ir.Value) -> Writer:
-    """Writes where `value` is there to be read: behind the node that makes it, or first for an input."""
+    """A writer whose nodes can read `value`: after the node that computes it, or at the start for an input."""
     maker = value.producer()
     return Writer(model, "", before=next(iter(model.graph))) if maker is None else Writer(model, "", after=maker)
 
 
 def redirect(old: ir.Value, new: ir.Value, unless: Callable[[ir.Node], bool] = lambda node: False) -> None:
-    """Let every reader of `old` read `new`, but for the nodes that are excepted; graph outputs are left."""
+    """Let the readers of `old` read `new`, without the nodes for which `unless` is true. Graph outputs stay."""
     for user, index in tuple(old.uses()):
         if not unless(user):
             user.replace_input_with(index, new)
 
 
 def drop_unused(model: ir.Model) -> None:
-    """Take out nodes and weights that nothing reads."""
+    """Remove nodes and weights that nothing reads."""
     RemoveUnusedNodesPass()(model)

@@ -1,11 +1,11 @@
-"""A graph in the operators that ONNX Runtime's CPU kernels are fast at; the weights stay in the file where they are.
+"""Write a graph in operators for which ONNX Runtime has fast CPU kernels. It reads the same file of weights.
 
 | the bundle's graph (opset 23)                 | becomes                                                          |
 |-----------------------------------------------|------------------------------------------------------------------|
-| Reshape, Transpose, Attention, and back again | com.microsoft MultiHeadAttention: blocks that stay in the cache   |
+| Reshape, Transpose, Attention, and back again | com.microsoft MultiHeadAttention: its blocks stay in the cache    |
 | GroupNormalization                            | InstanceNormalization of the groups, then BatchNormalization for  |
-|                                               | scale and bias: without a kernel for it, it is taken apart into   |
-|                                               | about 20 nodes                                                    |
+|                                               | scale and bias. ONNX Runtime has no kernel for it, and would      |
+|                                               | make about 20 nodes of it                                         |
 
 Ref: Dao et al. 2022, arXiv:2205.14135, algorithm 1, for the attention; Wu & He 2018, arXiv:1803.08494, for the norm.
 """
@@ -25,7 +25,7 @@ TO_HEADS = (0, 2, 1, 3)  # [batch, tokens, heads, features] <-> [batch, heads, t
 
 
 def write_ort_graph(path: Path) -> Path | None:
-    """Write NAME.ort.onnx beside the graph NAME.onnx, reading the same weights; None where there is nothing to gain."""
+    """Write NAME.ort.onnx, with the same file of weights, next to NAME.onnx. None if no node would be replaced."""
     model = load(path)
     if not ort_ops(model):
         return None
@@ -35,20 +35,27 @@ def write_ort_graph(path: Path) -> Path | None:
 
 
 def ort_ops(model: ir.Model) -> int:
-    """How many nodes of `model`, which is changed in place, were replaced; what has another form is left as it is."""
+    """Replace the nodes of `model` in place, and return how many were replaced. Nodes of another form stay."""
     replaced = 0
+    has_channel_scales = model.graph.opset_imports[""] >= 21  # older group norms have one scale for each group
     sizes: dict[tuple[str, ...], ir.Value] = {}
     for node in list(model.graph):
-        if node.op_type == "GroupNormalization" and model.graph.opset_imports[""] >= 21:
-            replaced += _group_norm(model, node, sizes)
+        was_replaced = False
+        if node.op_type == "GroupNormalization" and has_channel_scales:
+            was_replaced = _group_norm(model, node, sizes)
         elif node.op_type == "Attention":
-            replaced += _attention(model, node)
+            was_replaced = _attention(model, node)
+        if was_replaced:
+            replaced += 1
     drop_unused(model)
     return replaced
 
 
 def _group_norm(model: ir.Model, node: ir.Node, sizes: dict[tuple[str, ...], ir.Value]) -> bool:
-    """`sizes` holds the shapes that were measured for earlier nodes, by the names of their dimensions."""
+    """Replace one group norm. Whether it could be replaced.
+
+    `sizes` has the Shape outputs that were written for earlier nodes, by the names of the dimensions.
+    """
     x, scale, bias = (cast(ir.Value, value) for value in node.inputs)
     channels = x.shape[1] if x.shape is not None else None
     if x.dtype != F32 or x.shape is None or not isinstance(channels, int) or node.outputs[0] in model.graph.outputs:
@@ -56,29 +63,32 @@ def _group_norm(model: ir.Model, node: ir.Node, sizes: dict[tuple[str, ...], ir.
     groups = attribute(node, "num_groups")
     write, shared = Writer(model, f"{name_of(node)}/", before=node), Writer(model, "ort/")
 
-    def filled(length: int, number: float) -> ir.Value:
+    def repeated(length: int, number: float) -> ir.Value:
         return shared.constant(f"{number:.0f}_{length}", [number] * length, F32)
 
     apart = shared.constant(f"groups_{groups}", [0, groups, -1], I64)
     grouped = write("Reshape", [x, apart], "grouped", shape=(x.shape[0], groups, None))
-    inputs = [grouped, filled(groups, 1), filled(groups, 0)]
+    inputs = [grouped, repeated(groups, 1), repeated(groups, 0)]
     unit = write("InstanceNormalization", inputs, "unit", epsilon=attribute(node, "epsilon", 1e-5))
-    named = tuple(str(d if isinstance(d, int) else d.value or x.name) for d in x.shape)  # unnamed: this tensor's own
-    if named not in sizes:
-        sizes[named] = write("Shape", [x], "size", dtype=I64, shape=(rank(x),))
-    back = write("Reshape", [unit, sizes[named]], "back", shape=x.shape)
-    inputs = [back, scale, bias, filled(channels, 0), filled(channels, 1)]  # of mean 0 and variance 1: x scale + bias
+    # an unnamed dimension has the tensor's name as its key, so it equals no dimension of another tensor
+    key = tuple(str(d if isinstance(d, int) else d.value or x.name) for d in x.shape)
+    if key not in sizes:
+        sizes[key] = write("Shape", [x], "size", dtype=I64, shape=(rank(x),))
+    back = write("Reshape", [unit, sizes[key]], "back", shape=x.shape)
+    inputs = [back, scale, bias, repeated(channels, 0), repeated(channels, 1)]  # mean 0, variance 1: x * scale + bias
     redirect(node.outputs[0], write("BatchNormalization", inputs, "scaled", epsilon=0.0))
     return True
 
 
 def _attention(model: ir.Model, node: ir.Node) -> bool:
-    """Heads of queries, keys and values side by side in, heads side by side out."""
-    query, flat, merged = node.inputs[0], [_flat(value) for value in node.inputs[:3]], _merged(node.outputs[0])
-    others = [value for value in node.inputs[3:] if value is not None]  # a mask, a cache
-    others += [name for name in ("is_causal", "softcap", "q_num_heads", "kv_num_heads") if attribute(node, name, 0)]
-    others += [value for value in model.graph.outputs if value is merged]
-    if None in flat or merged is None or others or query is None or query.shape is None:
+    """Replace one attention by MultiHeadAttention, with the heads side by side. Whether it could be replaced."""
+    query, merged = node.inputs[0], _merged(node.outputs[0])
+    flat = [_flat(value) for value in node.inputs[:3]]
+    has_mask_or_cache = any(value is not None for value in node.inputs[3:])
+    has_options = any(attribute(node, name, 0) for name in ("is_causal", "softcap", "q_num_heads", "kv_num_heads"))
+    if None in flat or merged is None or query is None or query.shape is None or has_mask_or_cache or has_options:
+        return False
+    if any(value is merged for value in model.graph.outputs):
         return False
     heads, features = query.shape[1], query.shape[3]
     if not isinstance(heads, int) or not isinstance(features, int):
@@ -92,7 +102,10 @@ def _attention(model: ir.Model, node: ir.Node) -> bool:
 
 
 def _flat(value: ir.Value | None) -> ir.Value | None:
-    """[batch, tokens, heads * features] behind [batch, heads, tokens, features]; None if it is made otherwise."""
+    """The [batch, tokens, heads * features] that `value`, [batch, heads, tokens, features], was made from.
+
+    None if it was made in another way.
+    """
     transpose = value.producer() if value is not None else None
     if value is None or transpose is None or not _moves_heads(transpose):
         return None
@@ -101,15 +114,22 @@ def _flat(value: ir.Value | None) -> ir.Value | None:
     flat = reshape.inputs[0] if reshape is not None and reshape.op_type == "Reshape" else None
     if flat is None or flat.shape is None or value.shape is None or rank(flat) != 3:
         return None
-    heads, features, together = value.shape[1], value.shape[3], flat.shape[2]
-    return flat if isinstance(heads, int) and isinstance(features, int) and heads * features == together else None
+    heads, features = value.shape[1], value.shape[3]
+    if not isinstance(heads, int) or not isinstance(features, int):
+        return None
+    return flat if heads * features == flat.shape[2] else None
 
 
 def _merged(value: ir.Value) -> ir.Value | None:
-    """What becomes of [batch, heads, tokens, features] when its heads are put side by side; None if they are not."""
+    """The [batch, tokens, heads * features] that is made from `value`, [batch, heads, tokens, features].
+
+    None if its heads are not put side by side, or if something else reads it too.
+    """
     for op, dims in (("Transpose", 4), ("Reshape", 3)):
         readers = [node for node, _ in value.uses()]
-        if len(readers) != 1 or readers[0].op_type != op or (op == "Transpose" and not _moves_heads(readers[0])):
+        if len(readers) != 1 or readers[0].op_type != op:
+            return None
+        if op == "Transpose" and not _moves_heads(readers[0]):
             return None
         value = readers[0].outputs[0]
         if value.shape is None or rank(value) != dims:

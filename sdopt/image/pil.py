@@ -5,17 +5,19 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, UnidentifiedImageError
 
-from sdopt.bundle.disk import parse_json, write_whole
+from sdopt.bundle.disk import parse_json, write_named
 from sdopt.bundle.specs import Array, Float32
 from sdopt.errors import UsageError
+from sdopt.image import chunks
+from sdopt.image.infotext import a1111_text
 
 MAX_CHUNK_BYTES = 1 << 20
 MAX_PIXELS = 64_000_000
@@ -32,7 +34,12 @@ def to_unit(decoded: Array) -> Array:
 
 def to_pil(decoded: Array) -> list[Image.Image]:
     """The pictures as PIL images, rounded as diffusers rounds."""
-    pixels: Array = np.round(to_unit(decoded) * 255).astype(np.uint8)
+    return unit_to_pil(to_unit(decoded))
+
+
+def unit_to_pil(pictures: Array) -> list[Image.Image]:
+    """Pictures [batch, height, width, 3] in 0..1 as PIL images, rounded as diffusers rounds."""
+    pixels: Array = np.round(pictures * 255).astype(np.uint8)
     return [Image.fromarray(picture) for picture in pixels]
 
 
@@ -53,21 +60,24 @@ def size_of(image: Any, name: str = "image", factor: int = 0) -> tuple[int, int]
     raise UsageError(f"{name}: got {type(first)}; allowed are PIL images and arrays [height, width, 3] in 0..1")
 
 
-def read_pictures(name: str, given: Any, latents: bool) -> Any:
+def read_pictures(name: str, given: Any, latents: bool = False, read: Callable[[str, Any], Any] | None = None) -> Any:
     """The pictures that a caller gave: one, a list of them, or latents; a batch of arrays becomes a list.
 
+    `read` is what reads one of them; without it, `read_picture`.
     Raises: UsageError for anything else.
     """
+    read = read or read_picture
     if isinstance(given, (list, tuple)):
         several = list(cast(Sequence[Any], given))
         if not several:
             raise UsageError(f"{name} = []; allowed are PIL images and arrays [height, width, 3] in 0..1, one or more")
-        return [_read_picture(name, one) for one in several]
+        return [read(name, one) for one in several]
     if not isinstance(given, np.ndarray) or given.ndim != 4:
-        return _read_picture(name, given)
+        return read(name, given)
     array: Array = np.asarray(cast(Array, given))
-    if array.shape[-1] in (1, 3, 4) and array.shape[1] > MAX_CHANNELS and len(array):  # of output_type="np"
-        return [_read_picture(name, one) for one in array]
+    may_be_latents = array.dtype.kind == "f" and array.shape[1] <= MAX_CHANNELS
+    if array.shape[-1] in (1, 3, 4) and len(array) and not may_be_latents:  # of output_type="np"
+        return [read(name, one) for one in array]
     is_valid = array.dtype == np.float32 and array.size > 0 and bool(np.isfinite(array).all())
     if not latents or not is_valid:
         or_latents = "finite float32 latents [images, channels, height, width], and pictures " if latents else ""
@@ -78,12 +88,12 @@ def read_pictures(name: str, given: Any, latents: bool) -> Any:
     return array
 
 
-def _read_picture(name: str, given: Any) -> Any:
+def read_picture(name: str, given: Any) -> Any:
     """One picture, checked; an array of one channel becomes [height, width]."""
     if isinstance(given, Image.Image):
         if not given.width or not given.height:
             raise UsageError(f"{name}: a picture of {given.width}x{given.height} pixels; allowed are 1 or more a side")
-        return _converted(name, given, given.mode)
+        return converted(name, given, given.mode)
     if not isinstance(given, np.ndarray) or isinstance(given, np.ma.MaskedArray):
         other: Any = cast(Any, given)
         shape = f" {tuple(other.shape)}" if hasattr(other, "shape") else ""
@@ -99,19 +109,36 @@ def _read_picture(name: str, given: Any) -> Any:
         raise UsageError(f"{name}: got {array.dtype} {array.shape}; allowed are [height, width, 3] in 0..1, or uint8")
     low, high = array.min(), array.max()
     if array.dtype != np.uint8 and not (low >= 0 and high <= 1):  # false for NaN too
-        raise UsageError(f"{name}: an array from {low} to {high}; allowed is 0..1, or uint8")
+        raise UsageError(f"{name}: an array from {low} to {high}; allowed is 0..1, or uint8{_instead(name, low, high)}")
     return array
+
+
+def _instead(name: str, low: Any, high: Any) -> str:
+    """What to type for an array of these values, as it ends a sentence."""
+    if 0 <= low <= high <= 255:
+        return f": if 255 is white, {name}.astype(np.uint8)"
+    return f": if -1 is black and 1 is white, ({name} + 1) / 2" if -1 <= low <= high <= 1 else ""
 
 
 def to_array(image: Any, height: int, width: int, count: int) -> Float32:
     """Pictures as float32 [count, 3, height, width] in -1..1, resized as diffusers resizes (Lanczos)."""
-    unit = np.stack([_unit(one, height, width, "RGB") for one in each("image", image, count)])
-    return np.ascontiguousarray(np.transpose(unit, (0, 3, 1, 2))) * 2 - 1
+    return to_planes(image, height, width, count) * 2 - 1
+
+
+def to_planes(image: Any, height: int, width: int, count: int, name: str = "image", channels: int = 3) -> Float32:
+    """The same in 0..1, as ControlNets see pictures; with one channel, in shades of grey."""
+    pictures = each(name, image, count)
+    if channels == 1:
+        greys = [as_pil(one) if not isinstance(one, Image.Image) else one for one in pictures]
+        return np.stack([resized(converted(name, one, "L"), height, width)[None] for one in greys])
+    unit = np.stack([_unit(one, height, width) for one in pictures])
+    return np.ascontiguousarray(np.transpose(unit, (0, 3, 1, 2)))
 
 
 def to_mask(mask: Any, height: int, width: int, count: int) -> Float32:
-    """Masks as float32 [count, 1, height, width]: 1 where the picture is repainted, 0 where it is kept."""
-    unit = np.stack([_unit(one, height, width, "L") for one in each("mask_image", mask, count)])
+    """Masks, PIL images, as float32 [count, 1, height, width]: 1 where the picture is repainted, 0 where it is kept."""
+    greys = [converted("mask_image", one, "L") for one in each("mask_image", mask, count)]
+    unit = np.stack([resized(grey, height, width) for grey in greys])
     return (unit[:, None] >= 0.5).astype(np.float32)
 
 
@@ -119,19 +146,19 @@ def each(name: str, given: Any, count: int) -> Sequence[Any]:
     """A list of `count` pictures, from one picture for all images or one for each."""
     several = list(cast(Sequence[Any], given)) if isinstance(given, (list, tuple)) else [given]
     if len(several) not in (1, count):
-        raise UsageError(f"{name}: {len(several)} pictures for {count} images; give one, or one per image")
+        text = f"{name}: {len(several)} pictures for {count} images; give one, or one per image"
+        raise UsageError(text, name)
     return several * count if len(several) == 1 else several
 
 
-def as_pil(image: Any, mode: str) -> Image.Image:
-    """One picture, PIL or array, as a PIL image of that mode."""
+def as_pil(image: Any) -> Image.Image:
+    """One picture, PIL or array, as a PIL image in RGB."""
     if isinstance(image, Image.Image):
-        return _converted("image", image, mode)
-    unit = _unit(image, *size_of(image), mode)
-    return Image.fromarray(np.round(unit * 255).astype(np.uint8))
+        return converted("image", image, "RGB")
+    return Image.fromarray(np.round(_unit(image, *size_of(image)) * 255).astype(np.uint8))
 
 
-def _converted(name: str, image: Image.Image, mode: str) -> Image.Image:
+def converted(name: str, image: Image.Image, mode: str) -> Image.Image:
     """A picture in another mode. 16 bits a pixel are scaled to 8; Pillow would clip them.
 
     Raises: UsageError for a mode whose range is not known, and for a file that turns out to be damaged.
@@ -143,6 +170,8 @@ def _converted(name: str, image: Image.Image, mode: str) -> Image.Image:
             return image if mode.startswith("I;16") else image.convert(mode)
         if image.mode not in EXACT_MODES:
             raise ValueError(f"its mode is {image.mode}")
+        if image.mode in ("RGBa", "La") and mode != image.mode:
+            image = image.convert(image.mode.upper())  # the colours as they are without the transparency
         return image.convert(mode)
     except (OSError, ValueError, SyntaxError) as error:
         raise UsageError(
@@ -150,28 +179,30 @@ def _converted(name: str, image: Image.Image, mode: str) -> Image.Image:
         ) from error
 
 
-def _unit(image: Any, height: int, width: int, mode: str) -> Float32:
-    """One picture in 0..1, [height, width, 3] or, in mode L, [height, width]."""
+def unit_shades(name: str, array: Array) -> Float32:
+    """The values of an array in 0..1: bytes are divided by 255."""
+    shades: Float32 = np.asarray(array, np.float32)
+    if array.dtype == np.uint8:
+        shades = np.divide(shades, np.float32(255))
+    if not np.isfinite(shades).all() or shades.min() < 0 or shades.max() > 1:
+        raise UsageError(f"{name}: an array from {shades.min()} to {shades.max()}; allowed is 0..1, or uint8")
+    return shades
+
+
+def _unit(image: Any, height: int, width: int) -> Float32:
+    """One picture in 0..1, [height, width, 3]."""
     size_of(image)
     if isinstance(image, Image.Image):
-        return _resized(image, height, width, mode)
-    is_bytes = image.dtype == np.uint8
-    is_labels = is_bytes and mode == "L" and image.max() <= 1  # a mask of 0 and 1
-    shades = np.asarray(image, np.float32)
-    if is_bytes and not is_labels:
-        shades = shades / 255
-    if not np.isfinite(shades).all() or shades.min() < 0 or shades.max() > 1:
-        raise UsageError(f"image: an array from {shades.min()} to {shades.max()}; allowed is 0..1, or uint8")
-    if mode == "L" and shades.ndim == 3:
-        shades = np.mean(shades, 2)
-    wanted = (height, width, 3) if mode == "RGB" else (height, width)
-    if shades.shape != wanted:
-        return _resized(Image.fromarray(np.round(shades * 255).astype(np.uint8)), height, width, mode)
-    return np.asarray(shades, np.float32)
+        return resized(converted("image", image, "RGB"), height, width)
+    shades = unit_shades("image", image)
+    if shades.shape != (height, width, 3):
+        bytes_ = Image.fromarray(np.round(shades * 255).astype(np.uint8))
+        return resized(bytes_.convert("RGB"), height, width)
+    return shades
 
 
-def _resized(image: Image.Image, height: int, width: int, mode: str) -> Float32:
-    picture = _converted("image", image, mode)
+def resized(picture: Image.Image, height: int, width: int) -> Float32:
+    """A picture in 0..1 at another size, [height, width] or [height, width, channels]; by Lanczos, as in diffusers."""
     if picture.size != (width, height):
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     pixels = np.asarray(picture, np.float32)
@@ -186,12 +217,7 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     megapixels or 16,384 pixels a side.
     """
     try:
-        with cast(Any, Image).open(path, formats=("PNG", "JPEG", "WEBP")) as image:
-            if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
-                raise UsageError(
-                    f"{path}: {image.width}x{image.height} pixels; allowed are {MAX_PIXELS:,}, and {MAX_SIDE:,} a side"
-                )
-            return ImageOps.exif_transpose(image)
+        return chunks.read_picture(path, ("PNG", "JPEG", "WEBP"), partial(_upright, path))
     except UsageError:
         raise
     except FileNotFoundError as error:
@@ -200,18 +226,47 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
         raise UsageError(f"{path}: not a PNG, JPEG or WebP picture that can be read ({error})") from error
 
 
-def save_png(image: Image.Image, path: str | os.PathLike[str], parameters: Mapping[str, Any] | None = None) -> None:
-    """Write a PNG that carries `parameters` twice: as AUTOMATIC1111's text, and as JSON that replays it exactly.
+def open_picture(name: str, file: io.BytesIO, most: int = MAX_PIXELS) -> Image.Image:
+    """A PNG, JPEG or WebP picture from memory, as `open_image` opens it; `most`: pixels.
 
-    The file is written completely or not at all.
+    Raises: UsageError that names the field `name`.
     """
+    try:
+        with cast(Any, Image).open(file, formats=("PNG", "JPEG", "WEBP")) as image:
+            return _upright(name, image, most)
+    except UsageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UsageError(f"{name} is no PNG, JPEG or WebP picture", name) from error
+    except Exception as error:  # Pillow's readers raise almost anything for damaged bytes
+        raise UsageError(f"{name}: not a PNG, JPEG or WebP picture that can be read ({error})", name) from error
+
+
+def _upright(path: str | os.PathLike[str], image: Image.Image, most: int = MAX_PIXELS) -> Image.Image:
+    """The pixels of an opened file, rotated as its EXIF orientation says."""
+    from PIL import ImageOps  # late, as Pillow itself imports what reads and writes files
+
+    if image.width * image.height > most or max(image.size) > MAX_SIDE:
+        raise UsageError(f"{path}: {image.width}x{image.height} pixels; allowed are {most:,}, and {MAX_SIDE:,} a side")
+    return ImageOps.exif_transpose(image)
+
+
+def save_png(image: Image.Image, path: str | os.PathLike[str], parameters: Mapping[str, Any] | None = None) -> None:
+    """Write `png` of these, completely or not at all."""
+    write_named(Path(path), png(image, parameters))
+
+
+def png(image: Image.Image, parameters: Mapping[str, Any] | None = None) -> bytes:
+    """A PNG that carries `parameters` twice: as AUTOMATIC1111's text, and as JSON that replays it exactly."""
+    from PIL.PngImagePlugin import PngInfo  # late, as Pillow itself imports what reads and writes files
+
     info = PngInfo()
     if parameters is not None:
         info.add_text("parameters", a1111_text(parameters))
         info.add_text("sdopt", json.dumps(parameters, ensure_ascii=True, allow_nan=False))
     content = io.BytesIO()
     image.save(content, format="PNG", pnginfo=info)
-    write_whole(Path(path), content.getvalue())
+    return content.getvalue()
 
 
 def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -222,40 +277,15 @@ def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not Path(path).exists():
         raise UsageError(f"{path}: there is no such file; give a PNG that sdopt wrote")
     try:
-        with cast(Any, Image).open(path, formats=("PNG",)) as image:
-            text = image.info.get("sdopt")
+        text = chunks.read_picture(path, ("PNG",), lambda image: image.info.get("sdopt"), text="sdopt")
         if not isinstance(text, str) or len(text) > MAX_CHUNK_BYTES:
             raise ValueError("no 'sdopt' text in it")
         parameters = parse_json(text)
         if not isinstance(parameters, dict):
             raise ValueError("its 'sdopt' text is no object")
         return cast(dict[str, Any], parameters)
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # Pillow's readers raise almost anything for a damaged file
         raise UsageError(f"{path} does not tell how it was made ({error}); give a PNG that sdopt wrote") from error
-
-
-def a1111_text(parameters: Mapping[str, Any]) -> str:
-    """The `parameters` text of AUTOMATIC1111's web UI: prompt, negative prompt, and one line of pairs."""
-    pairs = {
-        "Steps": parameters["num_inference_steps"],
-        "Sampler": parameters["sampled_by"],
-        "Schedule type": parameters.get("schedule", "Automatic"),
-        "CFG scale": parameters["guidance_scale"],
-        "Seed": parameters["seed"],
-        "Size": f"{parameters['width']}x{parameters['height']}",
-        "Model": parameters["model"],
-        "RNG": str(parameters["rng"]).upper(),
-        "Version": f"sdopt {parameters['version']}",
-    }
-    lines = [parameters["prompt"]]
-    if parameters.get("negative_prompt"):
-        lines.append(f"Negative prompt: {parameters['negative_prompt']}")
-    lines.append(", ".join(f"{key}: {_quoted(str(value))}" for key, value in pairs.items()))
-    return "\n".join(lines)
-
-
-def _quoted(value: str) -> str:
-    return json.dumps(value, ensure_ascii=False) if any(c in value for c in ',:\n"') else value
 
 
 def numbered(path: Path, count: int) -> Sequence[Path]:

@@ -14,9 +14,7 @@ from PIL import Image
 
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.specs import Array, Float32
-from sdopt.errors import BundleError, UsageError, choices
-
-OUTPUT_TYPES = ("pil", "np")
+from sdopt.errors import BundleError
 
 
 def pictures(bundle: Bundle, latents: Float32, scale: int = 1, output_type: str = "pil") -> Any:
@@ -25,8 +23,6 @@ def pictures(bundle: Bundle, latents: Float32, scale: int = 1, output_type: str 
     PIL images or, with output_type="np", uint8 [images, height, width, 3].
     Raises: BundleError for a bundle without a matrix.
     """
-    if output_type not in OUTPUT_TYPES:
-        raise UsageError(f"output_type = {output_type!r}; allowed are {choices(output_type, OUTPUT_TYPES)}")
     colours = rgb(latents, matrix_of(bundle))
     if output_type == "pil":
         return to_pil(colours, scale)

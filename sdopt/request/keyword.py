@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import reprlib
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal, cast
 
-from sdopt.errors import UsageError
+from sdopt.dataclass import dataclass
+from sdopt.errors import UsageError, shown
 from sdopt.request.kinds import Kind, PartError
-
-SHOWN = 80  # characters of a value in an error message
 
 
 @dataclass(frozen=True)
@@ -80,32 +77,3 @@ class Keyword:
 def plain(value: Any) -> Any:
     """A value as JSON has it: a tuple is a list."""
     return list(cast(tuple[Any, ...], value)) if isinstance(value, tuple) else value
-
-
-class _Short(reprlib.Repr):
-    """repr, cut to one line; any object has one."""
-
-    def repr_instance(self, x: Any, level: int) -> str:
-        if hasattr(x, "dtype") and hasattr(x, "shape") and getattr(x, "ndim", 0):
-            return f"{type(x).__name__} {x.dtype} {tuple(x.shape)}"
-        return super().repr_instance(x, level)
-
-    def repr_int(self, x: int, level: int) -> str:
-        digits = int(x.bit_length() * math.log10(2))
-        return repr(x) if digits < SHOWN // 2 else f"{type(x).__name__} of about {digits} digits"
-
-    def repr_ndarray(self, x: Any, level: int) -> str:
-        return f"{x.dtype} {tuple(x.shape)}" if x.ndim else repr(x)
-
-
-_SHORT = _Short()
-_SHORT.maxstring = _SHORT.maxother = SHOWN
-_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 6
-
-
-def shown(value: Any) -> str:
-    """A value in an error message: short, and without fail."""
-    try:
-        return _SHORT.repr(value)
-    except Exception:
-        return f"a {type(value).__name__}"

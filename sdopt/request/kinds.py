@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import numpy as np
 
+from sdopt.dataclass import dataclass
+
 MAX_IMAGES = 64
 MAX_SIZE = 1 << 14  # pixels a side
+MAX_PIXELS = 64_000_000  # of one picture
 MAX_LIST = 10_000  # numbers in one list
 MAX_PROMPT_BYTES = 8192
 MAX_INTEGER = 1 << 31
@@ -127,6 +129,9 @@ class Number(Kind):
         return {"type": float}
 
 
+FRACTION = Number(0, 1)
+
+
 @dataclass(frozen=True)
 class Switch(Kind):
     example: str = "True"
@@ -154,6 +159,25 @@ def text(value: Any) -> str:
     if len(plain.encode("utf-8")) > MAX_PROMPT_BYTES:  # UnicodeEncodeError, a ValueError, for a lone surrogate
         raise ValueError(f"{len(plain)} characters; allowed are {MAX_PROMPT_BYTES} bytes")
     return plain
+
+
+@dataclass(frozen=True)
+class Word(Kind):
+    """A short text without spaces around it."""
+
+    example: str
+
+    def allowed(self) -> str:
+        return "are texts without spaces around them, and without control characters"
+
+    def read(self, value: Any) -> str:
+        word = text(value)
+        if not word or word != word.strip() or not word.isprintable():
+            raise ValueError
+        return word
+
+    def schema(self) -> Schema:
+        return {"type": "string", "minLength": 1}
 
 
 @dataclass(frozen=True)
@@ -265,6 +289,51 @@ class OneOrMore(Kind):
 
     def flag(self) -> dict[str, Any]:
         return self.of.flag()
+
+
+@dataclass(frozen=True)
+class BlockScales(Kind):
+    """A number for all blocks of a UNet, or a table of its parts: {"down": 0.5, "up": {"block_0": [0, 1, 0]}}."""
+
+    example: str = '{"up": {"block_0": [0.0, 1.0, 0.0]}}'
+    _of: ClassVar[Number] = Number(-100, 100)
+    _parts: ClassVar[tuple[str, ...]] = ("down", "mid", "up")
+
+    def allowed(self) -> str:
+        return (
+            f"{self._of.allowed()}, or tables of them with the keys {', '.join(self._parts)}, where down and up may be "
+            "tables with the keys block_0, block_1, ..., and a block may have a list, one for each attention"
+        )
+
+    def read(self, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return self._of.read(value)
+        table = cast("Mapping[Any, Any]", value)
+        if not table or not set(table) <= set(self._parts):
+            raise ValueError
+        return {part: self._part(part, given) for part, given in table.items()}
+
+    def _part(self, part: str, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return self._block(value)
+        table = cast("Mapping[Any, Any]", value)
+        if part == "mid" or not table or not all(isinstance(name, str) for name in table):
+            raise ValueError
+        return {str(name): self._block(given) for name, given in table.items()}
+
+    def _block(self, value: Any) -> Any:
+        several = isinstance(value, (list, tuple)) or getattr(value, "ndim", 0)
+        return [self._of.read(one) for one in items(value)] if several else self._of.read(value)
+
+    def schema(self) -> Schema:
+        one = self._of.schema()
+        block = {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}
+        blocks = {"anyOf": [*block["anyOf"], {"type": "object", "additionalProperties": block}]}
+        parts = {"down": blocks, "mid": block, "up": blocks}
+        return {"anyOf": [one, {"type": "object", "properties": parts, "additionalProperties": False}]}
+
+    def flag(self) -> dict[str, Any]:
+        return {"type": float}
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any, cast
 
-from sdopt.bundle.files import Bundle
+from sdopt.bundle import adapter
+from sdopt.bundle.adapter import Adapter
+from sdopt.bundle.disk import parse_json, read_plain
+from sdopt.bundle.files import MAX_TABLE_BYTES, Bundle
 from sdopt.bundle.format import Defaults
+from sdopt.bundle.joined import PICTURES
+from sdopt.bundle.presets import Preset
 from sdopt.bundle.specs import Array
-from sdopt.errors import UsageError, choices
-from sdopt.image.masks import Overlay
-from sdopt.request import together
+from sdopt.bundle.weights import Overlay
+from sdopt.dataclass import dataclass
+from sdopt.errors import BundleError, UsageError, choices, shown
+from sdopt.image.masks import Overlay as PictureOverlay
+from sdopt.request import hires, pictures, presets, together, unused
+from sdopt.request.autoencoder import autoencoder
+from sdopt.request.cache import FeatureCache, feature_cache
+from sdopt.request.control import Control, steering
+from sdopt.request.features import Feature
+from sdopt.request.image_prompt import ImagePrompt, image_prompts
 from sdopt.request.keywords import checked, recorded
+from sdopt.request.named import OpenAdapter
 from sdopt.request.options import Options
 from sdopt.request.together import Sizes
-from sdopt.samplers import SAMPLERS, SamplerTable, sampler_table
+from sdopt.samplers import SamplerTable, sampler_table
 from sdopt.samplers.flow import dynamic_mu
+from sdopt.samplers.labels import Labels, labels_of
 
 
 @dataclass(frozen=True)
@@ -25,7 +39,9 @@ class Plan:
     """A request, resolved: one entry per image in `prompts`, `negative_prompts` and `seeds`.
 
     A field with the name of a keyword holds its value. `options` are all keywords as they were given. `resolved` has
-    the values that some of them took on this bundle.
+    the values that some of them took on this bundle. `second` is the second pass of hires fix, whose `image_latents`
+    the first pass makes. `autoencoder`: the tiny one that `vae` names. `remarks` are sentences about keywords that have
+    no effect. `measured`: the preset.
     """
 
     prompts: tuple[str, ...]
@@ -45,6 +61,7 @@ class Plan:
     rng: str
     sampling: Mapping[str, Any]
     table: SamplerTable
+    labels: Labels
     latents: Array | None
     prompt_embeds: Array | None
     negative_prompt_embeds: Array | None
@@ -52,15 +69,36 @@ class Plan:
     negative_pooled_prompt_embeds: Array | None
     prompt_style: str
     clip_skip: int
+    vae: str | None
     vae_tile: int | None
     vae_slice: bool
     image: Array | None
     image_latents: Array | None
     mask: Array | None
-    overlays: tuple[Overlay, ...]
+    overlays: tuple[PictureOverlay, ...]
     strength: float
     options: Mapping[str, Any]
     resolved: Mapping[str, Any]
+    adapters: Overlay | None = None
+    controls: tuple[Control, ...] = ()
+    guess_mode: bool = False
+    image_prompts: tuple[ImagePrompt, ...] = ()
+    features: tuple[Feature, ...] = ()
+    cache: FeatureCache | None = None
+    autoencoder: Adapter | None = None
+    second: Plan | None = None
+    remarks: tuple[str, ...] = ()
+    measured: Preset | None = None
+
+    @property
+    def passes(self) -> tuple[Plan, ...]:
+        """The plan of each pass: one or, with hires fix, two. Latents that the first one makes begin the second."""
+        return (self,) if self.second is None else (replace(self, second=None), self.second)
+
+    @property
+    def calls(self) -> int:
+        """The number of calls of the sampler, in all passes."""
+        return sum(len(one.table) for one in self.passes)
 
     @property
     def guided(self) -> bool:
@@ -83,37 +121,104 @@ class Plan:
             ),
             "seed": self.seeds[image],
         }
-        sampled_by = SAMPLERS[self.table.name].title if self.table.name in SAMPLERS else self.table.name
-        return {**recorded({**self.options, **own}, self.resolved), "sampled_by": sampled_by}
+        sampled_by = {"sampled_by": self.labels.sampler, "schedule_type": self.labels.schedule}
+        second = {} if self.second is None else {"hires_calls": len(self.second.table)}
+        seen = [one.described(image) for one in (*self.controls, *self.features)]
+        controls = {"controls": seen} if seen else {}
+        prompts = {"image_prompts": [prompt.described() for prompt in self.image_prompts]} if self.image_prompts else {}
+        decoded_by = {} if self.autoencoder is None else {"vae_digest": self.autoencoder.digest}
+        options = recorded({**self.options, **own}, self.resolved)
+        return {**options, **sampled_by, **second, **controls, **prompts, **decoded_by}
 
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 
 
-def check_output_type(output_type: str, overlays: Sequence[Overlay] = ()) -> None:
+def check_output_type(output_type: str, overlays: Sequence[PictureOverlay] = ()) -> None:
     """Raises: UsageError for a word that is unknown, or where pictures are laid over their originals."""
-    if output_type not in OUTPUT_TYPES:
-        text = f"output_type = {output_type!r}; allowed are {choices(str(output_type), OUTPUT_TYPES)}"
+    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:  # pyright: ignore[reportUnnecessaryIsInstance]
+        text = f"output_type = {shown(output_type)}; allowed are {choices(output_type, OUTPUT_TYPES)}"
         raise UsageError(text, "output_type")
     if overlays and output_type != "pil":
         text = f"output_type = {output_type!r}; with padding_mask_crop pictures are PIL images: 'pil'"
         raise UsageError(text, "output_type")
 
 
-def sizes_to_build(plan: Plan, defaults: Defaults) -> str:
-    """The `--profile` argument of `sdopt build` for a plan; empty if the default profile is enough."""
-    images = len(plan.seeds)
-    if (plan.height, plan.width) == (defaults.height, defaults.width) and images <= 4:
-        return ""
-    return f' --profile "batch=1:1:{max(4, images)} height={plan.height} width={plan.width}"'
+def arguments_to_build(plan: Plan, defaults: Defaults) -> str:
+    """The arguments of `sdopt build` for a plan: its adapters, and its sizes unless the default profile is enough."""
+    controls = [control for control in plan.controls if control.scales.any()]
+    tiny = () if plan.autoencoder is None else (plan.autoencoder,)
+    used = (*controls, *plan.features, *plan.image_prompts, *tiny)
+    adapters = "".join(f" --adapter {one.name}" for one in used)
+    images, pictures = len(plan.seeds), max((prompt.pictures for prompt in plan.image_prompts), default=1)
+    more = "" if pictures <= PICTURES[2] else f" pictures=1:1:{pictures}"
+    if (plan.height, plan.width) == (defaults.height, defaults.width) and images <= 4 and not more:
+        return adapters
+    return f'{adapters} --profile "batch=1:1:{max(4, images)} height={plan.height} width={plan.width}{more}"'
 
 
-def make_plan(bundle: Bundle, prompt: str | Sequence[str] | None, options: Options) -> Plan:
-    """The plan for `prompt` on this bundle.
+def make_plan(
+    bundle: Bundle,
+    prompt: str | Sequence[str] | None,
+    options: Options,
+    adapters: Overlay | None = None,
+    open_adapter: OpenAdapter | None = None,
+) -> Plan:
+    """The plan for `prompt` on this bundle, whose weights `adapters` change. `open_adapter`: opens one by its name.
 
-    Raises: UsageError naming the argument, its value and what is allowed.
+    A keyword of a preset that has no effect beside those of the caller is left out, and a remark says so.
+    Raises: UsageError naming the argument, its value and what is allowed; BundleError for a damaged preset.
     """
-    given = checked(options if prompt is None else {**options, "prompt": prompt})
+    given = options if prompt is None else {**options, "prompt": prompt}
+
+    def make(keywords: Mapping[str, Any]) -> Plan:
+        return _make_plan(bundle, keywords, adapters, open_adapter)
+
+    plan, chosen, notes = presets.applied(bundle, given, make)
+    return plan if chosen is None else replace(plan, remarks=(*plan.remarks, *notes), measured=chosen)
+
+
+def _make_plan(
+    bundle: Bundle, options: Mapping[str, Any], adapters: Overlay | None, open_adapter: OpenAdapter | None
+) -> Plan:
+    """The plan of keywords, those of a preset among them."""
+    given = checked(options)
+    hires.check(given)
+    opens = open_adapter or partial(adapter.open_adapter, bundle)
+    plan = _plan(bundle, given, _scaled(adapters, given["lora_scale"]), opens)
+    if given["hires"] is not None:
+        plan = _with_second_pass(bundle, given, plan, opens)
+    scale: float | list[float] = plan.resolved["guidance_scale"]
+    reads = unused.Reads(
+        given,
+        bundle.manifest.conditioning,
+        (plan.height, plan.width),
+        plan.labels.steps,
+        scale if isinstance(scale, list) else [scale],
+        any(one.guided for one in plan.passes),
+        plan.table.stochastic,
+    )
+    return replace(plan, remarks=unused.remarks(reads))
+
+
+def _with_second_pass(bundle: Bundle, given: Mapping[str, Any], first: Plan, opens: OpenAdapter) -> Plan:
+    """A plan and the second pass of its hires fix."""
+    latents, images = bundle.manifest.latents, len(first.seeds)
+    height, width = hires.size(given["hires"], first.height, first.width, latents.factor)
+    shape = (images, latents.channels, height // latents.factor, width // latents.factor)
+    try:
+        second = _plan(bundle, hires.second_pass(given, first.seeds, height, width, shape), first.adapters, opens)
+    except UsageError as error:
+        raise hires.renamed(error) from error
+    resolved = {"hires_strength": second.strength, "hires_steps": second.sampling["num_inference_steps"]}
+    # each pass has sizes of its own: recorded, the first one's would be those of both
+    own = {name for name in together.SIZE_KEYWORDS if given[name] is None}
+    kept = {name: value for name, value in first.resolved.items() if name not in own}
+    return replace(first, second=second, resolved={**kept, **resolved})
+
+
+def _plan(bundle: Bundle, given: Mapping[str, Any], adapters: Overlay | None, opens: OpenAdapter) -> Plan:
+    """The plan of one pass, for keywords that are checked."""
     manifest = bundle.manifest
     defaults, conditioning, factor = manifest.defaults, manifest.conditioning, manifest.latents.factor
     embedding = conditioning.guidance_embedding
@@ -130,11 +235,13 @@ def make_plan(bundle: Bundle, prompt: str | Sequence[str] | None, options: Optio
     embeds = together.embeddings(given, count, each, bool(conditioning.pooled), not embedding)
     _check_widths(bundle, embeds)
 
-    strength = together.picture(given, defaults)
-    height, width = together.pixels(given, defaults, factor)
+    strength = pictures.picture(given, defaults)
+    height, width = pictures.pixels(given, defaults, factor)
     shape = (count, manifest.latents.channels, height // factor, width // factor)
     sampling = together.sampling(given, defaults.num_inference_steps)
-    table = make_table(bundle, sampling, strength, shape[2:])
+    table = make_table(bundle, sampling, strength, shape[2:], masked=given["mask_image"] is not None)
+    labels = make_labels(bundle, sampling)
+    sampling["num_inference_steps"] = labels.steps
     guidance, scale = together.guidance(given, defaults.guidance_scale, len(table))
     pictured = given["image"] is not None
     scored = "aesthetic_score" in conditioning.time_ids
@@ -142,10 +249,15 @@ def make_plan(bundle: Bundle, prompt: str | Sequence[str] | None, options: Optio
     resolved = {"height": height, "width": width, "guidance_scale": scale, **sampling, **sizes_record}
     if pictured:
         resolved["strength"] = strength
+    cache = feature_cache(given, len(table))
+    if cache is not None:
+        resolved["cache_depth"] = cache.depth
     values: dict[str, Any] = {field.name: given[field.name] for field in fields(Plan) if field.name in given}
     values |= {"height": height, "width": width, "strength": strength, **embeds}
-    values |= together.prepare_start(given, height, width, shape, each)
-    values["latents"] = together.given_latents(given, shape)
+    values |= pictures.prepare_start(given, height, width, shape, each)
+    values["latents"] = pictures.given_latents(given, shape)
+    values |= steering(given, bundle, opens, (height, width), count, len(table), values["overlays"])
+    values["image_prompts"] = image_prompts(given, bundle, opens, max(guidance) > 1 and not embedding)
     return Plan(
         **values,
         prompts=prompts,
@@ -160,9 +272,24 @@ def make_plan(bundle: Bundle, prompt: str | Sequence[str] | None, options: Optio
         guidance_embedding=embedding,
         sampling=sampling,
         table=table,
+        labels=labels,
         options=given,
         resolved=resolved,
+        adapters=adapters,
+        cache=cache,
+        autoencoder=autoencoder(given["vae"], bundle, opens),
     )
+
+
+def _scaled(adapters: Overlay | None, scale: float) -> Overlay | None:
+    """Raises: UsageError for a scale where no LoRA is in use."""
+    if adapters is not None and adapters.digest:
+        return adapters.scaled(scale)
+    if scale != 1:
+        raise UsageError(
+            f"lora_scale = {scale:g}: no LoRA is in use; load one first, pipe.load_lora_weights(FILE)", "lora_scale"
+        )
+    return None
 
 
 def _check_widths(bundle: Bundle, embeds: Mapping[str, Any]) -> None:
@@ -176,16 +303,25 @@ def _check_widths(bundle: Bundle, embeds: Mapping[str, Any]) -> None:
 
 
 def make_table(
-    bundle: Bundle, sampling: Mapping[str, Any], strength: float = 1.0, size: Sequence[int] | None = None
+    bundle: Bundle,
+    sampling: Mapping[str, Any],
+    strength: float = 1.0,
+    size: Sequence[int] | None = None,
+    *,
+    masked: bool = False,
 ) -> SamplerTable:
     """The sampler table for a bundle's scheduler and the caller's keywords; `size` is the latents' height and width.
 
+    `masked`: the request has a mask, for which diffusers' pipelines read some schedulers otherwise.
     If sdopt does not know the scheduler by name, the bundle holds its tables, one for each number of steps.
     Raises: UsageError as `sampler_table` does, and for a number of steps that the bundle has no table for.
     """
     options = dict(sampling)
     steps = options.pop("num_inference_steps")
     scheduler, probed = bundle.manifest.scheduler, bundle.manifest.sampler_tables
+    is_pndm = scheduler["_class_name"] == "PNDMScheduler" or "skip_prk_steps" in scheduler
+    if masked and is_pndm and bundle.manifest.family == "sd":  # as StableDiffusionInpaintPipeline does; SDXL's does not
+        scheduler = {**scheduler, "skip_prk_steps": True}
     if probed is None or options.get("sampler") is not None:
         cuts = bundle.manifest.defaults.strength_cuts
         if scheduler.get("use_dynamic_shifting"):
@@ -194,7 +330,7 @@ def make_table(
             text = "mu: the noise levels of this model do not depend on the size of the picture; leave it out"
             raise UsageError(text, "mu")
         return sampler_table(scheduler, steps, strength=strength, strength_cuts=cuts, **options)
-    tables = json.loads(bundle.file(probed).read_bytes())
+    tables = _tables(bundle, probed)
     name = scheduler["_class_name"]
     if str(steps) not in tables:
         raise UsageError(
@@ -208,7 +344,34 @@ def make_table(
         raise UsageError(
             f"{', '.join(given)}: {name} takes no options here; name another sampler to use them", given[0]
         )
-    return SamplerTable.from_json(tables[str(steps)])
+    try:
+        return SamplerTable.from_json(tables[str(steps)])
+    except UsageError as error:
+        raise BundleError(f"{bundle.path / probed}: for {steps} steps: {error} Copy the bundle again") from error
+
+
+def _tables(bundle: Bundle, name: str) -> Mapping[str, Any]:
+    """The tables of a bundle, by the number of steps as text.
+
+    Raises: BundleError for a file that is no JSON object.
+    """
+    path = bundle.file(name)
+    try:
+        tables = parse_json(read_plain(path, MAX_TABLE_BYTES))
+        if not isinstance(tables, dict):
+            raise ValueError("it is no object")
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} has no tables of a sampler: {error}. Copy the bundle again") from error
+    return cast("dict[str, Any]", tables)
+
+
+def make_labels(bundle: Bundle, sampling: Mapping[str, Any]) -> Labels:
+    """What a picture's file says about the sampler of these keywords."""
+    scheduler, steps = bundle.manifest.scheduler, sampling["num_inference_steps"]
+    if bundle.manifest.sampler_tables is not None and sampling.get("sampler") is None:
+        return Labels(scheduler["_class_name"], "", steps)
+    decisive = ("sampler", "schedule", "timesteps", "sigmas")
+    return labels_of(scheduler, steps, **{name: sampling.get(name) for name in decisive})
 
 
 def _mu(bundle: Bundle, size: Sequence[int] | None) -> float:

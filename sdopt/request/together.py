@@ -11,12 +11,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from sdopt.bundle.format import Defaults
 from sdopt.bundle.specs import Array
 from sdopt.errors import UsageError
-from sdopt.image import masks
-from sdopt.image import pil as images
-from sdopt.request.kinds import MAX_IMAGES, MAX_SIZE
+from sdopt.request.kinds import MAX_IMAGES
 
 Sizes = Mapping[str, tuple[float, ...]]
 TABLE_KEYWORDS = ("sampler", "schedule", "eta", "denoising_start", "denoising_end", "timesteps", "sigmas", "mu")
@@ -75,8 +72,10 @@ def embeddings(
 ) -> dict[str, Array | None]:
     """The embeddings that the caller gave, with one row for each image.
 
+    Each of them has one row for each prompt. With n images for each prompt, every row is repeated n times.
     `pooled` and `negatives`: whether the model takes pooled text and negative embeddings.
-    Ref: diffusers, `encode_prompt`: with n images for each prompt, every row is repeated n times.
+    Raises: UsageError for another number of rows, and for embeddings that do not fit beside the others.
+    Ref: diffusers, `encode_prompt` and `check_inputs` of its pipelines.
     """
     embeds: dict[str, Array | None] = {}
     for prefix in ("", "negative_"):
@@ -113,14 +112,14 @@ def _refuse_negatives(options: Mapping[str, Any], negatives: bool) -> None:
 
 
 def _rows(name: str, given: Array | None, images: int, each: int) -> Array | None:
-    """A row for each image, from one row for all of them or one row for each prompt."""
+    """A row for each image, from one row for each prompt."""
     if given is None:
         return None
-    if len(given) * each == images:
+    prompts = images // each
+    if len(given) == prompts:
         return np.repeat(given, each, 0)
-    if len(given) == 1:
-        return np.repeat(given, images, 0)
-    raise UsageError(f"{name}: {len(given)} rows for {images // each} prompts; give one, or as many", name)
+    stretch = f": np.repeat({name}, {prompts}, 0)" if len(given) == 1 else ""
+    raise UsageError(f"{name} has {len(given)} rows, and there are {prompts} prompts; give as many rows{stretch}", name)
 
 
 def sizes(
@@ -196,103 +195,3 @@ def seeds(value: int | list[int] | None, images: int) -> tuple[int, ...]:
             f"seed = {first}; allowed are whole numbers from 0 to {2**64 - images} for {images} images", "seed"
         )
     return tuple(first + i for i in range(images))
-
-
-# ------------------------------------------------------------------------------------------------ pictures
-
-
-def picture(options: Mapping[str, Any], defaults: Defaults) -> float:
-    """The strength, after the picture, the mask and the keywords that need them were checked together."""
-    image, mask, strength = options["image"], options["mask_image"], options["strength"]
-    if image is None:
-        for name in ("mask_image", "strength", "denoising_start"):
-            if options[name] is not None:
-                raise UsageError(f"{name} needs an image: give image=...", name)
-    elif options["latents"] is not None:
-        raise UsageError("image and latents: give one, a picture to begin from or the noise itself", "latents")
-    for name in ("mask_blur", "padding_mask_crop"):
-        if options[name] and mask is None:
-            raise UsageError(f"{name} needs a mask: give mask_image=...", name)
-    if image is None:
-        return 1.0
-    own = defaults.strength if mask is None else defaults.inpaint_strength
-    return given_or(strength, own)
-
-
-def prepare_start(
-    options: Mapping[str, Any], height: int, width: int, shape: tuple[int, ...], each: int
-) -> dict[str, Any]:
-    """The fields of a plan that describe a picture to begin from; `shape` is that of the latents."""
-    start: dict[str, Any] = {"image": None, "image_latents": None, "mask": None, "overlays": ()}
-    image, mask = (for_every_image(options[name], shape[0], each) for name in ("image", "mask_image"))
-    if image is None:
-        return start
-    if images.is_latents(image):
-        for name in ("mask_blur", "padding_mask_crop"):
-            if mask is not None and options[name]:
-                raise UsageError(f"{name}: image is latents; give the picture itself", name)
-        start["image_latents"] = latents_of(image, shape, each)
-        start["mask"] = None if mask is None else images.to_mask(mask, height, width, shape[0])
-    elif mask is None:
-        start["image"] = images.to_array(image, height, width, shape[0])
-    else:
-        blur, padding = options["mask_blur"], options["padding_mask_crop"]
-        prepared = masks.prepare(image, mask, height, width, shape[0], blur, padding)
-        start["image"], start["mask"], start["overlays"] = prepared
-    return start
-
-
-def for_every_image(given: Any, count: int, each: int) -> Any:
-    """The given pictures; if there is one for each prompt, it is repeated for all images of that prompt."""
-    if isinstance(given, list) and len(cast(list[Any], given)) * each == count:
-        return list(each_times(cast(list[Any], given), each))
-    return cast(Any, given)
-
-
-def latents_of(image: Array, shape: tuple[int, ...], each: int) -> Array:
-    """`image` as latents to begin from, one for each image."""
-    prompts, count = shape[0] // each, shape[0]
-    if len(image) not in (1, prompts, count) or image.shape[1:] != shape[1:]:
-        raise UsageError(
-            f"image: got latents {image.dtype} {image.shape}; allowed are finite float32 {shape}, as "
-            "output_type='latent' gives them, or a picture [height, width, 3]",
-            "image",
-        )
-    return np.repeat(image, shape[0] // len(image), 0)
-
-
-def pixels(options: Mapping[str, Any], defaults: Defaults, factor: int) -> tuple[int, int]:
-    """Height and width in pixels: as given, else from the image, else the bundle's.
-
-    Latents, and pictures without a mask, give their own size, rounded down to what the model makes.
-    """
-    own = (defaults.height, defaults.width)
-    image = options["image"]
-    if image is not None and (options["mask_image"] is None or images.is_latents(image)):
-        height, width = images.size_of(image, factor=factor)
-        own = (height // factor * factor, width // factor * factor)
-    height, width = given_or(options["height"], own[0]), given_or(options["width"], own[1])
-    for name, size in (("height", height), ("width", width)):
-        _check_size(name, size, factor)
-    return height, width
-
-
-def _check_size(name: str, size: int, factor: int) -> None:
-    low, high = factor, MAX_SIZE
-    if not low <= size <= high:
-        raise UsageError(f"{name} = {size}; allowed are whole numbers from {low} to {high}", name)
-    if size % factor:
-        near = size // factor * factor
-        raise UsageError(
-            f"{name} = {size}; this model makes multiples of {factor} pixels: {near} or {near + factor}", name
-        )
-
-
-def given_latents(options: Mapping[str, Any], shape: tuple[int, ...]) -> Array | None:
-    """The noise to begin from, if it is given."""
-    latents: Array | None = options["latents"]
-    if latents is not None and latents.shape != shape:
-        raise UsageError(
-            f"latents: got {latents.dtype} {latents.shape}; these sizes and prompts take float32 {shape}", "latents"
-        )
-    return latents

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from sdopt.dataclass import dataclass
 from sdopt.errors import UsageError, choices
 from sdopt.samplers.grids import Grid, solver_grid
 from sdopt.samplers.prediction import Level, Pair, clean_of, noise_of

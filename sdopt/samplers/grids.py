@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sdopt.dataclass import dataclass
 from sdopt.errors import UsageError
 from sdopt.samplers import schedules
 from sdopt.samplers.rows import Request

@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
-from sdopt.errors import UsageError
+import numpy as np
+
+from sdopt.bundle.decode import DecodeError
+from sdopt.bundle.format import INFINITY, refuse_setting
+from sdopt.errors import UsageError, refuse_other, shown
 
 Options = dict[str, Any]
 
@@ -81,6 +85,38 @@ FLOW_EULER: Options = {
     "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False, "invert_sigmas": False,
     "shift_terminal": None, "time_shift_type": "exponential", "stochastic_sampling": False,
 }  # fmt: skip
+
+
+def checked_config(config: Any) -> Mapping[str, Any]:
+    """A scheduler_config.json, or the config of a live scheduler, whose settings are what a sampler reads.
+
+    Raises: UsageError that names the setting, its value and what is allowed.
+    """
+    refuse_other("config", config, Mapping, "are the entries of a scheduler_config.json")
+    entries = {key: _as_json(value) for key, value in config.items()}
+    for key, value in entries.items():
+        try:
+            refuse_setting(key, value)
+        except DecodeError as error:
+            raise UsageError(str(error)) from error
+    return config
+
+
+def _as_json(value: Any) -> Any:
+    """A setting as its file has it: a live scheduler has arrays, tuples and infinity."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, tuple):
+        return list(cast("tuple[Any, ...]", value))
+    return INFINITY if isinstance(value, float) and value == -math.inf else value
+
+
+def refuse_no_number(**numbers: Any) -> None:
+    """Raises: UsageError for a value that is neither None nor a finite number."""
+    for name, value in numbers.items():
+        is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+        if value is not None and not (is_number and -1e300 < value < 1e300):
+            raise UsageError(f"{name} = {shown(value)}; allowed are finite numbers", name)
 
 
 def merged(defaults: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Options, tuple[str, ...]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
+from sdopt.dataclass import dataclass
 from sdopt.errors import UsageError, choices
 from sdopt.samplers import options as defaults_of
 from sdopt.samplers.consistency import lcm, tcd

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
-from sdopt.errors import UsageError, choices
+import numpy as np
+
+from sdopt.errors import UsageError, choices, refuse_other, shown
 from sdopt.samplers.grids import SCHEDULE_FLAGS
-from sdopt.samplers.options import Options, merged
+from sdopt.samplers.names import SamplerName, ScheduleName
+from sdopt.samplers.options import Options, checked_config, merged, refuse_no_number
 from sdopt.samplers.registry import SAMPLERS, SCHEDULES, Sampler, find_sampler, names_class
 from sdopt.samplers.rows import Request
 from sdopt.samplers.table import SamplerTable
@@ -19,8 +22,8 @@ def sampler_table(
     config: Mapping[str, Any],
     steps: int,
     *,
-    sampler: str | None = None,
-    schedule: str | None = None,
+    sampler: SamplerName | str | None = None,
+    schedule: ScheduleName | str | None = None,
     strength: float = 1.0,
     strength_cuts: str = "steps",
     denoising_start: float | None = None,
@@ -41,8 +44,11 @@ def sampler_table(
 
     Raises: UsageError for unknown names, options that no table can express, and numbers that make no schedule.
     """
+    refuse_no_number(strength=strength, denoising_start=denoising_start, denoising_end=denoising_end, eta=eta, mu=mu)
+    for name, given in (("timesteps", timesteps), ("sigmas", sigmas)):
+        _refuse_no_levels(name, given)
     entry, options, notes = resolve(config, sampler, schedule)
-    steps = _count(entry, options, steps, timesteps, sigmas)
+    steps = steps_of(entry, options, steps, timesteps, sigmas)
     _check_eta(entry, eta)
     distilled = "original_inference_steps" in options and timesteps is None
     skipped = 0
@@ -54,6 +60,8 @@ def sampler_table(
     else:
         skipped = _skipped(steps, strength) * entry.rows_per_step
     table = entry.function(replace(request, begin=skipped))
+    if timesteps is not None or sigmas is not None:
+        _refuse_unread_schedule(config, request, sampler, schedule)
     return table if denoising_end is None else _until(table, request.train, denoising_end)
 
 
@@ -64,6 +72,10 @@ def resolve(
 
     Raises: UsageError as `sampler_table` does.
     """
+    config = checked_config(config)
+    for argument, given in (("sampler", sampler), ("schedule", schedule)):
+        if given is not None:
+            refuse_other(argument, given, str, "are names, and None")
     name = sampler if sampler is not None else config.get("_class_name")
     if not name:
         raise UsageError('the scheduler config has no "_class_name"; name a sampler: ' + ", ".join(SAMPLERS) + ".")
@@ -73,9 +85,16 @@ def resolve(
     by_class = names_class(str(name), entry)
     if not by_class:
         options |= entry.forced
+    if implied is not None and schedule is not None and schedule != implied:
+        raise UsageError(
+            f"{name} has the schedule {implied}, and schedule is {schedule!r}; name one of them", "schedule"
+        )
     wanted = schedule if schedule is not None else implied
     if wanted is not None:
         options |= _schedule_options(entry, wanted)
+        if "original_inference_steps" in entry.defaults and wanted != "normal":
+            reason = f"{entry.name} takes its steps from those that the model was distilled with"
+            notes = (*notes, f"schedule {wanted!r} has no effect: {reason}; leave it out")
     if by_class:
         entry = _named_by_options(entry, options)
     return entry, options, notes
@@ -90,6 +109,21 @@ def _check_family(entry: Sampler, own: str) -> None:
             f"{entry.name} cannot sample this checkpoint: its scheduler is {own}; use one of {', '.join(fitting)}.",
             "sampler",
         )
+
+
+def _refuse_unread_schedule(
+    config: Mapping[str, Any], request: Request, sampler: str | None, schedule: str | None
+) -> None:
+    """Raises: UsageError for a schedule that changes nothing beside the caller's own timesteps or sigmas."""
+    implied = None if sampler is None else find_sampler(sampler)[1]
+    schedule = implied if schedule is None else schedule
+    if schedule in (None, "normal"):
+        return
+    entry, options, _ = resolve(config, request.name if implied else sampler, "normal")
+    if entry.function(request) == entry.function(replace(request, options=options)):
+        kind = "timesteps" if request.timesteps is not None else "sigmas"
+        text = f"schedule {schedule!r} has no effect: the {kind} say where every step is; leave out one of the two"
+        raise UsageError(text, "schedule")
 
 
 def _check_eta(entry: Sampler, eta: float | None) -> None:
@@ -143,7 +177,7 @@ def _schedule_options(entry: Sampler, schedule: str) -> Options:
     return {**plain, "timestep_spacing": "trailing" if schedule in ("sgm_uniform", "simple") else schedule}
 
 
-def _count(
+def steps_of(
     entry: Sampler, options: Options, steps: int, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None
 ) -> int:
     """The number of steps: that of `timesteps` or `sigmas` if they are given, else `steps`; checked."""
@@ -162,16 +196,34 @@ def _count(
         count = len(given) - 1 if ends_with_sigma else len(given)
         if count < 1:
             least = 2 if len(given) else 1
-            raise UsageError(f"{kind}={list(given)}: {entry.name} needs at least {least}.", kind)
+            example = "timesteps=[999, 499]" if kind == "timesteps" else "sigmas=[14.6, 3.2, 0.6, 0.0]"
+            text = f"{kind}={list(given)}: {entry.name} needs at least {least}, e.g. {example}"
+            raise UsageError(text, kind)
         return count
-    if isinstance(steps, (bool, float)) or steps < 1:
-        raise UsageError(f"steps {steps!r}: the number of steps is a whole number, 1 or more.", "num_inference_steps")
+    is_whole = isinstance(steps, (int, np.integer)) and not isinstance(steps, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not is_whole or steps < 1:
+        raise UsageError(
+            f"steps {shown(steps)}: the number of steps is a whole number, 1 or more.", "num_inference_steps"
+        )
     if steps > options["num_train_timesteps"]:
         raise UsageError(
             f"steps {steps}: the model was trained on {options['num_train_timesteps']} timesteps; use fewer.",
             "num_inference_steps",
         )
     return steps
+
+
+def _refuse_no_levels(name: str, given: Any) -> None:
+    """Raises: UsageError for timesteps or sigmas that are no list of numbers."""
+    if given is None:
+        return
+    levels: Any = given.tolist() if isinstance(given, np.ndarray) else given
+    if not isinstance(levels, (list, tuple, range)):
+        raise UsageError(f"{name} = {shown(given)}; allowed is a list of numbers", name)
+    for level in cast("Sequence[Any]", levels):
+        if level is None:
+            raise UsageError(f"{name} = {shown(given)}; allowed is a list of numbers", name)
+        refuse_no_number(**{name: level})
 
 
 def _cut(train: int, fraction: float) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sdopt.dataclass import dataclass
 from sdopt.errors import UsageError
 from sdopt.samplers.prediction import OUTPUT, Level, Pair, ratio
 from sdopt.samplers.table import SamplerTable
@@ -42,12 +42,12 @@ class Request:
         return int(self.options["num_train_timesteps"])
 
 
-@dataclass
 class Rows:
     """Rows of a table being written, one `add` per call of the denoiser."""
 
-    request: Request
-    _rows: list[dict[str, Any]] = field(default_factory=lambda: list[dict[str, Any]]())
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self._rows: list[dict[str, Any]] = []
 
     def add(
         self,

@@ -24,6 +24,7 @@ from sdopt.errors import UsageError, choices
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
+LEAST_ALPHA_BAR = 1e-20  # sigma is 1e10 there, where that of Stable Diffusion is 14.6
 NEARLY_ZERO = 2.0**-24  # what stands for alpha_bar = 0 where sigma must stay finite (Euler, DPM-Solver, UniPC)
 
 
@@ -121,8 +122,17 @@ def alpha_bar(options: Mapping[str, Any], *, finite_sigma: bool = False) -> Floa
     With `finite_sigma`, a last value that zero terminal SNR made 0 is 2**-24 instead, so that sigma is 4096.
 
     Shapes: [num_train_timesteps].
+    Raises: UsageError for betas that leave nothing of the signal, with which no model can have been trained.
     """
     values = _cumulative(1 - betas(options))
+    rescaled = options.get("rescale_betas_zero_snr")
+    if not values[-2 if rescaled and len(values) > 1 else -1] > LEAST_ALPHA_BAR:
+        named = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
+        told = ", ".join(f"{name} {options.get(name)}" for name in named)
+        raise UsageError(
+            f"the scheduler's betas leave {values[-1]:.3g} of the signal's variance at the last timestep; allowed is "
+            f"more than {LEAST_ALPHA_BAR:g}. Stable Diffusion has scaled_linear from 0.00085 to 0.012; here is {told}"
+        )
     if finite_sigma and options.get("rescale_betas_zero_snr"):
         values[-1] = NEARLY_ZERO
     return values

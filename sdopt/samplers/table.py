@@ -17,17 +17,19 @@ Every row is proven when a table is made, so the loop has no `if`.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import field, fields, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sdopt.errors import UsageError
+from sdopt.bundle.decode import decode, one_of
+from sdopt.bundle.disk import parse_json
+from sdopt.dataclass import dataclass
+from sdopt.errors import UsageError, shown
 from sdopt.samplers.prediction import Level
 
 Float32 = NDArray[np.float32]
@@ -169,14 +171,23 @@ class SamplerTable:
 
         Raises: UsageError when a field is missing or unknown, or the rows do not prove.
         """
-        values: dict[str, Any] = dict(json.loads(data) if isinstance(data, str) else data)
+        try:
+            entry: Any = parse_json(data) if isinstance(data, str) else data
+            if not isinstance(entry, Mapping) or not all(isinstance(key, str) for key in cast("Any", entry)):
+                raise ValueError(f"it is {shown(entry)}; allowed is an object with the fields of a table")
+            values = dict(cast("Mapping[str, Any]", entry))
+        except ValueError as error:  # a DecodeError too
+            raise UsageError(f"sampler table: {error}.") from error
         known = {f.name for f in fields(cls)}
         if known - {"notes"} - values.keys() or values.keys() - known:
             expected, given = ", ".join(sorted(known)), ", ".join(sorted(values))
             raise UsageError(f"sampler table: the fields must be {expected}; got {given}.")
-        for name in _ARRAYS & values.keys():
-            values[name] = np.array(values[name], dtype=bool if name == "draws" else float)
-        return cls(**values)
+        try:
+            return cls(**{name: _decoded(name, value) for name, value in values.items()})
+        except ValueError as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(f"sampler table: {error}.") from error
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SamplerTable) and self.to_json() == other.to_json()
@@ -185,6 +196,22 @@ class SamplerTable:
 
 
 _ARRAYS = {"level", "timestep", "sigma", "c_in", "c_skip", "c_out", "update", "denoised", "draws"}
+
+
+_FIELDS: dict[str, Any] = {  # of the JSON; other arrays are lists of numbers
+    "name": str,
+    "draws": tuple[bool, ...],
+    "sigma": tuple[float | Annotated[str, one_of("inf")], ...],
+    **dict.fromkeys(("update", "denoised", "level"), tuple[tuple[float, ...], ...]),
+    "init_noise_sigma": float,
+    "notes": tuple[str, ...],
+}
+
+
+def _decoded(name: str, value: Any) -> Any:
+    """A field as its class has it. Raises: DecodeError; ValueError for rows of unlike length."""
+    plain = decode(_FIELDS.get(name, tuple[float, ...]), value, name)
+    return np.array(plain, bool if name == "draws" else float) if name in _ARRAYS else plain
 
 
 def _frozen(values: Any, dtype: type) -> NDArray[Any]:

@@ -9,11 +9,11 @@ Ref: Zhao et al. 2023, arXiv:2302.04867, algorithms 1 and 2; bh1 is B(h) = h, bh
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sdopt.dataclass import dataclass
 from sdopt.errors import UsageError, choices
 from sdopt.samplers.dpm import levels, log_ratio, refuse_standstill
 from sdopt.samplers.grids import unipc_grid

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -20,27 +21,45 @@ import numpy as np
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.format import Encoder
 from sdopt.bundle.specs import Array, Float32
+from sdopt.bundle.weights import Overlay
 from sdopt.engine.pool import EnginePool
+from sdopt.engine.process import inherit
 from sdopt.engine.store import NoEnginesError
 from sdopt.errors import BackendError, NumericsError, UsageError
-from sdopt.request.plan import Plan, sizes_to_build
+from sdopt.request.plan import Plan, arguments_to_build
 from sdopt.text.textual_inversion import Embedding, embedding
 from sdopt.text.tokenizer import Tokenizer
-from sdopt.text.weights import Chunks, chunks, parse, stacked, weighted
+from sdopt.text.weights import Chunks, chunks, parse, single, stacked, weighted
 
 Condition = dict[str, Float32]  # by the name of the UNet's input
 Encoded = tuple[Float32, "Float32 | None"]  # embeddings [images, tokens, features]; pooled text [images, features]
+Texts = tuple[Encoded, "Encoded | None"]  # of the prompts, and of the negative ones
 
 
 class TextEncoders:
-    """The text encoders and tokenizers of the pool's bundle, loaded when first used."""
+    """The text encoders and tokenizers of the pool's bundle, loaded when first used.
 
-    def __init__(self, pool: EnginePool) -> None:
+    Threads may add embeddings while others encode. An embedding's rows are there before a tokenizer knows its token.
+    """
+
+    def __init__(self, pool: EnginePool, embeddings: Sequence[Embedding] = ()) -> None:
         self._pool, self._bundle = pool, pool.bundle
+        self.forget_parent()
+        inherit(self)
         self._entry = self._bundle.manifest.conditioning
         self._tokenizers: dict[str, Tokenizer] = {}
         self._extra = {name: np.zeros((1, width), np.float32) for name, width in extra_widths(self._bundle).items()}
         self.embeddings: dict[str, Embedding] = {}
+        for added in embeddings:
+            self._add(added)
+
+    def forget_parent(self) -> None:
+        """In a forked child nobody holds the lock."""
+        self._lock = RLock()  # of the tokenizers, and of what is added to them
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pool and embeddings; what unpickles them reads its tokenizers anew."""
+        return TextEncoders, (self._pool, tuple(self.embeddings.values()))
 
     def add(self, source: str | os.PathLike[str] | Array | Mapping[str, Array], token: str | None) -> str:
         """Add an embedding, and return the token that prompts may use for it; see `Pipeline.load_embedding`."""
@@ -50,23 +69,31 @@ class TextEncoders:
                 f"{self._bundle.path} was exported before text encoders took further embeddings; export it again"
             )
         added = embedding(source, token, {name: rows.shape[1] for name, rows in self._extra.items()})
-        tokenizers = {encoder.component: self._tokenizer(encoder.tokenizer) for encoder in encoders}
+        with self._lock:
+            self._add(added)
+        return added.token
+
+    def _add(self, added: Embedding) -> None:
+        tokenizers = {encoder.component: self._tokenizer(encoder.tokenizer) for encoder in self._entry.encoders}
         for name, tokenizer in tokenizers.items():
             tokenizer.refuse_taken(added.token, len(added.rows[name]))
         for name, tokenizer in tokenizers.items():
-            tokenizer.add(added.token, len(added.rows[name]))
             # Before the first embedding is added, one row of zeros stands in.
             rows = [self._extra[name]] if self.embeddings else []
             self._extra[name] = np.concatenate([*rows, added.rows[name]])
-        self.embeddings[added.token] = added
-        return added.token
+            tokenizer.add(added.token, len(added.rows[name]))
+        self.embeddings = {**self.embeddings, added.token: added}  # a new table: others may be reading the old one
 
-    def conditions(self, plan: Plan) -> tuple[Condition, Condition | None]:
-        """The conditional and, with guidance, the unconditional inputs of the UNet, one row per image."""
+    def encoded(self, plan: Plan) -> Texts:
+        """The encoded prompts of a plan and, with guidance, the negative ones, one row per image."""
         try:
-            positive, negative = self._encoded(plan)
+            return self._encoded(plan)
         except NoEnginesError as error:  # one command builds all that the picture needs
-            raise BackendError(f"{error}{sizes_to_build(plan, self._bundle.manifest.defaults)}") from error
+            raise BackendError(f"{error}{arguments_to_build(plan, self._bundle.manifest.defaults)}") from error
+
+    def conditions(self, plan: Plan, texts: Texts) -> tuple[Condition, Condition | None]:
+        """The conditional and, with guidance, the unconditional inputs of the UNet, of texts that are encoded."""
+        positive, negative = texts
         cond = self._given(plan, *positive)
         return cond, None if negative is None else self._given(plan, *negative, False)
 
@@ -75,7 +102,7 @@ class TextEncoders:
         text = " ".join(str(value) for key, value in parameters.items() if "prompt" in key and value).lower()
         return {token: entry.digest for token, entry in self.embeddings.items() if token.lower() in text}
 
-    def _encoded(self, plan: Plan) -> tuple[Encoded, Encoded | None]:
+    def _encoded(self, plan: Plan) -> Texts:
         """The encoded prompts and, with guidance, the encoded negative prompts.
 
         Embeddings that the caller gave are taken; otherwise the texts are encoded. As in diffusers, some families use
@@ -91,14 +118,15 @@ class TextEncoders:
         if positive is None and reads_negative and plan.clip_skip == negative_skip:
             n = len(plan.prompts)  # both at once, so that they have as many chunks
             firsts, seconds = plan.prompts + plan.negative_prompts, plan.prompts_2 + plan.negative_prompts_2
-            hidden, pooled = self.encode(firsts, seconds, plan.prompt_style, plan.clip_skip)
+            hidden, pooled = self.encode(firsts, seconds, plan.prompt_style, plan.clip_skip, adapters=plan.adapters)
             positive = hidden[:n], None if pooled is None else pooled[:n]
             negative = hidden[n:], None if pooled is None else pooled[n:]
         if positive is None:
-            positive = self.encode(plan.prompts, plan.prompts_2, plan.prompt_style, plan.clip_skip, chunks)
+            texts = plan.prompts, plan.prompts_2
+            positive = self.encode(*texts, plan.prompt_style, plan.clip_skip, chunks, plan.adapters)
         if reads_negative and negative is None:
             texts = plan.negative_prompts, plan.negative_prompts_2
-            negative = self.encode(*texts, plan.prompt_style, negative_skip, chunks)
+            negative = self.encode(*texts, plan.prompt_style, negative_skip, chunks, plan.adapters)
         if not plan.guided:
             return positive, None
         if negative is None:
@@ -133,26 +161,27 @@ class TextEncoders:
         prompt_style: str = "plain",
         clip_skip: int = 0,
         min_chunks: int = 1,
+        adapters: Overlay | None = None,
     ) -> Encoded:
         """(embeddings, pooled text or None) of prompts; `prompts_2` go to the second encoder. Equal prompts run once.
 
         Shorter prompts are filled up with empty chunks to the longest one, or to `min_chunks`.
+        `adapters`: other numbers for some of the encoders' weights.
         """
         pairs = list(dict.fromkeys(zip(prompts, prompts_2, strict=True)))
         encoders = self._entry.encoders
         cut: list[list[Chunks]] = []  # for each encoder, the chunks of each text
-        for i, encoder in enumerate(encoders):
-            cut.append(self._cut(encoder.tokenizer, [pair[i] for pair in pairs], prompt_style))
-        most = max(min_chunks, *(len(ids) for of_encoder in cut for ids, _ in of_encoder))
+        with self._lock:
+            for i, encoder in enumerate(encoders):
+                cut.append(self._cut(encoder.tokenizer, [pair[i] for pair in pairs], prompt_style))
+        most = max(min_chunks, *(len(text.ids) for of_encoder in cut for text in of_encoder))
         parts: list[Float32] = []
         pooled: Float32 | None = None
         for encoder, of_encoder in zip(encoders, cut, strict=True):
-            ids, weights = stacked(self._tokenizer(encoder.tokenizer), of_encoder, most)
-            name = encoder.component
-            extra = {"extra_embeddings": self._extra[name]} if name in self._extra else {}
-            with self._pool.using(name) as engine:
-                outputs = engine(input_ids=ids.reshape(-1, ids.shape[-1]), **extra)
-            state = weighted(_state(outputs, encoder, clip_skip), weights.reshape(-1, ids.shape[-1]))
+            all_chunks = stacked(self._tokenizer(encoder.tokenizer), of_encoder, most)
+            with self._pool.using(encoder.component, adapters) as engine:
+                outputs = engine(**self._inputs(encoder.component, all_chunks))
+            state = weighted(_state(outputs, encoder, clip_skip), all_chunks.weights)
             if not np.isfinite(state).all():
                 raise NumericsError(f"{encoder.component}: the output has NaN or infinity; its weights are damaged")
             parts.append(state.reshape(len(pairs), -1, state.shape[-1]))
@@ -162,18 +191,28 @@ class TextEncoders:
         hidden = np.concatenate(parts, 2)[rows]
         return hidden, None if pooled is None else pooled[rows]
 
+    def _inputs(self, name: str, chunks: Chunks) -> dict[str, Array]:
+        """What a text encoder takes: the ids, and those of its further inputs that it has."""
+        inputs = {"input_ids": chunks.ids}
+        if name in self._extra:
+            inputs["extra_embeddings"] = self._extra[name]
+        if any(spec.name == "end_position" for spec in self._bundle.component(name).inputs):
+            inputs["end_position"] = chunks.ends
+        return inputs
+
     def _cut(self, name: str, texts: Sequence[str], style: str) -> list[Chunks]:
         """The chunks of each text: all that it needs or, in plain style, one; a longer text is cut with a warning."""
         tokenizer = self._tokenizer(name)
         if style == "a1111":
             return [chunks(tokenizer, text) for text in texts]
-        return [(ids[None], np.ones((1, len(ids)), np.float32)) for ids in tokenizer(texts)]
+        return [single(tokenizer, tokenizer.cut(text)) for text in texts]
 
     def _tokenizer(self, name: str) -> Tokenizer:
-        if name not in self._tokenizers:
-            entry = self._bundle.manifest.tokenizers[name]
-            self._tokenizers[name] = Tokenizer(self._bundle.file(entry.file), entry)
-        return self._tokenizers[name]
+        with self._lock:  # two tokenizers would know different tokens
+            if name not in self._tokenizers:
+                entry = self._bundle.manifest.tokenizers[name]
+                self._tokenizers[name] = Tokenizer(self._bundle.file(entry.file), entry)
+            return self._tokenizers[name]
 
     def _given(self, plan: Plan, hidden: Float32, pooled: Float32 | None, positive: bool = True) -> Condition:
         condition: Condition = {"encoder_hidden_states": hidden}

@@ -14,6 +14,7 @@ from sdopt.bundle.format import TokenizerEntry
 from sdopt.bundle.specs import Array
 from sdopt.errors import BundleError, UsageError
 from sdopt.request.kinds import MAX_PROMPT_BYTES
+from sdopt.text.tokenizer_file import read
 
 
 class Tokenizer:
@@ -27,16 +28,18 @@ class Tokenizer:
         self.bos = entry.bos_token_id
         self.eos = entry.eos_token_id
         self.pad = entry.pad_token_id
-        self._backend: Any = _guarded(f"{path} cannot be read", lambda: Backend.from_file(str(path)))
+        self._backend: Any = _guarded(f"{path} cannot be read", lambda: Backend.from_str(read(path)))
         self._backend.no_truncation()
         self._backend.no_padding()
         self._first_row = entry.vocab_size  # ids from here on are rows of extra embeddings
         self._rows: dict[int, int] = {}  # the library's id of an added token -> ours
+        self._words = self._several_vectors()
 
     def __call__(self, prompts: Sequence[str]) -> Array:
-        return np.stack([self._ids(prompt) for prompt in prompts])
+        return np.stack([self.framed(self.cut(prompt)) for prompt in prompts])
 
-    def _ids(self, prompt: str) -> Array:
+    def cut(self, prompt: str) -> list[int]:
+        """The first max_length - 2 ids of a prompt, neither begun nor ended. A warning quotes what is left out."""
         prompt = self._spelt_out(prompt)
         encoding = self._encoded(prompt)
         ids = self._ours(encoding.ids)
@@ -48,7 +51,7 @@ class Tokenizer:
                 "prompt_style='a1111' reads all of it.",
                 stacklevel=5,
             )
-        return self.framed(ids[:room])
+        return ids[:room]
 
     def fragment(self, text: str) -> list[int]:
         """The ids of a piece of a prompt, neither begun nor ended."""
@@ -70,21 +73,43 @@ class Tokenizer:
         self._backend.add_tokens(names)
         for name in names:
             self._rows[self._backend.token_to_id(name)] = self._first_row + len(self._rows)
+        self._words = self._several_vectors()
+
+    def _several_vectors(self) -> dict[str, list[str]]:
+        """The names of the vectors of every learnt word that has more than one: the checkpoint's, and those added."""
+        added = {token.content for token in self._backend.get_added_tokens_decoder().values()}
+        words: dict[str, list[str]] = {}
+        for token in added:
+            names = [token]
+            while f"{token}_{len(names)}" in added:
+                names.append(f"{token}_{len(names)}")
+            if len(names) > 1:
+                words[token] = names
+        return words
+
+    def has_row(self, number: int) -> bool:
+        """Whether the text encoder has a row for an id of the checkpoint's tokenizer."""
+        return self._first_row is None or number < self._first_row
 
     def _ours(self, ids: list[int]) -> list[int]:
+        for i in ids:
+            if i not in self._rows and not self.has_row(i):
+                raise UsageError(
+                    f"this model's text encoder has no row for the word {self._backend.id_to_token(i)!r}, which its "
+                    "tokenizer has; leave the word out, or export a checkpoint that was saved with its embedding"
+                )
         return [self._rows.get(i, i) for i in ids]
 
     def _spelt_out(self, prompt: str) -> str:
-        """The prompt with `<token> <token>_1 ...` in place of every added token of several vectors."""
-        if not self._rows:
+        """The prompt with `<token> <token>_1 ...` in place of every learnt word of several vectors.
+
+        As in diffusers, a word whose spelling is not the token's, e.g. in capitals, is its first vector alone.
+        """
+        if not self._words:
             return prompt
-        encoding = self._encoded(prompt)
-        added = [token for token, i in zip(encoding.tokens, encoding.ids, strict=True) if i in self._rows]
-        for token in dict.fromkeys(added):
-            names = [token]
-            while self._backend.token_to_id(f"{token}_{len(names)}") in self._rows:
-                names.append(f"{token}_{len(names)}")
-            prompt = prompt.replace(token, " ".join(names))
+        for token in dict.fromkeys(self._encoded(prompt).tokens):
+            if token in self._words:
+                prompt = prompt.replace(token, " ".join(self._words[token]))
         return prompt
 
     def framed(self, ids: Sequence[int]) -> Array:

@@ -1,4 +1,4 @@
-"""Programs in processes of their own: what they answer, and what is told when they do not."""
+"""Programs in processes of their own: what they answer, and the error if they do not answer."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def filled(tool: ModuleType, tmp_path: Path) -> Path:
 
 def test_a_skeleton_is_small_and_a_filled_one_opens_and_makes_pictures(filled: Path, tmp_path: Path) -> None:
     size = sum(path.stat().st_size for path in (tmp_path / "skeleton").rglob("*") if path.is_file())
-    assert size < sum(path.stat().st_size for path in EMOJI_BUNDLE.glob("*.data")) / 10
+    assert size < sum(path.stat().st_size for path in EMOJI_BUNDLE.glob("*.data")) / 8
     bundle = Bundle.open(filled)
     assert bundle.manifest.random_weights == 0
     assert bundle.digest != Bundle.open(EMOJI_BUNDLE).digest
@@ -53,9 +53,11 @@ def test_matrices_are_drawn_and_vectors_are_kept(tool: ModuleType, filled: Path)
 
 
 def test_one_seed_makes_one_bundle(tool: ModuleType, filled: Path, tmp_path: Path) -> None:
-    again = tool.fill(tmp_path / "skeleton", tmp_path / "again")
+    refilled = tool.fill(tmp_path / "skeleton", tmp_path / "again")
     other = tool.fill(tmp_path / "skeleton", tmp_path / "other", seed=1)
-    assert Bundle.open(again).digest == Bundle.open(filled).digest != Bundle.open(other).digest
+    digest = Bundle.open(filled).digest
+    assert Bundle.open(refilled).digest == digest
+    assert Bundle.open(other).digest != digest
 
 
 @pytest.mark.parametrize("kind", ["FLOAT", "FLOAT16", "BFLOAT16"])
@@ -82,13 +84,13 @@ def test_messages_name_what_can_be_typed(
 ) -> None:
     skeleton, there = tmp_path / "skeleton", tmp_path / "there"
     there.mkdir()
-    for words, told in {
+    for words, message in {
         ("empty", EMOJI_BUNDLE, there): "there exists already; choose another name, or remove it first",
         ("fill", skeleton, there): "there exists already; choose another name, or remove it first",
         ("empty", skeleton, tmp_path / "new"): "skeleton is a skeleton already; `skeleton.py fill ",
     }.items():
         assert tool.main([words[0], str(words[1]), "-o", str(words[2])]) == 3
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         tool.main([])
     assert "required: empty | fill" in capsys.readouterr().err

@@ -65,9 +65,9 @@ def test_sides_take_turns_and_the_order_turns_round() -> None:
 
 def test_a_timed_call_gives_its_output_and_its_share() -> None:
     output = np.ones(3)
-    sample, share = timed(lambda: output)(), timed(lambda: output, per=10**9)()
+    sample, fraction = timed(lambda: output)(), timed(lambda: output, per=10**9)()
     assert sample.output is output
-    assert 0 < share.seconds < sample.seconds
+    assert 0 < fraction.seconds < sample.seconds
 
 
 def test_no_rounds_are_refused() -> None:

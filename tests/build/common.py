@@ -59,5 +59,5 @@ def parity(source: Path, change: Callable[[ir.Model], Any], folder: Path, *, hal
     arrays, model = inputs_of(source), graph.load(source)
     change(model)
     wanted = outputs(graph.load(source), arrays, folder)
-    found = (half_outputs if half else outputs)(model, arrays, folder)
-    return min(psnr(wanted[name], found[name]) for name in wanted)
+    actual = (half_outputs if half else outputs)(model, arrays, folder)
+    return min(psnr(wanted[name], actual[name]) for name in wanted)

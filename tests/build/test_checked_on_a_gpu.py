@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import sdopt
@@ -37,12 +37,12 @@ def test_a_finished_engine_is_run_and_its_rows_agree(
 ) -> None:
     gpu = plug_in(devices=2)
     (folder,) = build(bundle, backend, components=[component], profiles=SIZES, options=EXACT, report=quiet)
-    (found,) = stored(bundle, "tensorrt")
+    (engine,) = stored(bundle, "tensorrt")
     assert (folder / PLAN).exists()
-    agreement = found.record.notes["agreement"]
+    agreement = engine.record.notes["agreement"]
     assert set(agreement) == {"rows", "alone", *(["halves"] if component == "unet_step" else [])}
     assert min(agreement.values()) > 80
-    assert found.record.environment["GPU"] == ("Fake GPU 1" if backend.endswith("1") else "Fake GPU")
+    assert engine.record.environment["GPU"] == ("Fake GPU 1" if backend.endswith("1") else "Fake GPU")
     assert gpu.cudaGetDevice() == (0, 0)
 
 
@@ -65,13 +65,13 @@ def test_every_version_builds_half_engines_and_runs_them(flavour: str, bundle: B
 def test_islands_stay_float32_in_8_6_where_a_flag_alone_would_not_keep_them(bundle: Bundle, plug_in: PlugIn) -> None:
     plug_in("8.6")
     build(bundle, "tensorrt", components=["unet_step"], profiles=SIZES, report=quiet)
-    (found,) = stored(bundle, "tensorrt")
-    layers = json.loads((found.folder / PLAN).read_bytes().partition(b"\n")[0])["layers"]
+    (engine,) = stored(bundle, "tensorrt")
+    layers = json.loads((engine.folder / PLAN).read_bytes().partition(b"\n")[0])["layers"]
     sampler = [kind for name, kind in layers.items() if name.startswith("step/") and kind in ("HALF", "FLOAT")]
     assert len(sampler) > 10
     assert sampler.count("HALF") <= 2  # what joins two tensors
     assert list(layers.values()).count("HALF") > 100
-    assert found.record.notes["islands_shown"]
+    assert engine.record.notes["islands_shown"]
 
 
 def test_an_engine_whose_rows_differ_is_not_kept(bundle: Bundle, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,7 @@ def test_sizes_that_were_built_one_after_the_other_are_all_there(bundle: Bundle,
     assert sum("already built" in line for line in lines) == 1
     with sdopt.load(bundle.path, backend="tensorrt") as pipe:
         for size in (8, 12):
-            latents = __import__("numpy").zeros((1, 4, size, size), "float32")
+            latents = np.zeros((1, 4, size, size), np.float32)
             assert pipe.engine("vae_decoder")(latent_sample=latents)["sample"].shape == (1, 3, 8 * size, 8 * size)
 
 
@@ -97,7 +97,6 @@ def test_a_vae_that_overflows_in_half_is_bf16_on_a_gpu_that_computes_in_it(bundl
     unsafe = Bundle(bundle.path, replace(bundle.manifest, float16_unsafe=("vae_encoder",)))
     part, target = read_recipe().parts["vae_encoder"], Target.here("tensorrt")
     assert part_options(BuildOptions(), part, unsafe, target.has_bf16)["precision"] == "bf16"
-    assert "tensorrt" in sys.modules
 
 
 def test_what_the_builder_logs_is_told(bundle: Bundle, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,9 +128,9 @@ def test_an_engine_whose_weights_are_streamed_is_built_and_run(flavour: str, bun
     backend = "tensorrt-rtx" if flavour == "rtx" else "tensorrt"
     options = BuildOptions(precision="fp32", weight_streaming=True)
     build(bundle, backend, components=["vae_encoder"], profiles=SIZES, options=options, report=quiet)
-    (found,) = stored(bundle, backend)
-    assert found.record.options["weight_streaming"]
-    assert found.record.notes["agreement"]["rows"] > 80
+    (engine,) = stored(bundle, backend)
+    assert engine.record.options["weight_streaming"]
+    assert engine.record.notes["agreement"]["rows"] > 80
 
 
 @pytest.mark.parametrize(
@@ -153,19 +152,42 @@ def test_an_option_that_a_library_lacks_is_refused_before_a_word_is_said(
     assert lines == []
 
 
-def test_a_driver_that_is_too_old_to_run_an_engine_is_told(
-    bundle: Bundle, plug_in: PlugIn, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("logged", "told"),
+    [
+        (
+            "CUDA driver version is insufficient for CUDA runtime version",
+            "this machine's NVIDIA driver (CUDA 13.0) is older than the library needs; install a newer one to run",
+        ),
+        ("Target GPU SM 61 is not supported", "it does not run on this GPU"),
+    ],
+)
+def test_an_rtx_engine_that_this_machine_cannot_run_is_kept_unchecked_and_the_reason_told(
+    logged: str, told: str, bundle: Bundle, plug_in: PlugIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plug_in("rtx")
 
-    def too_old(runtime: Any, plan: Any) -> None:
-        runtime._library.complain(runtime._log, "CUDA driver version is insufficient for CUDA runtime version")
+    def refuse(runtime: Any, plan: Any) -> None:
+        runtime._library.complain(runtime._log, logged)
 
-    monkeypatch.setattr("tests.fakes.trt.FakeRuntime.deserialize_cuda_engine", too_old)
+    monkeypatch.setattr("tests.fakes.trt.FakeRuntime.deserialize_cuda_engine", refuse)
     lines: list[str] = []
     build(bundle, "tensorrt-rtx", components=["vae_encoder"], profiles=SIZES, options=EXACT, report=lines.append)
-    (told,) = [line for line in lines if "not checked" in line]
-    assert "NVIDIA driver (CUDA 13.0) is older than the library needs; install a newer one" in told
+    (line,) = [line for line in lines if "not checked" in line]
+    assert line.startswith(f"vae_encoder: not checked: {told}")
+    assert line.endswith(logged)
+    (engine,) = stored(bundle, "tensorrt-rtx")
+    assert (engine.folder / PLAN).stat().st_size > 0
+    assert not {"agreement", "inspected"} & set(engine.record.notes)
+
+
+def test_a_tensorrt_engine_that_the_gpu_of_its_build_cannot_load_is_not_kept(
+    bundle: Bundle, gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.fakes.trt.FakeRuntime.deserialize_cuda_engine", lambda runtime, plan: None)
+    with pytest.raises(BackendError, match="vae_encoder: tensorrt fake cannot load the engine"):
+        build(bundle, "tensorrt", components=["vae_encoder"], profiles=SIZES, options=EXACT, report=quiet)
+    assert stored(bundle, "tensorrt") == []
 
 
 def test_of_a_long_log_the_errors_are_kept(gpu: Any) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from sdopt import graph
 from sdopt.build.diagnose import diagnose
-from sdopt.bundle.files import read_manifest, write_manifest
+from sdopt.bundle.files import read_manifest
+from sdopt.bundle.write import write_manifest
 from sdopt.cli.main import main
 from tests.build.common import SIZES, inputs_of
 from tests.build.test_half import UNET, WEIGHT, reweigh
@@ -67,6 +70,38 @@ def test_a_wrong_argument_of_the_command_is_named() -> None:
     done = sdopt("diagnose", "--latent", 0)
     assert done.returncode == 2
     assert "--latent 0; allowed are whole numbers from 1" in done.stderr
+
+
+@pytest.mark.parametrize("floor", ["nan", "-1", "-inf"])
+def test_a_floor_is_decibels_as_in_an_export(floor: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["diagnose", f"--floor={floor}"]) == 2
+    assert f"--floor {floor}; allowed are decibels from 0 on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["png", "npy", "half", "text", "pickle", "missing", "device", "nan", "tokens"])
+def test_a_file_of_inputs_that_cannot_be_used_is_named(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path("/dev/null") if kind == "device" else tmp_path / "inputs.npz"
+    arrays: dict[str, Any] = {
+        "input_ids": np.full((1, 32), 99999 if kind == "tokens" else 1, np.int32),
+        "extra_embeddings": np.full((1, 128), np.nan if kind == "nan" else 0, np.float32),
+    }
+    if kind == "png":
+        path.write_bytes((EMOJI_BUNDLE.parent / "apple.png").read_bytes())
+    elif kind == "npy":
+        np.save(path.with_suffix(".npy"), arrays["input_ids"])
+        path = path.with_suffix(".npy")
+    elif kind == "text":
+        path.write_text("no arrays")
+    elif kind == "pickle":
+        np.savez(path, input_ids=np.array([{}], object))
+    elif kind not in ("missing", "device"):
+        np.savez(path, **arrays)
+    if kind == "half":
+        path.write_bytes(path.read_bytes()[:100])
+    assert main(["diagnose", "--component", "text_encoder", "--inputs", str(path)]) == 2
+    assert f"sdopt: error: --inputs {path}: " in capsys.readouterr().err
 
 
 def test_attention_that_overflows_stays_float32_as_in_a_build(

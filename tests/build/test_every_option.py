@@ -94,6 +94,18 @@ def test_the_step_of_a_distilled_unet_is_told_the_scale(scale: float | None, lcm
         assert np.abs(pictures(lcm[0], **{**options, "guidance_scale": scale + 2}) - found).max() > 1e-3
 
 
+def test_a_feature_cache_of_a_distilled_unet_beside_its_plain_step(lcm: tuple[Path, Path], tmp_path: Path) -> None:
+    host, steps = (Path(shutil.copytree(lcm[1], tmp_path / name)) for name in ("host", "steps"))
+    silent: dict[str, Any] = {"report": lambda line: None}
+    build(Bundle.open(host, verify=False), "ort", cache_depth=1, **silent)
+    names = ["unet_step_alone_deep_1", "unet_step_alone_shallow_1"]
+    build(Bundle.open(steps, verify=False), "ort", components=names, **silent)
+    options = {"cache_interval": 2, "num_images_per_prompt": 2, "guidance_scale": 7.3}
+    expected, found = pictures(host, **options), pictures(steps, **options)
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+    assert np.abs(pictures(steps, "unet_step_alone", **{**options, "cache_interval": 1}) - found).max() > 1e-3
+
+
 def test_a_turbo_bundle_has_the_half_step_and_is_told_how_to_get_the_other(tmp_path: Path) -> None:
     defaults = replace(Bundle.open(EMOJI_BUNDLE).manifest.defaults, guidance_scale=0.0)
     plain, engines = built(EMOJI_BUNDLE, tmp_path, defaults=defaults)

@@ -19,7 +19,8 @@ from sdopt.bundle.files import Component
 from sdopt.bundle.specs import Array
 from sdopt.denoise import loop
 from sdopt.denoise.board import HostBoard
-from sdopt.denoise.model import Conditions, Predict
+from sdopt.denoise.conditions import Conditions
+from sdopt.denoise.model import Predict
 from sdopt.denoise.program import Advance, Program
 from sdopt.denoise.start import Canvas
 from sdopt.engine.ort import OrtEngine
@@ -72,7 +73,7 @@ def unfused(
     launches = tuple((call, Advance()) for call in calls)
     program = Program(table, launches, len(sample), tuple(guidance), rescale)
     drawn = iter([noise[k] for k in range(len(table)) if table.draws[k]])
-    board = HostBoard(program, unet, Canvas(sample), Conditions(cond, negative, extra), lambda: next(drawn))
+    board = HostBoard(program, {"unet": unet}, Canvas(sample), Conditions(cond, negative, extra), lambda: next(drawn))
     return [(step.sample, step.denoised) for step in loop.steps(program, board)]
 
 
@@ -104,8 +105,8 @@ def conditions() -> dict[str, Array]:
     return {f"{half}encoder_hidden_states": random(2, 7, 128, seed=len(half)) for half in ("", "negative_")}
 
 
-def worst(expected: list[Any], found: list[Any]) -> float:
-    pairs = zip(expected, found, strict=True)
+def worst(expected: list[Any], actual: list[Any]) -> float:
+    pairs = zip(expected, actual, strict=True)
     return min(psnr(a, b) for wanted, got in pairs for a, b in zip(wanted, got, strict=True))
 
 
@@ -115,8 +116,8 @@ def test_the_fused_step_is_the_loop_for_every_sampler(name: str, steps: Any, une
     guidance = [1.0, *[3.0] * (len(table) - 2), 0.5]  # outside the interval the conditional half runs alone
     noise = [random(*LATENT, seed=k) for k in range(len(table) + 1)]
     expected = unfused(unet, table, guidance, conditions(), noise)
-    found = fused(steps, table, guidance, conditions(), noise)
-    assert worst(expected, found) >= FLOOR_DB
+    actual = fused(steps, table, guidance, conditions(), noise)
+    assert worst(expected, actual) >= FLOOR_DB
 
 
 def test_images_at_different_steps_of_different_samplers_share_a_batch_and_are_each_what_they_are_alone(
@@ -132,8 +133,8 @@ def test_images_at_different_steps_of_different_samplers_share_a_batch_and_are_e
         for t, g, text, noise in zip(tables, guidance, texts, noises, strict=True)
     ]
     rows = [packed(table, [scale] * len(table)) for table, scale in zip(tables, guidance, strict=True)]
-    begun = [noise[-1] * np.float32(table.init_noise_sigma) for noise, table in zip(noises, tables, strict=True)]
-    carried = [{"sample": x, "history": np.zeros((HISTORY, *x.shape), np.float32)} for x in begun]
+    starts = [noise[-1] * np.float32(table.init_noise_sigma) for noise, table in zip(noises, tables, strict=True)]
+    carried = [{"sample": x, "history": np.zeros((HISTORY, *x.shape), np.float32)} for x in starts]
     for moment in range(max(map(len, tables)) + len(names)):
         calls = {i: moment - i for i, table in enumerate(tables) if 0 <= moment - i < len(table)}  # each joins later
         if not calls:
@@ -141,7 +142,7 @@ def test_images_at_different_steps_of_different_samplers_share_a_batch_and_are_e
         images = list(calls)
         given = {name: np.concatenate([texts[i][name] for i in images]) for name in texts[0]}
         given["row"] = np.stack([rows[i][k] for i, k in calls.items()])
-        drawn = [noises[i][k] if tables[i].draws[k] else np.zeros_like(begun[i]) for i, k in calls.items()]
+        drawn = [noises[i][k] if tables[i].draws[k] else np.zeros_like(starts[i]) for i, k in calls.items()]
         given["noise"] = np.concatenate(drawn)
         given["sample"] = np.concatenate([carried[i]["sample"] for i in images])
         given["history"] = np.concatenate([carried[i]["history"] for i in images], 1)
@@ -175,8 +176,8 @@ def test_a_graph_may_keep_less(history: int, unet: Any, tmp_path: Path) -> None:
     table = table_of("dpmpp_2m" if history == 1 else "lms")
     one = opened(fuse_step(graph.load(UNET), history=history), tmp_path)
     noise, guidance = [random(*LATENT, seed=k) for k in range(7)], [2.0] * 6
-    found = fused({True: one}, table, guidance, conditions(), noise, history=history)
-    assert worst(unfused(unet, table, guidance, conditions(), noise), found) >= FLOOR_DB
+    actual = fused({True: one}, table, guidance, conditions(), noise, history=history)
+    assert worst(unfused(unet, table, guidance, conditions(), noise), actual) >= FLOOR_DB
 
 
 @pytest.mark.parametrize("share", [0.0, 0.7])
@@ -209,8 +210,8 @@ def test_at_a_share_of_zero_an_output_without_spread_is_no_nan(tmp_path: Path) -
     row = packed(table_of("euler", 2), [3.0, 3.0])[[0, 0]]
     given = {"sample": random(*LATENT), "history": np.zeros((HISTORY, *LATENT), np.float32)}
     given |= {"noise": np.zeros(LATENT, np.float32), "row": row}
-    found = outputs_of(opened(model, tmp_path), {**conditions(), **given})
-    assert np.isfinite(found["next_sample"]).all()
+    actual = outputs_of(opened(model, tmp_path), {**conditions(), **given})
+    assert np.isfinite(actual["next_sample"]).all()
 
 
 def test_the_signature_is_the_one_that_is_written_down(tmp_path: Path) -> None:

@@ -106,9 +106,9 @@ def test_edges_are_half_where_that_is_asked_for(tmp_path: Path) -> None:
     }  # fmt: skip
     arrays = inputs_of(UNET)
     arrays["encoder_hidden_states"] = arrays["encoder_hidden_states"].astype(np.float16)
-    found = outputs(model, arrays, tmp_path)["noise_pred"]
-    assert found.dtype == np.float16
-    assert psnr(outputs(graph.load(UNET), inputs_of(UNET), tmp_path)["noise_pred"], found) > 50
+    actual = outputs(model, arrays, tmp_path)["noise_pred"]
+    assert actual.dtype == np.float16
+    assert psnr(outputs(graph.load(UNET), inputs_of(UNET), tmp_path)["noise_pred"], actual) > 50
     with pytest.raises(UsageError, match="half edge 'latents' matches no input or output; there are .*sample"):
         half(graph.load(UNET), half_edges=["latents"])
 
@@ -169,8 +169,8 @@ def test_a_constant_that_would_vanish_or_mask_is_kept_from_harm(tmp_path: Path) 
     assert report.outside == {"tiny": pytest.approx(1e-12)}
     assert report.clamped == ("mask",)
     assert "guard" in report.islands
-    found = half_outputs(model, {"x": np.zeros(4, np.float32)}, tmp_path)["y"]
-    assert np.isfinite(found).all()
+    actual = half_outputs(model, {"x": np.zeros(4, np.float32)}, tmp_path)["y"]
+    assert np.isfinite(actual).all()
 
 
 def test_what_overflows_in_half_overflows_in_the_rounded_graph(tmp_path: Path) -> None:
@@ -179,9 +179,9 @@ def test_what_overflows_in_half_overflows_in_the_rounded_graph(tmp_path: Path) -
     nodes = [ir.node("Mul", [x, big], outputs=[a], name="up"), ir.node("Mul", [a, small], outputs=[y], name="down")]
     model = small_graph(*nodes, x=x, y=y, constants=[big, small])
     half(model)
-    found = half_outputs(model, {"x": np.array([1.0, 100.0], np.float32)}, tmp_path)["y"]
-    assert found[0] == pytest.approx(1.0, rel=1e-3)
-    assert np.isinf(found[1])
+    actual = half_outputs(model, {"x": np.array([1.0, 100.0], np.float32)}, tmp_path)["y"]
+    assert actual[0] == pytest.approx(1.0, rel=1e-3)
+    assert np.isinf(actual[1])
 
 
 def test_the_sampler_of_a_half_step_is_float32(tmp_path: Path) -> None:
@@ -198,8 +198,8 @@ def test_the_sampler_of_a_half_step_is_float32(tmp_path: Path) -> None:
 def parity_of_step(model: ir.Model, folder: Path) -> float:
     exact = fuse_step(graph.load(UNET))
     arrays = inputs_of_step(exact)
-    wanted, found = outputs(exact, arrays, folder), half_outputs(model, arrays, folder)
-    return min(psnr(wanted[name], found[name]) for name in wanted)
+    wanted, actual = outputs(exact, arrays, folder), half_outputs(model, arrays, folder)
+    return min(psnr(wanted[name], actual[name]) for name in wanted)
 
 
 def inputs_of_step(model: ir.Model) -> Any:
@@ -247,6 +247,6 @@ def test_half_runs_as_it_is_on_onnx_runtime(tmp_path: Path) -> None:
     model = graph.load(EMOJI_BUNDLE / "vae_decoder.onnx")
     half(model)
     arrays = inputs_of(EMOJI_BUNDLE / "vae_decoder.onnx")
-    found = outputs_of(opened(model, tmp_path), arrays)["sample"]
-    assert found.dtype == np.float32
-    assert psnr(outputs(graph.load(EMOJI_BUNDLE / "vae_decoder.onnx"), arrays, tmp_path)["sample"], found) > 60
+    actual = outputs_of(opened(model, tmp_path), arrays)["sample"]
+    assert actual.dtype == np.float32
+    assert psnr(outputs(graph.load(EMOJI_BUNDLE / "vae_decoder.onnx"), arrays, tmp_path)["sample"], actual) > 60

@@ -68,8 +68,8 @@ def test_a_step_in_half_and_lowered_can_be_fixed_too(tmp_path: Path) -> None:
     assert not operators(fixed) & COUNTED
     graph.save(fixed, tmp_path / "fixed.onnx")
     onnx.checker.check_model(tmp_path / "fixed.onnx", full_check=True)
-    found = outputs(fixed, arrays, tmp_path)
-    assert min(psnr(array, found[name]) for name, array in outputs(plain, arrays, tmp_path).items()) >= 60  # in half
+    actual = outputs(fixed, arrays, tmp_path)
+    assert min(psnr(array, actual[name]) for name, array in outputs(plain, arrays, tmp_path).items()) >= 60  # in half
 
 
 def test_lengths_that_are_left_open_stay_open(tmp_path: Path) -> None:
@@ -87,5 +87,5 @@ def test_only_what_a_parser_does_not_know_is_lowered(tmp_path: Path) -> None:
     assert "GroupNormalization" not in operators(lowered)
     assert lowered.graph.opset_imports == source.graph.opset_imports
     arrays = inputs_of(UNET)
-    wanted, found = outputs(source, arrays, tmp_path), outputs(lowered, arrays, tmp_path)
-    np.testing.assert_allclose(found["noise_pred"], wanted["noise_pred"], atol=2e-5)
+    wanted, actual = outputs(source, arrays, tmp_path), outputs(lowered, arrays, tmp_path)
+    np.testing.assert_allclose(actual["noise_pred"], wanted["noise_pred"], atol=2e-5)

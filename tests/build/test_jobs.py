@@ -24,7 +24,8 @@ from sdopt.build.lock import one_builder
 from sdopt.build.options import BuildOptions, exceptions, part_options
 from sdopt.build.recipe import EngineSpec, part_profile, read_recipe, user_profiles
 from sdopt.build.target import Target
-from sdopt.build.trt_build import Builder, meaning
+from sdopt.build.trt_build import Builder
+from sdopt.build.trt_errors import meaning
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.format import File
 from sdopt.bundle.specs import Profile, TensorSpec
@@ -33,8 +34,8 @@ from sdopt.engine import describe
 from sdopt.engine.cuda import Gpu
 from sdopt.engine.store import stored
 from sdopt.engine.trt_api import TensorRT
-from sdopt.errors import BackendError, UsageError
-from tests.conftest import EMOJI_BUNDLE, ROOT, PlugIn, edit_manifest
+from sdopt.errors import BackendError, BundleError, UsageError
+from tests.conftest import EMOJI_BUNDLE, ROOT, PlugIn, edit_manifest, small_files
 from tests.conftest import sdopt as command
 
 RTX = pytest.mark.skipif(
@@ -52,8 +53,8 @@ def emoji() -> Bundle:
     return Bundle.open(EMOJI_BUNDLE, verify=False)
 
 
-def names(bundle: Bundle, *asked: str) -> list[str]:
-    return [part.name for part in read_recipe().chosen(bundle, asked or None)]
+def names(bundle: Bundle, *chosen: str) -> list[str]:
+    return [part.name for part in read_recipe().chosen(bundle, chosen or None)]
 
 
 def test_a_bundle_becomes_the_engines_that_it_runs_with(bundle: Bundle) -> None:
@@ -108,7 +109,7 @@ def test_a_wrong_profile_is_named(emoji: Bundle, text: str, message: str) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "fp8"}, "precision 'fp8'; allowed are fp"),
+        ({"precision": "fp4"}, "precision 'fp4'; allowed are fp"),
         ({"opt_level": 6}, "opt_level = 6; allowed are 0 to 5"),
         ({"workspace": 3}, "workspace = 3 bytes; allowed is a MiB or more"),
     ],
@@ -176,7 +177,9 @@ def test_a_graph_for_onnx_runtime_says_what_it_is(bundle: Bundle, capsys: pytest
             ["ort", "--static", "--refit", "--profile", "batch=1"],
             "--profile, --static, --refit: a graph for ONNX Runtime",
         ),
-        (["tensorrt", "--workspace", "0"], "--workspace 0; allowed are GiB from 0.001 on"),
+        (["tensorrt", "--workspace", "0"], "--workspace 0; allowed are GiB from 0.001 to"),
+        (["tensorrt", "--workspace", "nan"], "--workspace nan; allowed are GiB from 0.001 to"),
+        (["tensorrt", "--workspace", "inf"], "--workspace inf; allowed are GiB from 0.001 to"),
     ],
 )
 def test_an_option_without_a_meaning_is_refused_by_name(
@@ -249,9 +252,9 @@ def test_engines_for_onnx_runtime_make_the_same_picture_with_its_tensors_bound(b
     )
     assert sorted(p.name for p in folder.iterdir()) == ["graph.onnx", "graph.onnx.data", "record.json"]
     with sdopt.load(bundle.path, backend="ort:cpu", threads=1) as pipe:
-        found = pipe("a red apple", **options).images
+        actual = pipe("a red apple", **options).images
         assert set(pipe.pool.opened) == {"text_encoder", "unet_step"}
-    np.testing.assert_allclose(found, expected, atol=2e-4)
+    np.testing.assert_allclose(actual, expected, atol=2e-4)
     build(bundle, "ort", components=["unet_step"], options=BuildOptions(precision="fp32"), report=lines.append)
     assert lines[-1] == f"unet_step: already built, {folder}"
 
@@ -262,7 +265,7 @@ def test_a_stale_engine_is_built_again_with_a_sentence_and_removed(bundle: Bundl
         stream.write(b"\n")
     files = {**bundle.manifest.files}
     files["vae_encoder.onnx"] = File(files["vae_encoder.onnx"].bytes + 1, "1" * 64)
-    changed = replace(bundle, manifest=replace(bundle.manifest, files=files))
+    changed = replace(bundle, manifest=replace(bundle.manifest, files=files), opened={})
     shutil.copy(EMOJI_BUNDLE / "vae_encoder.onnx", bundle.path)
     lines: list[str] = []
     (new,) = build(changed, "ort", components=["vae_encoder"], report=lines.append)
@@ -303,17 +306,17 @@ def test_a_stale_step_is_found_too(bundle: Bundle) -> None:
 
 
 def test_the_gpu_that_is_named_is_the_one_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
+    opened: list[int] = []
 
     def no_gpu(index: int = 0) -> Any:
-        asked.append(index)
+        opened.append(index)
         raise BackendError("there is no such GPU")
 
     monkeypatch.setattr("sdopt.build.target.shared_device", no_gpu)
     for backend, index in {"tensorrt": 0, "tensorrt:1": 1, "tensorrt-rtx:2": 2}.items():
         with pytest.raises(BackendError, match="there is no such GPU"):
             Target.here(backend)
-        assert asked[-1] == index
+        assert opened[-1] == index
 
 
 def test_without_a_driver_the_library_that_builds_without_one_is_named(
@@ -327,9 +330,9 @@ def test_without_a_driver_the_library_that_builds_without_one_is_named(
     monkeypatch.setattr("sdopt.engine.trt.shared_device", no_gpu)
     with pytest.raises(BackendError, match="Without a GPU, --backend tensorrt-rtx builds: only running needs one"):
         Target.here("tensorrt")
-    found = describe("tensorrt-rtx")
-    assert found["version"] == "fake"
-    assert found["lacks"].endswith("`sdopt build` works without: only running needs it")
+    description = describe("tensorrt-rtx")
+    assert description["version"] == "fake"
+    assert description["lacks"].endswith("`sdopt build` works without: only running needs it")
 
 
 @pytest.mark.parametrize(("capability", "has"), [("7.5", False), ("8.0", True), ("9.0", True)])
@@ -392,6 +395,50 @@ def test_two_processes_build_an_engine_once(bundle: Bundle) -> None:
     assert [path.name for path in (bundle.path / "engines").iterdir()] == [folder.name]
 
 
+def test_what_a_killed_build_left_of_another_engine_goes(bundle: Bundle) -> None:
+    left = bundle.path / "engines/.unet-0123456789ab.tmp-01234567"
+    left.mkdir(parents=True)
+    (folder,) = build(bundle, "ort", components=["vae_encoder"], report=lambda line: None)
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_what_the_callers_own_function_raises_reaches_the_caller(bundle: Bundle) -> None:
+    class CancelledError(OSError): ...
+
+    def cancel(line: str) -> None:
+        raise CancelledError
+
+    with pytest.raises(CancelledError):
+        build(bundle, "ort", components=["vae_encoder"], report=cancel)
+    assert list((bundle.path / "engines").iterdir()) == []
+
+
+def test_a_disk_that_is_too_small_for_an_engine_is_refused_before_the_build(small_disk: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(EMOJI_BUNDLE, tmp_path / "bundle"))
+    engines = path / "engines"
+    engines.mkdir()
+    subprocess.run(["mount", "--bind", small_disk, engines], check=True)
+    try:
+        with pytest.raises(BundleError, match=r"engines has 4\.\d\d MB free, about 1\d\.\d+ MB needed"):
+            build(Bundle.open(path, verify=False), "ort", components=["unet"], report=pytest.fail)
+        assert list(engines.iterdir()) == []
+    finally:
+        subprocess.run(["umount", "--lazy", engines], check=True)
+
+
+def test_a_build_whose_file_cannot_be_written_ends_in_words_and_leaves_nothing(bundle: Bundle) -> None:
+    with small_files(), pytest.raises(BundleError, match=r"vae_encoder-\w+ is not written: .* free"):
+        build(bundle, "ort", components=["vae_encoder"], report=lambda line: None)
+    assert list((bundle.path / "engines").iterdir()) == []
+
+
+def test_a_build_whose_engines_could_not_be_signed_does_not_begin(bundle: Bundle, own_folders: Path) -> None:
+    (own_folders / "state").write_text("in the way")
+    with pytest.raises(BackendError, match="the key that signs engines cannot be kept"):
+        build(bundle, "ort", report=pytest.fail)
+    assert not (bundle.path / "engines").exists()
+
+
 def test_a_build_that_fails_leaves_nothing(bundle: Bundle) -> None:
     part = replace(read_recipe().parts["vae_encoder"], islands=("nothing matches this",))
     recipe = replace(read_recipe(), parts={"vae_encoder": part})
@@ -401,8 +448,8 @@ def test_a_build_that_fails_leaves_nothing(bundle: Bundle) -> None:
 
 
 def test_a_backend_that_builds_nothing_is_named(bundle: Bundle) -> None:
-    with pytest.raises(UsageError, match="backend 'openvino' builds no engines; these do: "):
-        build(bundle, "openvino")
+    with pytest.raises(UsageError, match="backend 'pytorch' builds no engines; these do: "):
+        build(bundle, "pytorch")
     with pytest.raises(UsageError, match="backend 'tensorrt:cuda' is not known; there are tensorrt, tensorrt:0, tens"):
         build(bundle, "tensorrt:cuda")
     with pytest.raises(UsageError, match="backend 'ort:0' is not known; there are ort, ort:cpu and ort:cuda"):
@@ -434,16 +481,29 @@ def test_tensorrt_rtx_builds_it_in_half(bundle: Bundle, component: str) -> None:
         bundle, "tensorrt-rtx", components=[component], profiles=[SMALL], options=BuildOptions(opt_level=0),
         report=lambda line: None, progress=lambda phase, done, of: phases.append(phase),
     )  # fmt: skip
-    (found,) = stored(bundle, "tensorrt-rtx")
-    assert found.folder == folder
-    assert found.ours
+    (engine,) = stored(bundle, "tensorrt-rtx")
+    assert engine.folder == folder
+    assert engine.ours
     assert sorted(p.name for p in folder.iterdir()) == ["engine.plan", "record.json"]
-    layers = found.record.notes["layers"]
+    layers = engine.record.notes["layers"]
     assert layers["HALF"] > 3 * layers.get("FLOAT", 0)
     assert phases
     if component == "unet_step":
-        assert found.record.carry == {"next_sample": "sample", "next_history": "history"}
-        assert "negative_encoder_hidden_states" in {s.name for s in found.record.inputs}
+        assert engine.record.carry == {"next_sample": "sample", "next_history": "history"}
+        assert "negative_encoder_hidden_states" in {s.name for s in engine.record.inputs}
+
+
+@RTX
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_tensorrt_rtx_builds_it_in_8_bits(precision: str, bundle: Bundle) -> None:
+    prompts = ("a red apple", "a blue heart", "a yellow star")
+    options = BuildOptions(precision, opt_level=0, floor=10.0, prompts=prompts)
+    build(bundle, "tensorrt-rtx", components=["unet_step"], profiles=[SMALL], options=options, report=lambda line: None)
+    (engine,) = stored(bundle, "tensorrt-rtx")
+    assert engine.precision == precision
+    layers: Any = engine.record.notes["layers"]
+    assert layers[precision.upper()] > 100
+    assert layers["HALF"] > layers["FLOAT"]
 
 
 @RTX
@@ -458,12 +518,12 @@ def test_tensorrt_rtx_builds_all_of_sdxl(sdxl_bundle: Path, tmp_path: Path) -> N
         build(
             bundle, "tensorrt-rtx", components=components, profiles=[SMALL], options=options, report=lambda line: None
         )
-    found = {engine.record.component: engine.record for engine in stored(bundle, "tensorrt-rtx")}
-    assert set(found) == set(names(bundle))
-    layers = {name: record.notes["layers"] for name, record in found.items()}
+    records = {engine.record.component: engine.record for engine in stored(bundle, "tensorrt-rtx")}
+    assert set(records) == set(names(bundle))
+    layers = {name: record.notes["layers"] for name, record in records.items()}
     assert layers["unet_step"]["HALF"]
     assert layers["text_encoder_2"]["HALF"]
-    assert {"text_embeds", "time_ids"} <= {s.name for s in found["unet_step"].inputs}
+    assert {"text_embeds", "time_ids"} <= {s.name for s in records["unet_step"].inputs}
 
 
 @RTX
@@ -472,12 +532,12 @@ def test_float32_attention_builds_too_and_several_profiles_are_one_engine(bundle
         bundle, "tensorrt-rtx", components=["text_encoder"], profiles=["batch=1", "batch=2:4:4"],
         options=BuildOptions(precision="fp32", opt_level=0), report=lambda line: None,
     )  # fmt: skip
-    (found,) = stored(bundle, "tensorrt-rtx")
-    assert [str(p) for p in found.record.profiles] == [
+    (engine,) = stored(bundle, "tensorrt-rtx")
+    assert [str(p) for p in engine.record.profiles] == [
         "batch=1:2:2 tokens=32 extra_tokens=1:1:128",
         "batch=2:8:8 tokens=32 extra_tokens=1:1:128",
     ]
-    assert found.record.notes["layers"]["FLOAT"]
+    assert engine.record.notes["layers"]["FLOAT"]
 
 
 @RTX
@@ -509,8 +569,8 @@ def test_operators_that_the_parser_does_not_know_are_written_in_others_and_said(
         report=lines.append,
     )  # fmt: skip
     assert re.search(r"vae_encoder: written in operators that tensorrt-rtx .* knows: GroupNormalization", lines[0])
-    (found,) = stored(bundle, "tensorrt-rtx")
-    assert found.record.notes["lowered"] == ["GroupNormalization"]
+    (engine,) = stored(bundle, "tensorrt-rtx")
+    assert engine.record.notes["lowered"] == ["GroupNormalization"]
 
 
 @RTX
@@ -587,9 +647,9 @@ def test_the_command_builds_and_then_finds_what_it_built(bundle: Bundle, own_fol
 
 
 def test_the_command_refuses_what_is_wrong(bundle: Bundle) -> None:
-    done = command("build", bundle.path, "--backend", "tensorrt", "--precision", "fp8")
+    done = command("build", bundle.path, "--backend", "tensorrt", "--precision", "fp4")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "precision 'fp8'" in done.stderr
+    assert "precision 'fp4'" in done.stderr
 
 
 @pytest.fixture(autouse=True)

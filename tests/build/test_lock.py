@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
+import os
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 from sdopt.build.lock import one_builder
+from sdopt.errors import BackendError
 
 
 def hold(folder: Path, lines: Any, release: Any) -> None:
@@ -92,4 +95,27 @@ def test_a_process_that_was_killed_holds_no_lock(folder: Path) -> None:
     process.kill()
     process.join(60)
     with one_builder(folder, pytest.fail):
+        pass
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def test_where_there_are_no_locks_the_work_is_done_and_a_line_says_so(
+    folder: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    lines: list[str] = []
+    done: list[bool] = []
+    with one_builder(folder, lines.append):
+        done.append(True)
+    assert done == [True]
+    assert len(lines) == 1
+    assert "has no locks" in lines[0]
+
+
+def test_a_folder_where_nothing_can_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BackendError, match="engines cannot be written"), one_builder(tmp_path / "file/x", silent):
         pass

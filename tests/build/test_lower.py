@@ -43,8 +43,8 @@ def test_the_passes_compose_in_their_order(tmp_path: Path) -> None:
     half(model)
     lower(model)
     arrays = inputs_of_step(exact)
-    wanted, found = outputs(exact, arrays, tmp_path), half_outputs(model, arrays, tmp_path)
-    assert min(psnr(wanted[name], found[name]) for name in wanted) >= 60
+    wanted, actual = outputs(exact, arrays, tmp_path), half_outputs(model, arrays, tmp_path)
+    assert min(psnr(wanted[name], actual[name]) for name in wanted) >= 60
 
 
 def test_norms_of_a_half_graph_compute_in_float32() -> None:
@@ -86,16 +86,16 @@ def test_every_rule_is_exact(op: str, shapes: list[tuple[int, ...]], attributes:
     rng = np.random.default_rng(1)
     arrays = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
     models = [alone(op, arrays, shapes[0], attributes) for _ in range(2)]
-    wanted, found = (outputs(m, {"x": arrays[0]}, tmp_path)["y"] for m in (models[0], lower(models[1])))
-    assert psnr(wanted, found) >= EXACT_DB
+    wanted, actual = (outputs(m, {"x": arrays[0]}, tmp_path)["y"] for m in (models[0], lower(models[1])))
+    assert psnr(wanted, actual) >= EXACT_DB
 
 
 @pytest.mark.parametrize("op", ["ReduceMean", "ReduceMax", "ReduceL2"])
 def test_axes_become_an_attribute(op: str, tmp_path: Path) -> None:
     arrays = [np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32), np.array([1, 2])]
     models = [alone(op, arrays, (2, 1, 1), {"keepdims": 1}) for _ in range(2)]
-    wanted, found = (outputs(m, {"x": arrays[0]}, tmp_path)["y"] for m in (models[0], lower(models[1])))
-    np.testing.assert_allclose(wanted, found, rtol=1e-6)
+    wanted, actual = (outputs(m, {"x": arrays[0]}, tmp_path)["y"] for m in (models[0], lower(models[1])))
+    np.testing.assert_allclose(wanted, actual, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

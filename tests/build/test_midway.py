@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sdopt.bundle.files import Bundle
 from sdopt.engine.store import engines_folder
 from sdopt.engine.trt_api import TensorRT
 from tests.conftest import PlugIn
+from tests.fakes.trt_builder import FakeConfig
 
 RTX = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None,
@@ -100,6 +102,35 @@ def test_a_damaged_cache_of_timings_is_made_again(
         (timings,) = (own_folders / "cache/sdopt/timing").iterdir()
         assert timings.read_bytes() == b"timings"
         timings.write_bytes(b"damaged")
+
+
+@pytest.mark.parametrize("kind", ["open", "link", "pipe", "mine"])
+def test_a_cache_of_timings_that_others_could_have_written_is_not_read(
+    bundle: Bundle, plug_in: PlugIn, own_folders: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plug_in()
+    known: list[bytes] = []
+    real = FakeConfig.create_timing_cache
+
+    def create(config: FakeConfig, content: bytes) -> Any:
+        known.append(content)
+        return real(config, content)
+
+    monkeypatch.setattr(FakeConfig, "create_timing_cache", create)
+    build(bundle, "tensorrt", **{**ASKED, "options": BuildOptions(precision="fp32", opt_level=0)}, report=silent)
+    (timings,) = (own_folders / "cache/sdopt/timing").iterdir()
+    if kind == "open":
+        timings.chmod(0o666)
+    elif kind == "link":
+        timings.rename(own_folders / "elsewhere")
+        timings.symlink_to(own_folders / "elsewhere")
+    elif kind == "pipe":
+        timings.unlink()
+        os.mkfifo(timings)
+    build(bundle, "tensorrt", **{**ASKED, "options": BuildOptions(precision="fp16", opt_level=0)}, report=silent)
+    assert known == [b"", b"timings" if kind == "mine" else b""]
+    assert timings.is_file()
+    assert not timings.is_symlink()
 
 
 def test_a_build_needs_no_cache_of_timings(bundle: Bundle, plug_in: PlugIn, own_folders: Path) -> None:

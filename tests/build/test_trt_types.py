@@ -68,11 +68,11 @@ def parsed() -> tuple[Network, dict[str, str], dict[str, Layer]]:
     lower(model)
     layers: list[Layer] = []
     for node in model.graph:
-        found = [tensor(v.name, "FLOAT" if graph.is_float(v) else "INT32")
+        outputs = [tensor(v.name, "FLOAT" if graph.is_float(v) else "INT32")
                  for v in node.outputs]  # fmt: skip
         if graph.is_float(node.outputs[0]):
             layers.append(Layer("SHUFFLE", [tensor(f"(Unnamed Layer* {len(layers)}) [Shuffle]_output")]))
-        layers.append(Layer(KINDS.get(node.op_type, "ELEMENTWISE"), found))
+        layers.append(Layer(KINDS.get(node.op_type, "ELEMENTWISE"), outputs))
     named = {layer.tensors[0].name: layer for layer in layers}
     return Network(layers), types_of(model), named
 

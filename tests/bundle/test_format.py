@@ -74,11 +74,11 @@ def may_be(path: Path_, value: Any) -> bool:
     """Whether a value is allowed after all."""
     if path == ("conditioning", "guidance_embedding") or path[-1] in ("skip", "steps_offset", "bytes"):
         return False
-    if path[-1] in ("vocab_size", "pooled", "trained_betas") or path in OPTIONAL:
+    if path[-1] in ("vocab_size", "pooled", "trained_betas", "weights_of") or path in OPTIONAL:
         return value is None
     if path[0] == "scheduler" and path[-1] not in SETTINGS:  # any JSON
         return not (isinstance(value, float) or value in (10**400, "a\nb", "\ud800", "\x1b[2J"))
-    if path[-1] in ("scaling_factor", "shift_factor", "guidance_scale", "psnr_db", "r2") or "matrix" in path:
+    if path[-1] in ("shift_factor", "guidance_scale", "psnr_db", "r2") or "matrix" in path:
         return value == -1
     return (path[-1] == "shape" and value == []) or ("shape" in path and type(value) is int and value == 1)
 
@@ -117,7 +117,13 @@ def test_a_missing_field_is_refused_with_its_path() -> None:
     missed: list[object] = []
     for path, _ in FIELDS:
         named = path[-2:-1] and (path[-2] in OWN_NAMES or path[0] == "scheduler")
-        if isinstance(path[-1], int) or named or path in optional - {("scheduler",)} or path == ("format_version",):
+        if (
+            isinstance(path[-1], int)
+            or named
+            or path[-1] == "weights_of"
+            or path in optional - {("scheduler",)}
+            or path == ("format_version",)
+        ):
             continue
         error = problem(changed(path, lambda parent, key: parent.__delitem__(key)))
         if not error.startswith(f"{written(path)} is missing; allowed is "):
@@ -159,7 +165,8 @@ def test_a_key_that_is_not_of_the_format_is_refused_by_its_name() -> None:
         ("tokenizers.tokenizer.file", "x", "tokenizers.tokenizer.file is 'x'; allowed is a name that is listed"),
         ("sampler_tables", "x", "sampler_tables is 'x'; allowed is a name that is listed"),
         ("latents.channels", 5, "preview.matrix is [5, 3]; allowed is [6, 3]"),
-        ("latents.scaling_factor", 0, "latents.scaling_factor is 0; allowed is a finite number other than 0"),
+        ("latents.scaling_factor", 0, "latents.scaling_factor is 0; allowed is a finite number above 0"),
+        ("latents.scaling_factor", -0.5, "latents.scaling_factor is -0.5; allowed is a finite number above 0"),
         ("latents.scaling_factor", [1.0, 2.0], "latents.scaling_factor is (1.0, 2.0); allowed is one number, or a "),
         ("latents.shift_factor", [1.0, None], "latents.shift_factor[1] is None; allowed is a finite number"),
         ("preview.matrix", [[1.0, 2.0]], "preview.matrix[0] is [1.0, 2.0]; allowed is a list of 3 numbers"),
@@ -278,3 +285,11 @@ def test_the_decoder_follows_annotations() -> None:
 
 def test_every_field_has_its_place_in_the_manifest() -> None:
     assert set(FULL) == {f.name for f in dataclasses.fields(Manifest)}
+
+
+def test_two_text_encoders_read_as_many_tokens() -> None:
+    entry = copy.deepcopy(FULL)
+    entry["tokenizers"]["second"] = {**entry["tokenizers"]["tokenizer"], "max_length": 5}
+    entry["conditioning"]["encoders"].append({**entry["conditioning"]["encoders"][0], "tokenizer": "second"})
+    length = entry["tokenizers"]["tokenizer"]["max_length"]
+    assert problem(entry) == f"tokenizers.second.max_length is 5; allowed is {length}, as that of tokenizer"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sdopt.bundle import stamps
+from sdopt.bundle import disk, stamps
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.stamps import known_sha256, sha256
 from sdopt.errors import BundleError
@@ -140,3 +140,71 @@ def test_a_file_that_was_new_when_reading_began_gets_no_stamp_however_long_that_
     known_sha256(path)
     monkeypatch.undo()
     assert not list((tmp_path / "cache").rglob("stamps/*"))
+
+
+@pytest.mark.usefixtures("patient")
+def test_stamps_have_a_bound_and_those_of_files_that_are_gone_go_first(
+    tmp_path: Path, own_folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stamps, "MAX_STAMPS", 20)
+    folder = own_folders / "cache/sdopt/stamps"
+    for i in range(30):  # bundles that come and go
+        path = old(tmp_path / f"gone-{i}", b"x")
+        known_sha256(path)
+        path.unlink()
+        assert len(list(folder.iterdir())) <= 20
+    paths = [old(tmp_path / f"file-{i}", b"x") for i in range(10)]
+    for path in paths:
+        known_sha256(path)
+    for i in range(10):
+        path = old(tmp_path / f"more-{i}", b"x")
+        known_sha256(path)
+        path.unlink()
+    assert all(stamps.stamped_sha256(path) for path in paths)
+
+
+@pytest.mark.usefixtures("patient")
+def test_of_too_many_stamps_those_stay_that_were_used_last(
+    tmp_path: Path, own_folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stamps, "MAX_STAMPS", 8)
+    paths = [old(tmp_path / f"{i}", b"x") for i in range(8)]
+    for i, path in enumerate(paths):
+        known_sha256(path)
+        stamp = stamps._stamp(path)
+        assert stamp is not None
+        then = time.time() - (30 - i) * 24 * 3600
+        os.utime(stamp, (then, then))
+    assert stamps.stamped_sha256(paths[0])  # a use
+    known_sha256(old(tmp_path / "new", b"x"))
+    assert [bool(stamps.stamped_sha256(path)) for path in paths] == [True, *[False] * 3, *[True] * 4]
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_stamp_that_nobody_used_for_long_goes(tmp_path: Path, own_folders: Path) -> None:
+    first, second = old(tmp_path / "a", b"x"), old(tmp_path / "b", b"x")
+    known_sha256(first)
+    (stamp,) = (own_folders / "cache/sdopt/stamps").iterdir()
+    then = time.time() - disk.UNUSED_SECONDS - 60
+    os.utime(stamp, (then, then))
+    known_sha256(second)
+    assert not stamp.exists()
+
+
+def test_processes_that_stamp_and_forget_at_once_disturb_nobody(tmp_path: Path, own_folders: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from sdopt.bundle import stamps
+stamps.FRESH_NS, stamps.MAX_STAMPS = 0, 5
+for path in 3 * sorted(Path(sys.argv[1]).iterdir()):
+    assert stamps.known_sha256(path) == stamps.sha256(path)
+"""
+    files = tmp_path / "files"
+    files.mkdir()
+    for i in range(30):
+        old(files / f"{i}", b"%d" % i)
+    command = [sys.executable, "-c", code, str(files)]
+    for process in [subprocess.Popen(command, cwd=ROOT) for _ in range(3)]:
+        assert process.wait(60) == 0
+    assert len(list((own_folders / "cache/sdopt/stamps").iterdir())) <= 5 + 2  # of those that came last

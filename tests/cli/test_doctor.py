@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,20 @@ from sdopt.cli import doctor
 from sdopt.cli.doctor import cuda_fault
 from sdopt.cli.main import main
 from sdopt.engine import BACKENDS, choose_backend, installed_backends
+from tests.conftest import ROOT, sdopt
 
 
 def test_it_names_every_backend_and_the_choice(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert set(found["backends"]) == set(BACKENDS)
-    assert {name for name, entry in found["backends"].items() if "version" in entry} == set(installed_backends())
-    assert (found["auto"]["backend"], found["auto"]["precision"]) == choose_backend()
-    assert found["embedded_model"] is True
+    findings = json.loads(capsys.readouterr().out)
+    assert set(findings["backends"]) == set(BACKENDS)
+    assert {name for name, entry in findings["backends"].items() if "version" in entry} == set(installed_backends())
+    auto = findings["auto"]
+    assert (auto["backend"], auto["precision"]) == choose_backend()
+    assert findings["embedded_model"] is True
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out
-    assert f"auto            {found['auto']['backend']}, fp32: fp32 makes the picture that diffusers makes" in lines
+    assert f"auto            {auto['backend']}, fp32: fp32 makes the picture that diffusers makes" in lines
 
 
 def test_without_an_engine_it_says_how_to_get_one(
@@ -98,7 +101,7 @@ def test_why_onnx_runtime_does_not_compute_on_cuda(
 
 
 @pytest.mark.parametrize(
-    ("version", "fault", "told"),
+    ("version", "fault", "expected"),
     [
         ("1.30.0", "libcudnn.so.9: cannot open", "lacks: its CUDA does not load, and it computes on the CPU: libcudnn"),
         ("1.24.4", "", 'pip install "onnxruntime-gpu>=1.25"'),
@@ -106,11 +109,42 @@ def test_why_onnx_runtime_does_not_compute_on_cuda(
     ],
 )
 def test_an_onnx_runtime_with_cuda_says_whether_it_computes_there(
-    version: str, fault: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    version: str, fault: str, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(engine, "installed_backends", lambda: ("ort",))
     entry = {"version": version, "precisions": ["fp32"], "devices": ["cuda", "cpu"]}
     monkeypatch.setattr(engine, "describe", lambda name: entry)
     monkeypatch.setattr(doctor, "cuda_fault", lambda graph: fault)
     assert main(["doctor"]) == 0
-    assert told in capsys.readouterr().out
+    assert expected in capsys.readouterr().out
+
+
+def test_a_finding_of_several_lines_stays_in_its_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def describe(name: str) -> dict[str, Any]:
+        raise SystemExit("the driver\nis too \x1b[31mold")
+
+    monkeypatch.setattr(engine, "installed_backends", lambda: ("ort",))
+    monkeypatch.setattr(engine, "describe", describe)
+    assert main(["doctor"]) == 0
+    assert "cannot be used: SystemExit: the driver is too \\x1b[31mold\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("library", "shown"),
+    [
+        ("import os; os.abort()", "its import ends the process by signal 6"),
+        ("", "module 'onnxruntime' has no attribute"),
+        ("raise ImportError('caf\\x1b[31m')", "onnxruntime cannot be loaded: caf\\x1b[31m"),
+    ],
+)
+def test_it_prints_whatever_a_library_does(library: str, shown: str, tmp_path: Path) -> None:
+    (tmp_path / "onnxruntime.py").write_text(library)
+    search = f"{tmp_path}{os.pathsep}{ROOT}"
+    done = sdopt("doctor", PYTHONPATH=search, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", HOME="/nowhere")
+    assert done.returncode == 0, done.stderr
+    assert "ort             installed, but it cannot be used: " in done.stdout
+    assert shown in done.stdout
+    assert done.stdout.isascii()
+    assert done.stdout.splitlines()[-1].startswith("auto ")

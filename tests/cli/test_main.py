@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdopt.cli.main import COMMANDS, build_parser, main
 from sdopt.image.pil import read_parameters
-from tests.conftest import EMOJI_CHECKPOINT, ROOT, edit_manifest, sdopt
+from tests.conftest import EMOJI_CHECKPOINT, ROOT, edit_manifest, hears_interrupts, sdopt
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -41,15 +44,15 @@ def test_json_tells_all_that_makes_each_picture_again(tmp_path: Path) -> None:
 
 
 def test_a_png_carries_its_parameters_and_replays_exactly(tmp_path: Path) -> None:
-    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    first, replayed = tmp_path / "first.png", tmp_path / "again.png"
     prompt = 'a "red" apple, on blue: ünïcode\nand a second line'
     sdopt("generate", prompt, "--negative", "a dog", "--steps", 4, "--guidance", 2.5, "--sampler", "euler", "-o", first)
     text = Image.open(first).info["parameters"]
     assert text.startswith(f"{prompt}\nNegative prompt: a dog\nSteps: 4, Sampler: ")
     assert "CFG scale: 2.5, Seed: " in text
-    done = sdopt("generate", "--replay", first, "-o", again)
+    done = sdopt("generate", "--replay", first, "-o", replayed)
     assert done.returncode == 0, done.stderr
-    np.testing.assert_array_equal(pixels(first), pixels(again))
+    np.testing.assert_array_equal(pixels(first), pixels(replayed))
 
 
 def test_no_metadata_leaves_the_png_bare(tmp_path: Path) -> None:
@@ -83,21 +86,25 @@ def test_replay_with_another_bundle_names_the_one_it_needs(tmp_path: Path, tiny_
     ("arguments", "code", "message"),
     [
         (["generate", "-o", "a.png"], 2, "no PROMPT given"),
-        (["generate", "a", "-o", "a.jpg"], 2, "name it a.png"),
+        (["generate", "a", "-o", "a.gif"], 2, "name it a.png"),
         (["generate", "a", "-o", "no/such/folder/a.png"], 2, "there is no folder no/such/folder"),
         (["generate", "a", "-o", "a.png", "--size", "big"], 2, "'big' is not WIDTHxHEIGHT"),
         (["generate", "a", "-o", "a.png", "--size", "65x64"], 2, "width = 65"),
-        (["generate", "a", "-o", "a.png", "--steps", "0"], 2, "num_inference_steps = 0"),
-        (["generate", "a", "-o", "a.png", "--seed", "-1"], 2, "seed = -1"),
+        (["generate", "a", "-o", "a.png", "--steps", "0"], 2, "--steps 0; allowed are whole numbers from 1"),
+        (["generate", "a", "-o", "a.png", "--seed", "-1"], 2, "--seed -1; allowed"),
         (["generate", "a", "-o", "a.png", "--backend", "magic"], 2, "backend 'magic' is not known"),
         (["generate", "a", "-o", "a.png", "--sampler", "eulr"], 2, "euler"),
         (["generate", "a", "-o", "a.png", "-m", "no/bundle"], 3, "no such folder"),
         (["generate", "a", "-o", "a.png", "-m", EMOJI_CHECKPOINT], 3, "sdopt export"),
-        (["generate", "a", "-o", "a.png", "--replay", "a.png"], 2, "leave out prompt"),
-        (["generate", "-o", "a.png", "--replay", "a.png", "--clip-skip", "1", "--rng", "numpy"], 2, "rng, clip_skip"),
+        (["generate", "a", "-o", "a.png", "--replay", "a.png"], 2, "leave out PROMPT"),
+        (
+            ["generate", "-o", "a.png", "--replay", "a.png", "--clip-skip", "1", "--rng", "numpy"],
+            2,
+            "--rng, --clip-skip",
+        ),
         (["generate", "a", "-o", "a.png", "--image", "no.png"], 2, "no.png: there is no such file"),
         (["generate", "-o", "a.png", "--replay", "no.png"], 2, "no.png: there is no such file"),
-        (["generate", "a", "-o", "a.png", "--vae-tile", "2"], 2, "vae_tile = 2"),
+        (["generate", "a", "-o", "a.png", "--vae-tile", "2"], 2, "--vae-tile 2"),
         (["inspect", "no/bundle"], 3, "no such folder"),
         (["paint"], 2, "invalid choice"),
         ([], 2, "COMMAND"),
@@ -116,7 +123,7 @@ def test_a_damaged_bundle_ends_with_exit_code_3(bundle_copy: Path, tmp_path: Pat
     edit_manifest(bundle_copy, format_version=99)
     done = sdopt("generate", "a", "-m", bundle_copy, "-o", tmp_path / "a.png")
     assert done.returncode == 3
-    assert "format_version is 99; this sdopt reads 2. Upgrade sdopt" in done.stderr
+    assert "format_version is 99; this sdopt reads 2 and 3. Upgrade sdopt" in done.stderr
 
 
 def test_a_missing_engine_library_ends_with_exit_code_4(tmp_path: Path) -> None:
@@ -132,7 +139,9 @@ def test_a_missing_engine_library_ends_with_exit_code_4(tmp_path: Path) -> None:
 
 def test_an_interrupt_ends_with_130_and_leaves_no_picture(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sdopt", "generate", "a", "--steps", "900", "--preview-every", "3"]
-    process = subprocess.Popen([*command, "-o", str(tmp_path / "a.png")], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "-o", str(tmp_path / "a.png")], stderr=subprocess.PIPE, text=True, preexec_fn=hears_interrupts
+    )
     try:
         deadline = time.monotonic() + 60
         while not (tmp_path / "a-step-003.png").exists():  # from then on it is in the loop of steps
@@ -159,9 +168,29 @@ def test_inspect_shows_components_sizes_parity_and_provenance() -> None:
 
 
 def test_help_is_quick_to_import_and_lists_every_command() -> None:
-    code = "import sys; from sdopt.cli.main import _parser, COMMANDS; text = _parser(None).format_help()\n"
+    code = "import sys; from sdopt.cli.main import build_parser, COMMANDS; text = build_parser().format_help()\n"
     code += (
         "assert all(c in text for c in COMMANDS); assert not {'numpy', 'PIL', 'onnxruntime', 'tqdm'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     assert "PROMPT" in sdopt("generate", "--help").stdout
+
+
+EVERY_COMMAND = [*((name,) for name in COMMANDS), *(("bench", word) for word in ("run", "compare", "report"))]
+
+
+@pytest.mark.parametrize("words", EVERY_COMMAND, ids=" ".join)
+def test_the_help_of_a_command_has_groups_and_examples_that_its_parser_takes(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parser = build_parser(words[0])
+    for word in words:
+        parser = parser.commands[word]
+    text = parser.format_help()
+    plain = text.split("\noptions:\n")[1].split("\n\n")[0].splitlines()
+    assert [line.split()[0] for line in plain if re.match(r"  -", line)] == ["-h,"]
+    examples = re.findall(r"^  (sdopt .*?)(?:   .*)?$", text.split("\nexamples:\n")[1], re.MULTILINE)
+    assert examples
+    monkeypatch.setattr(f"sdopt.cli.{words[0]}.run", lambda args: 0)
+    for example in examples:
+        assert main(shlex.split(example)[1:]) == 0, example

@@ -41,8 +41,8 @@ def pipe(request: pytest.FixtureRequest) -> Iterator[sdopt.Pipeline]:
 
 def job_of(pipe: sdopt.Pipeline, engine: Engine, request: dict[str, Any]) -> Job:
     options = dict(request)
-    board = pipe.prepare(make_plan(pipe.bundle, options.pop("prompt"), options)).board({"unet": engine})
-    return Job(board)
+    ready = pipe.prepare(make_plan(pipe.bundle, options.pop("prompt"), options))
+    return Job(ready.board({"unet": engine}), ready.program)
 
 
 def together(pipe: sdopt.Pipeline, requests: list[dict[str, Any]], every: int = 1) -> tuple[list[Array], int]:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from sdopt.bundle.specs import Array
-from sdopt.denoise.model import Call, Conditions, Predict
+from sdopt.denoise.conditions import Call, Conditions
+from sdopt.denoise.model import Predict
 
 
 class Echo:
@@ -42,7 +43,7 @@ SAMPLE = np.zeros((2, 4, 8, 8), np.float32)
 def test_guidance_is_uncond_plus_scale_times_the_difference(together: bool, calls: int) -> None:
     engine: Any = Echo()
     conditions = Conditions(prompts(5, 5), prompts(1, 1))
-    found = Predict(True, together).model(engine)(SAMPLE, call((7.5, 7.5), conditions))
+    found = Predict(True, together).model({"unet": engine})(SAMPLE, call((7.5, 7.5), conditions))
     assert len(engine.calls) == calls
     np.testing.assert_array_equal(found, np.full(SAMPLE.shape, 1 + 7.5 * 4, np.float32))
     assert all((given["timestep"] == 10.5).all() for given in engine.calls)
@@ -50,7 +51,7 @@ def test_guidance_is_uncond_plus_scale_times_the_difference(together: bool, call
 
 def test_without_guidance_the_prompt_alone_is_asked() -> None:
     engine: Any = Echo()
-    found = Predict(False).model(engine)(SAMPLE, call((1.0, 1.0), Conditions(prompts(5, 5), prompts(1, 1))))
+    found = Predict(False).model({"unet": engine})(SAMPLE, call((1.0, 1.0), Conditions(prompts(5, 5), prompts(1, 1))))
     assert [len(given["sample"]) for given in engine.calls] == [2]
     np.testing.assert_array_equal(found, np.full(SAMPLE.shape, 5, np.float32))
 
@@ -59,7 +60,7 @@ def test_without_guidance_the_prompt_alone_is_asked() -> None:
 def test_every_image_has_a_guidance_scale_of_its_own(together: bool) -> None:
     engine: Any = Echo()
     conditions = Conditions(prompts(5, 3), prompts(1, 2))
-    found = Predict(True, together).model(engine)(SAMPLE, call((7.5, 2.0), conditions))
+    found = Predict(True, together).model({"unet": engine})(SAMPLE, call((7.5, 2.0), conditions))
     assert found[:, 0, 0, 0].tolist() == [1 + 7.5 * 4, 2 + 2.0 * 1]
 
 
@@ -67,7 +68,7 @@ def test_further_channels_stand_beside_the_sample_in_both_halves() -> None:
     engine: Any = Echo()
     extra = np.arange(2 * 5 * 8 * 8, dtype=np.float32).reshape(2, 5, 8, 8)
     conditions = Conditions(prompts(5, 5), prompts(1, 1), extra)
-    Predict(True, joins=True).model(engine)(SAMPLE, call((2.0, 2.0), conditions))
+    Predict(True, joins=True).model({"unet": engine})(SAMPLE, call((2.0, 2.0), conditions))
     given = engine.calls[0]["sample"]
     assert given.shape == (4, 9, 8, 8)
     np.testing.assert_array_equal(given[:, 4:], np.concatenate([extra, extra]))

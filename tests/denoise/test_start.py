@@ -16,9 +16,11 @@ import sdopt
 from sdopt.bundle.files import embedded
 from sdopt.engine.pool import EnginePool
 from sdopt.errors import UsageError
+from sdopt.image import masks
 from sdopt.image import pil as images
 from sdopt.metrics import psnr
 from sdopt.samplers import SAMPLERS
+from tests import tiny
 from tests.conftest import EMOJI_CHECKPOINT, make_tiny_checkpoint
 from tests.test_pipeline import FLOOR_DB, picture_psnr
 
@@ -179,13 +181,11 @@ def test_what_the_mask_keeps_stays(emoji: sdopt.Pipeline) -> None:
 
 
 @pytest.fixture(scope="module")
-def inpainting_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def inpainting_model(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A nine-channel checkpoint, and its bundle."""
-    from sdopt.export import export
-
     folder = tmp_path_factory.mktemp("nine")
     checkpoint = make_tiny_checkpoint(folder / "checkpoint", in_channels=9)
-    return checkpoint, export(checkpoint, folder / "bundle", verify=False, report=lambda line: None)
+    return checkpoint, tiny.export_like(checkpoint, folder / "bundle", tiny_bundle, verify=False)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
@@ -215,7 +215,7 @@ def test_arrays_and_pil_images_are_the_same_picture() -> None:
     for given in (array, array / np.float32(255)):
         np.testing.assert_allclose(images.to_array(given, 24, 24, 1), images.to_array(pil, 24, 24, 1), atol=1e-6)
     np.testing.assert_array_equal(
-        images.to_mask(np.asarray(mask_of(24)), 24, 24, 2), images.to_mask(mask_of(24), 24, 24, 2)
+        images.to_mask(masks.read(np.asarray(mask_of(24))), 24, 24, 2), images.to_mask(mask_of(24), 24, 24, 2)
     )
 
 

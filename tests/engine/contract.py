@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -75,6 +78,28 @@ def wrong_inputs_are_refused_before_anything_runs(engine: Engine) -> None:
             engine(**arrays)
 
 
+def each_thread_gets_its_own_answer(engine: Engine) -> None:
+    """Also where several threads begin their first call at once, and where each one has other sizes."""
+    calls = [unet_inputs(engine, 1 + i % 3, 8, 16, 4) for i in range(8)]
+    for i, call in enumerate(calls):
+        call["sample"] = call["sample"] + np.float32(i)
+    expected = [engine(**call)["noise_pred"] for call in calls]
+    interval, together = sys.getswitchinterval(), Barrier(4)
+    sys.setswitchinterval(1e-5)
+
+    def answered(first: int) -> list[tuple[int, Array]]:
+        together.wait()
+        return [(i, engine(**calls[i])["noise_pred"]) for i in (*range(first, 8), *range(first))]
+
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            answers = [answer for own in threads.map(answered, range(4)) for answer in own]
+    finally:
+        sys.setswitchinterval(interval)
+    for i, answer in answers:
+        np.testing.assert_array_equal(answer, expected[i])
+
+
 CONTRACT: list[Callable[[Engine], None]] = [
     takes_and_gives_arrays_by_name,
     takes_any_length_of_a_named_dimension,
@@ -82,4 +107,5 @@ CONTRACT: list[Callable[[Engine], None]] = [
     inputs_are_left_alone,
     strided_inputs_are_read_right,
     wrong_inputs_are_refused_before_anything_runs,
+    each_thread_gets_its_own_answer,
 ]

@@ -37,6 +37,7 @@ class Way:
     profiles: tuple[str, ...] = ()
     static: bool = False
     components: tuple[str, ...] = ALL
+    refit: bool | str = False
 
 
 WAYS = {
@@ -44,6 +45,10 @@ WAYS = {
     "fp16": Way("emoji", "fp16", WIDE, components=(*ALL, "unet")),
     "bf16": Way("emoji", "bf16", WIDE),
     "static": Way("emoji", static=True, profiles=("batch=1 height=128 width=128",)),
+    "refit fp32": Way("emoji", "fp32", NARROW[:1], components=ALL[:3], refit="lora"),
+    "refit fp16": Way("emoji", "fp16", NARROW[:1], components=ALL[:3], refit="lora"),
+    "refit bf16": Way("emoji", "bf16", NARROW[:1], components=ALL[:3], refit="lora"),
+    "refit all": Way("emoji", "fp16", NARROW[:1], components=ALL[:3], refit=True),
     "two profiles": Way("emoji", profiles=NARROW),
     "sd15": Way("sd15", static=True, components=("unet_step", "text_encoder", "vae_decoder")),
     "sdxl": Way("sdxl", components=(*ALL, "text_encoder_2")),
@@ -76,7 +81,7 @@ class Engines:
         way = WAYS[name]
         path = self._folder / name.replace(" ", "-")
         shutil.copytree(self.source(way.model), path, ignore=shutil.ignore_patterns("engines"))
-        options = BuildOptions(precision=way.precision, opt_level=1)
+        options = BuildOptions(precision=way.precision, opt_level=1, refit=way.refit)
         how: dict[str, Any] = {"profiles": way.profiles, "static": way.static, "options": options}
         build(Bundle.open(path), self._backend, components=way.components, **how)
         return path

@@ -13,7 +13,8 @@ from sdopt.build.jobs import Job
 from sdopt.build.options import BuildOptions, part_options
 from sdopt.build.recipe import part_profile, read_recipe, user_profiles
 from sdopt.build.target import Target
-from sdopt.bundle.files import Bundle, new_folder
+from sdopt.bundle.files import Bundle
+from sdopt.bundle.write import new_folder
 from sdopt.engine.cuda import Gpu
 from sdopt.engine.store import PLAN, write_record
 from tests.fakes.trt import fake_plan

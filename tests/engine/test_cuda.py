@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdopt.engine import cuda
-from sdopt.engine.cuda import CaptureError, CudaError, LostContextError, OutOfMemoryError, check, open_cuda
+from sdopt.engine import cuda, cuda_errors
+from sdopt.engine.cuda import open_cuda
+from sdopt.engine.cuda_errors import CaptureError, CudaError, LostContextError, OutOfMemoryError, check
 from sdopt.errors import BackendError
 from tests.fakes.gpu import Simulator
 
@@ -58,8 +59,11 @@ class Runtime:
 @pytest.mark.parametrize(
     ("runtime", "message"),
     [
-        (Runtime(driver=0), "there is no NVIDIA driver.*--backend ort"),
-        (Runtime(driver=12080), r"offers CUDA 12.8, cuda-bindings needs 13.0 or newer: .*cuda-bindings<13"),
+        (Runtime(driver=0), "there is no NVIDIA driver.*driver 580 or newer .*--backend ort"),
+        (
+            Runtime(driver=12080),
+            r"offers CUDA 12.8, cuda-bindings needs 13.0 or newer: update to driver 580 .*cuda-bindings<13",
+        ),
         (Runtime(devices=0, status=100), "shows no GPU to this process; see CUDA_VISIBLE_DEVICES"),
         (Runtime(devices=0), "shows no GPU to this process"),
         (Runtime(status=999), "cudaGetDeviceCount: CUDA error 999, told by the driver"),
@@ -84,7 +88,12 @@ def test_without_cuda_bindings_the_package_is_named(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("code", "kind"),
-    [(2, OutOfMemoryError), (900, CaptureError), (1, CudaError), *((c, LostContextError) for c in cuda.POISONED)],
+    [
+        (2, OutOfMemoryError),
+        (900, CaptureError),
+        (1, CudaError),
+        *((c, LostContextError) for c in cuda_errors.LOST_CONTEXT),
+    ],
 )
 def test_an_error_says_what_can_still_be_done(code: int, kind: type[CudaError]) -> None:
     with pytest.raises(CudaError, match=f"cudaThis: CUDA error {code}, told by the driver") as caught:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 
 from sdopt import engine as engines
-from sdopt.bundle.files import Bundle, new_folder
-from sdopt.engine import BACKENDS, Engine, choose_backend, cuda, installed_backends, open_engine
+from sdopt.bundle.files import Bundle
+from sdopt.bundle.write import new_folder
+from sdopt.engine import BACKENDS, Engine, choose_backend, cuda, installed_backends, open_engine, ort_device
 from sdopt.engine import ort as ort_engine
 from sdopt.engine.store import Record, engines_folder, write_record
 from sdopt.errors import BackendError, BundleError, UsageError
@@ -56,8 +60,8 @@ def test_bf16_is_near_float32_and_only_where_it_is_asked_for() -> None:
 
 def test_a_precision_finds_a_backend_that_has_it() -> None:
     assert choose_backend() == ("ort", "fp32") == choose_backend("auto", "float32")
-    with pytest.raises(UsageError, match=r"precision 'fp8' is not known; there are .*bf16"):
-        choose_backend("auto", "fp8")
+    with pytest.raises(UsageError, match=r"precision 'fp4' is not known; there are .*bf16"):
+        choose_backend("auto", "fp4")
     with pytest.raises(UsageError, match=r"backend 'ort' computes in fp32; for bf16 there is openvino"):
         choose_backend("ort", "bf16")
     if "openvino" in installed_backends():
@@ -114,7 +118,8 @@ def test_a_graph_that_is_not_what_the_manifest_says_is_refused() -> None:
 MEMORY = """
 import sys
 from pathlib import Path
-from sdopt.bundle.files import Bundle, new_folder
+from sdopt.bundle.files import Bundle
+from sdopt.bundle.write import new_folder
 from sdopt.engine.ort import OrtEngine
 unet = Bundle.open(sys.argv[1]).component("unet")
 def held():
@@ -154,10 +159,72 @@ def test_providers_are_named_with_their_options_and_cuda_stands_behind_tensorrt(
             ort_engine.find_device(wrong)
 
 
+def test_onnx_runtime_knows_every_provider_of_the_table() -> None:
+    assert {entry.name for entry in ort_device.PROVIDERS.values()} <= set(onnxruntime.get_all_providers())
+
+
+@pytest.mark.parametrize("kind", ort_device.PROVIDERS)
+def test_a_provider_that_is_missing_is_named_with_its_package(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = ort_device.PROVIDERS[kind]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["AzureExecutionProvider"])
+    with pytest.raises(BackendError, match=f"'ort:{kind}' needs ONNX Runtime's {entry.name}.*pip install") as caught:
+        open_engine(Bundle.open(EMOJI_BUNDLE), "vae_encoder", f"ort:{kind}")
+    assert entry.package in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["dml", "coreml", "rocm", "openvino"])
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_a_provider_that_does_not_start_is_an_error_too(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This onnxruntime has none of them: told otherwise, it warns and goes on with the CPU."""
+    entry = ort_device.PROVIDERS[kind]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [entry.name])
+    device = ort_device.find_device(kind)
+    assert (device.memory, device.provider) == ("cpu", kind.upper())
+    assert ort_device.providers(device) == [
+        (entry.name, {**entry.options, **({"device_id": "0"} if entry.number else {})})
+    ]
+    with pytest.raises(BackendError, match=rf"could not start its {entry.name} .*--backend ort:cpu") as caught:
+        open_engine(Bundle.open(EMOJI_BUNDLE), "vae_encoder", f"ort:{kind}")
+    assert entry.package in str(caught.value)
+    if not entry.number:
+        with pytest.raises(UsageError, match=f"'ort:{kind}:1' is not known"):
+            ort_device.find_device(f"{kind}:1")
+
+
+def test_a_provider_that_takes_one_call_at_a_time_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = replace(ort_device.PROVIDERS["cpu"], one_call_at_a_time=True)
+    monkeypatch.setitem(ort_device.PROVIDERS, "cpu", row)
+    bundle = Bundle.open(EMOJI_BUNDLE)
+    inputs = {"sample": np.zeros((1, 3, 64, 64), np.float32)}
+    at_once = [0, 0]  # now, and at most
+
+    class Watched:
+        def __init__(self, session: Any) -> None:
+            self.session = session
+
+        def run(self, *arguments: Any) -> Any:
+            at_once[0] += 1
+            at_once[1] = max(at_once)
+            try:
+                return self.session.run(*arguments)
+            finally:
+                at_once[0] -= 1
+
+    with open_engine(bundle, "vae_encoder", "ort:cpu", threads=1, cache=False) as engine:
+        assert isinstance(engine, ort_engine.OrtEngine)
+        session = Watched(engine._session.get())
+        monkeypatch.setattr(engine._session, "get", lambda: session)
+        expected = engine(**inputs)["mean"]
+        with ThreadPoolExecutor(4) as threads:
+            for found in threads.map(lambda _: engine(**inputs)["mean"], range(12)):
+                np.testing.assert_array_equal(found, expected)
+    assert at_once == [0, 1]
+
+
 @pytest.mark.parametrize("sees", [True, False])
 def test_without_a_named_device_the_gpu_is_taken_if_there_is_one(sees: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr(ort_engine, "sees_gpu", lambda: sees)
+    monkeypatch.setattr(ort_device, "sees_gpu", lambda: sees)
     assert ort_engine.find_device(None) == ort_engine.Device("cuda" if sees else "cpu")
 
 
@@ -189,3 +256,56 @@ def test_an_engine_that_was_built_for_cuda_is_not_there_for_the_cpu(bundle: Bund
 
 def test_a_driver_is_asked_whether_it_shows_a_gpu() -> None:
     assert cuda.sees_gpu() in (True, False)  # the real driver, where there is one
+
+
+def test_plans_of_onnx_runtimes_tensorrt_are_kept_where_nobody_else_writes(own_folders: Path) -> None:
+    device = ort_engine.Device("tensorrt")
+    (_, options), *_ = ort_engine.providers(device)
+    plans = Path(options["trt_engine_cache_path"])
+    assert plans == own_folders / "cache/sdopt/ort-tensorrt"
+    assert (options["trt_engine_cache_enable"], plans.stat().st_mode & 0o777) == ("1", 0o700)
+    (plans / "a.engine").touch(mode=0o600)
+    assert ort_engine.providers(device)[0][1]["trt_engine_cache_enable"] == "1"
+    (plans / "a.engine").chmod(0o666)
+    (_, options), *_ = ort_engine.providers(device)
+    assert (options["trt_engine_cache_enable"], "trt_engine_cache_path" in options) == ("0", False)
+
+
+EVIL = """
+import sys
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+from pathlib import Path
+from sdopt.bundle.files import Component
+from sdopt.bundle.specs import TensorSpec
+from sdopt.engine import ort
+from sdopt.errors import SdoptError
+kind, path = sys.argv[1], Path(sys.argv[2])
+name = "evil\\x1b[31m\\x07"
+op, shift = {"load": ("NoSuch\\x1b[31m", ()), "gather": ("Gather", (99,)), "reshape": ("Reshape", (7,))}[kind]
+constant = [helper.make_tensor("c", TensorProto.INT64, [1], shift)] if shift else []
+more = {"axis": 1} if kind == "gather" else {}
+node = helper.make_node(op, ["x", "c"] if shift else ["x"], ["y"], name=name, **more)
+x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])
+y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["a", "b"] if kind != "reshape" else ["a"])
+graph = helper.make_graph([node], name, [x], [y], constant)
+model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+model.ir_version = 9
+onnx.save(model, path)
+component = Component("unet", path, (TensorSpec("x", "float32", ("n", 4)),),
+                      (TensorSpec("y", "float32", ("a", "b") if kind != "reshape" else ("a",)),))
+try:
+    ort.OrtEngine(component, 1)(x=np.zeros((2, 4), np.float32))
+except SdoptError as error:
+    print(repr(str(error)))
+"""
+
+
+@pytest.mark.parametrize("kind", ["load", "gather", "reshape"])
+def test_onnx_runtime_writes_nothing_by_itself_of_what_it_raises(kind: str, tmp_path: Path) -> None:
+    """It would write texts of the graph, with their control characters, into the terminal."""
+    command = [sys.executable, "-c", EVIL, kind, str(tmp_path / "graph.onnx")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert ("NoSuch" if kind == "load" else "evil") in done.stdout
+    assert done.stderr == ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from sdopt.engine.device import shared_device
 from sdopt.errors import BackendError, UsageError
 from sdopt.metrics import psnr
 from sdopt.samplers import SAMPLERS
+from tests.adapters.lora_files import shapes, tensors, write
 from tests.engine.contract import CONTRACT
 from tests.engine.gpu_engines import WAYS, Engines
 
@@ -38,8 +40,8 @@ def backend() -> str:
         open_cuda()
     except BackendError as error:
         pytest.skip(f"no GPU: {error}")
-    found = [name for name in ("tensorrt", "tensorrt-rtx") if name in installed_backends()]
-    return found[0] if found else pytest.skip("neither tensorrt nor tensorrt_rtx is installed")
+    installed = [name for name in ("tensorrt", "tensorrt-rtx") if name in installed_backends()]
+    return installed[0] if installed else pytest.skip("neither tensorrt nor tensorrt_rtx is installed")
 
 
 @pytest.fixture(scope="session")
@@ -64,8 +66,8 @@ def both(engines: Engines, backend: str, way: str) -> Iterator[tuple[sdopt.Pipel
 def likeness(engines: Engines, backend: str, way: str, prompt: str = "a red apple", **options: Any) -> float:
     """How near the engines' picture is to ONNX Runtime's, in dB."""
     with both(engines, backend, way) as pipes:
-        expected, found = (p(prompt, **{**OPTIONS, **options}).images for p in pipes)
-    return psnr(expected, found, 1.0)
+        expected, actual = (p(prompt, **{**OPTIONS, **options}).images for p in pipes)
+    return psnr(expected, actual, 1.0)
 
 
 def floor(way: str) -> float:
@@ -123,6 +125,30 @@ def test_the_other_models(way: str, engines: Engines, backend: str) -> None:
     assert likeness(engines, backend, way, "apple", num_inference_steps=2) >= floor(way)
 
 
+@pytest.mark.parametrize("way", ["refit fp32", "refit fp16", "refit bf16", "refit all"])
+def test_from_one_lora_to_another_and_back(way: str, engines: Engines, backend: str, tmp_path: Path) -> None:
+    path = engines(way)
+    bundle = Bundle.open(path)
+    modules = {name: shapes(bundle, name) for name in ("unet", "text_encoder")}
+    modules["text_encoder"].pop("text_projection", None)
+    files = [write(tmp_path / f"{i}.safetensors", tensors(modules, seed=i, size=0.1)) for i in range(2)]
+    with both(engines, backend, way) as (exact, built):
+        plain = built("a red apple", **OPTIONS).images
+        for pipe in (exact, built):
+            for i, file in enumerate(files):
+                pipe.load_lora_weights(file, f"{i}")
+        first: dict[str, Array] = {}
+        for name in ("0", "1", "0"):
+            exact.set_adapters(name)
+            built.set_adapters(name)
+            expected, actual = (pipe("a red apple", **OPTIONS).images for pipe in (exact, built))
+            assert psnr(expected, actual, 1.0) >= floor(way)
+            assert psnr(plain, actual, 1.0) < psnr(expected, actual, 1.0) - 3
+            np.testing.assert_array_equal(actual, first.setdefault(name, actual))
+        built.unload_lora_weights()
+        np.testing.assert_array_equal(built("a red apple", **OPTIONS).images, plain)
+
+
 def test_replaying_the_graph_equals_launching_without_one_bit_for_bit(
     pipe: sdopt.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,8 +186,8 @@ def test_two_threads_make_their_own_pictures(pipe: sdopt.Pipeline) -> None:
 
     expected = [picture(0), picture(1)]
     with ThreadPoolExecutor(2) as pool:
-        for i, found in enumerate(pool.map(picture, range(20))):
-            np.testing.assert_array_equal(found, expected[i % 2])
+        for i, actual in enumerate(pool.map(picture, range(20))):
+            np.testing.assert_array_equal(actual, expected[i % 2])
 
 
 def test_steering_on_the_device(engines: Engines, backend: str) -> None:

@@ -16,5 +16,5 @@ def test_a_mutant_can_be_made(mutant: Mutant) -> None:
 
 
 def test_a_mutant_whose_line_is_gone_is_named() -> None:
-    with pytest.raises(ValueError, match="mutant 'none': its text stands 0 times in lane.py"):
-        Mutant("none", "lane.py", "no such line", "").source(ROOT)
+    with pytest.raises(ValueError, match="mutant 'none': its text stands 0 times in bound_context.py"):
+        Mutant("none", "bound_context.py", "no such line", "").source(ROOT)

@@ -12,6 +12,7 @@ import pytest
 
 import sdopt
 from sdopt.bundle.files import Bundle
+from sdopt.engine import BACKENDS, installed_backends
 from sdopt.engine.pool import EnginePool
 from sdopt.errors import UsageError
 from tests.conftest import EMOJI_BUNDLE
@@ -85,9 +86,10 @@ def test_an_engine_that_is_given_is_used_and_not_closed(bundle: Bundle) -> None:
     assert not given.closed
 
 
+@pytest.mark.parametrize("backend", [name for name in installed_backends() if BACKENDS[name].precisions])
 @pytest.mark.parametrize("memory", ["fast", "low"])
-def test_pictures_of_threads_survive_releases_and_other_threads(bundle: Bundle, memory: str) -> None:
-    with sdopt.Pipeline(EnginePool(bundle, "ort:cpu", memory=memory, threads=1)) as pipe:
+def test_pictures_of_threads_survive_releases_and_other_threads(bundle: Bundle, memory: str, backend: str) -> None:
+    with sdopt.Pipeline(EnginePool(bundle, backend, memory=memory, threads=1)) as pipe:
         expected = [pipe("a red apple", seed=seed, **OPTIONS).images for seed in range(3)]
         done = Event()
 

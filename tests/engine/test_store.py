@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from sdopt import engine as engines
 from sdopt.bundle.disk import parse_json
-from sdopt.bundle.files import Bundle, new_folder
+from sdopt.bundle.files import Bundle
 from sdopt.bundle.specs import Profile
+from sdopt.bundle.write import new_folder
 from sdopt.engine import store
-from sdopt.engine.store import RECORD, Record, built_components, engines_folder, stored, usable, write_record
+from sdopt.engine.store import RECORD, Record, built_components, check_key, engines_folder, stored, usable, write_record
 from sdopt.errors import BackendError, BundleError
+from tests.conftest import ROOT
 
 HERE = {"tensorrt": "10.13.3.9", "GPU": "Fake GPU", "driver": "CUDA 13"}
 PLAN = b"a plan"
@@ -193,6 +200,38 @@ def test_the_key_of_a_user_is_readable_by_nobody_else(bundle: Bundle, own_folder
     assert (own_folders / "state/sdopt/engine-key").stat().st_mode & 0o077 == 0
 
 
+KILLED = """
+import os, signal, sys
+from sdopt.engine.store import check_key
+folder, left = sys.argv[1], int(sys.argv[2])
+WRITING = os.O_WRONLY | os.O_RDWR
+
+def hook(event, arguments):
+    global left
+    changes = event in ("os.link", "os.remove", "os.rename") or event == "open" and arguments[2] & WRITING
+    left -= bool(changes and folder in str(arguments))
+    if changes and left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(hook)
+check_key()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such locks")
+def test_the_key_is_complete_or_absent_and_a_killed_process_leaves_nothing_for_good(own_folders: Path) -> None:
+    folder, ended = own_folders / "state/sdopt", list[int]()
+    while 0 not in ended:
+        shutil.rmtree(folder, ignore_errors=True)
+        command = [sys.executable, "-c", KILLED, str(folder), str(len(ended) + 1)]
+        ended.append(subprocess.run(command, cwd=ROOT, check=False).returncode)
+        check_key()
+        assert [path.name for path in folder.iterdir()] == ["engine-key"]
+        assert (folder / "engine-key").stat().st_size == 32
+    assert ended == [*[-signal.SIGKILL] * (len(ended) - 1), 0]
+    assert len(ended) > 2  # it was killed before it had written the key, and before it had ended
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -231,3 +270,23 @@ def test_an_engine_that_another_process_removes_meanwhile_is_passed_over(
 
     monkeypatch.setattr(store, "parse_json", remove_then_parse)
     assert [s.folder for s in stored(bundle, "tensorrt")] == [kept]
+
+
+def test_somebody_elses_engine_does_not_stop_a_backend_that_has_the_bundles_own_graph(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(bundle, backend="ort", environment={"provider": "CPU"}, options={"precision": "fp32"})
+    assert "unet" in engines.built_components(bundle, "ort:cpu")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another"))
+    assert engines.built_components(bundle, "ort:cpu") == {}
+    assert engines.built_components(bundle, "ort:cpu", trust=True) == {"unet": "fp32"}
+    with engines.open_engine(bundle, "unet", "ort:cpu") as engine:
+        assert engine.inputs
+
+
+def test_a_key_that_others_may_read_signs_nothing(bundle: Bundle, own_folders: Path) -> None:
+    put(bundle)
+    (own_folders / "state/sdopt/engine-key").chmod(0o644)
+    assert [engine.ours for engine in stored(bundle, "tensorrt")] == [False]
+    with pytest.raises(BackendError, match="not a signing key that this user alone can read; remove it"):
+        put(bundle, options={"precision": "fp32"})

@@ -15,7 +15,7 @@ import sdopt
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.specs import Array, Profile
 from sdopt.engine import Engine, device, open_engine
-from sdopt.engine.cuda import LostContextError, OutOfMemoryError
+from sdopt.engine.cuda_errors import LostContextError, OutOfMemoryError
 from sdopt.errors import BackendError, NumericsError, UsageError
 from sdopt.samplers import SAMPLERS
 from tests.conftest import PlugIn
@@ -108,14 +108,14 @@ def test_previews_are_fetched_only_when_asked_for_and_are_those_of_the_numpy_loo
 
 
 def test_a_loop_that_is_left_keeps_its_last_step_and_the_engine_serves_the_next(pipe: sdopt.Pipeline) -> None:
-    whole = pipe("a red apple", **OPTIONS).images
+    uninterrupted = pipe("a red apple", **OPTIONS).images
     for step in pipe.denoise("a red apple", **_denoise()):
         if step.index == 1:
             break
     other = pipe("a cat", **OPTIONS).images
     assert np.isfinite(step.sample).all()
     assert not np.array_equal(other, step.sample)
-    np.testing.assert_array_equal(pipe("a red apple", **OPTIONS).images, whole)
+    np.testing.assert_array_equal(pipe("a red apple", **OPTIONS).images, uninterrupted)
 
 
 def _denoise() -> dict[str, Any]:
@@ -128,17 +128,17 @@ def test_writing_into_a_sample_steers_the_fused_loop_as_it_does_the_other(
     def halve(_: sdopt.Pipeline, index: int, timestep: float, data: dict[str, Array]) -> dict[str, Array]:
         return {"latents": data["latents"] / 2} if index == 1 else {}
 
-    found, expected = (p("a red apple", callback_on_step_end=halve, **OPTIONS).images for p in (pipe, reference))
-    np.testing.assert_allclose(found, expected, atol=2e-4)
-    assert not np.allclose(found, pipe("a red apple", **OPTIONS).images, atol=2e-2)
+    actual, expected = (p("a red apple", callback_on_step_end=halve, **OPTIONS).images for p in (pipe, reference))
+    np.testing.assert_allclose(actual, expected, atol=2e-4)
+    assert not np.allclose(actual, pipe("a red apple", **OPTIONS).images, atol=2e-2)
 
 
 def test_inpainting_with_a_mask_holds_what_it_keeps(pipe: sdopt.Pipeline, reference: sdopt.Pipeline) -> None:
     image, mask = np.full((64, 64, 3), 0.3, np.float32), np.zeros((64, 64), np.float32)
     mask[:, 32:] = 1
     options = {**OPTIONS, "image": image, "mask_image": mask, "strength": 0.9}
-    found, expected = (p("a red apple", **options).images for p in (pipe, reference))
-    np.testing.assert_allclose(found, expected, atol=2e-4)
+    actual, expected = (p("a red apple", **options).images for p in (pipe, reference))
+    np.testing.assert_allclose(actual, expected, atol=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -149,8 +149,8 @@ def test_inpainting_with_a_mask_holds_what_it_keeps(pipe: sdopt.Pipeline, refere
 def test_guidance_is_the_same_in_every_form(
     pipe: sdopt.Pipeline, reference: sdopt.Pipeline, options: dict[str, Any]
 ) -> None:
-    found, expected = (p("a red apple", **{**OPTIONS, **options}).images for p in (pipe, reference))
-    np.testing.assert_allclose(found, expected, atol=2e-4)
+    actual, expected = (p("a red apple", **{**OPTIONS, **options}).images for p in (pipe, reference))
+    np.testing.assert_allclose(actual, expected, atol=2e-4)
 
 
 def test_a_shape_that_comes_back_finds_its_graph(pipe: sdopt.Pipeline, gpu: Simulator) -> None:
@@ -189,8 +189,8 @@ def test_two_threads_make_their_own_pictures(pipe: sdopt.Pipeline) -> None:
 
     expected = [picture(i) for i in range(2)]
     with ThreadPoolExecutor(2) as pool:
-        for i, found in enumerate(pool.map(picture, range(6))):
-            np.testing.assert_array_equal(found, expected[i % 2])
+        for i, actual in enumerate(pool.map(picture, range(6))):
+            np.testing.assert_array_equal(actual, expected[i % 2])
 
 
 def test_many_pictures_need_no_more_memory_than_one(pipe: sdopt.Pipeline, gpu: Simulator) -> None:

@@ -27,7 +27,7 @@ CLASSES = {
     "optimization": "IOptimizationProfile", "cache": "ITimingCache", "runtime": "Runtime", "engine": "ICudaEngine",
     "context": "IExecutionContext", "inspector": "EngineInspector", "e": "ParserError",
     "runtime_config": "IRuntimeConfig",
-    "layer": "ILayer", "tensor": "ITensor",
+    "refitter": "Refitter", "layer": "ILayer", "tensor": "ITensor",
 }  # fmt: skip
 ENUMS = {"kinds": "NetworkDefinitionCreationFlag", "sources": "TacticSource", "levels": "HardwareCompatibilityLevel"}
 # used without asking first, because what stands for the version was asked: (member, asked for, has it)
@@ -45,6 +45,8 @@ IMPLIED = {
     ),
     "ICudaEngine.device_memory_size": ("ICudaEngine.device_memory_size_v2", False),
     "IExecutionContext.device_memory": ("IExecutionContext.set_device_memory", False),
+    "BuilderFlag.REFIT_INDIVIDUAL": ("BuilderFlag.REFIT_INDIVIDUAL", True),
+    "INetworkDefinition.mark_weights_refittable": ("BuilderFlag.REFIT_INDIVIDUAL", True),
     "IStreamWriter": ("Builder.build_serialized_network_to_stream", True),
     "ICudaEngine.weight_streaming_budget_v2": ("ICudaEngine.get_weight_streaming_automatic_budget", True),
     "ICudaEngine.weight_streaming_budget": ("ICudaEngine.weight_streaming_budget", True),  # 8.6 has no such flag
@@ -87,9 +89,9 @@ def versions_of(member: str) -> set[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
 def test_every_name_exists_in_every_version_or_is_asked_for(path: Path) -> None:
-    found = sorted(set(used(path)))
-    assert len(found) > 5
-    for member in found:
+    members = sorted(set(used(path)))
+    assert len(members) > 5
+    for member in members:
         missing = VERSIONS - versions_of(member)
         if missing and member in IMPLIED:
             sign, present = IMPLIED[member]
@@ -102,10 +104,14 @@ def test_every_name_exists_in_every_version_or_is_asked_for(path: Path) -> None:
 def test_the_flags_and_enum_members_that_are_looked_up_by_name_are_spelled_right() -> None:
     from sdopt.build.trt_build import FLAGS
     from sdopt.build.trt_types import OWN_TYPE, PRODUCTS
-    from sdopt.engine.trt_api import DTYPES, SEVERITIES
+    from sdopt.engine.trt_api import DTYPES, SEVERITIES, WEIGHTS
 
-    names = [*(f"BuilderFlag.{n}" for n in FLAGS.values()), *(f"DataType.{n}" for n in DTYPES)]
-    names += [f"LayerType.{n}" for n in (*OWN_TYPE, *PRODUCTS)] + ["DataType.BF16", "LayerType.NORMALIZATION"]
+    names = [*(f"BuilderFlag.{n}" for n in (*FLAGS.values(), "REFIT_INDIVIDUAL")), *(f"DataType.{n}" for n in DTYPES)]
+    names += (
+        [f"LayerType.{n}" for n in (*OWN_TYPE, *PRODUCTS)]
+        + [f"DataType.{n}" for n in WEIGHTS.values()]
+        + ["DataType.BF16", "LayerType.NORMALIZATION"]
+    )
     names += [f"ILogger.{n}" for n in SEVERITIES] + ["NetworkDefinitionCreationFlag.STRONGLY_TYPED"]
     names += ["PreviewFeature.PROFILE_SHARING_0806", "HardwareCompatibilityLevel.AMPERE_PLUS", "OnnxParser.num_errors"]
     for name in names:

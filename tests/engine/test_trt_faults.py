@@ -16,7 +16,7 @@ import pytest
 import sdopt
 from sdopt.bundle.files import Bundle
 from sdopt.engine import device, open_engine
-from sdopt.engine.cuda import CudaError, LostContextError
+from sdopt.engine.cuda_errors import CudaError, LostContextError
 from sdopt.errors import UsageError
 from tests.conftest import EMOJI_BUNDLE, PlugIn
 from tests.engine.conftest import WIDE
@@ -122,7 +122,7 @@ def test_a_run_takes_only_what_fits_it(stocked: Path, gpu: Simulator) -> None:
 
 def test_the_same_call_may_be_launched_again_while_the_gpu_is_behind(stocked: Path, gpu: Simulator) -> None:
     engine, arrays = counting(stocked)
-    found: list[Any] = []
+    results: list[Any] = []
     with engine:
         for waits in (True, False):
             run = engine.begin(arrays, {})
@@ -130,9 +130,9 @@ def test_the_same_call_may_be_launched_again_while_the_gpu_is_behind(stocked: Pa
                 run.launch(0, noise=arrays["noise"] * scale, sample=arrays["sample"] * scale)
                 if waits:
                     run.fetch("denoised")
-            found.append(run.fetch("next_history"))
+            results.append(run.fetch("next_history"))
             run.close()
-    np.testing.assert_array_equal(*found)
+    np.testing.assert_array_equal(*results)
 
 
 def test_work_that_is_queued_when_its_engine_is_closed_harms_no_other(stocked: Path, gpu: Simulator) -> None:
@@ -202,22 +202,22 @@ def test_the_error_that_ends_a_loop_is_the_one_that_is_told(
 
 
 def test_threads_that_open_at_once_share_one_engine_and_one_device(stocked: Path, gpu: Simulator) -> None:
-    start, found = threading.Barrier(6), list[Any]()
+    start, results = threading.Barrier(6), list[Any]()
     with sdopt.load(stocked, backend="tensorrt") as pipe:
 
         def picture() -> None:
             start.wait()
-            found.append((pipe("a red apple", **OPTIONS).images, pipe.engine("unet_step")))
+            results.append((pipe("a red apple", **OPTIONS).images, pipe.engine("unet_step")))
 
         threads = [threading.Thread(target=picture) for _ in range(6)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert len({id(engine) for _, engine in found}) == 1
+        assert len({id(engine) for _, engine in results}) == 1
         assert len(gpu.streams) == 2
-        for images, _ in found:
-            np.testing.assert_array_equal(images, found[0][0])
+        for images, _ in results:
+            np.testing.assert_array_equal(images, results[0][0])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")

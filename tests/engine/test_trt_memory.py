@@ -240,6 +240,21 @@ def test_a_damaged_cache_of_compiled_kernels_is_made_again(tmp_path: Path, plug_
         kept.write_bytes(b"\0\0\0")
 
 
+def test_compiled_kernels_that_others_could_have_written_are_not_read(
+    tmp_path: Path, plug_in: PlugIn, own_folders: Path
+) -> None:
+    bundle = stock(EMOJI_BUNDLE, tmp_path / "bundle", [WIDE], ["vae_decoder"], "tensorrt-rtx")
+    compiled: list[int] = []
+    for mode in (0o600, 0o666, 0o600):
+        plug_in("rtx")
+        with opened(bundle, backend="tensorrt-rtx") as engine:
+            engine(latent_sample=LATENTS)
+        compiled.append(__import__("sys").modules["tensorrt_rtx"].fake.jit)
+        (kept,) = (own_folders / "cache/sdopt/compiled").iterdir()
+        kept.chmod(mode)
+    assert compiled == [1, 0, 1]
+
+
 # ---- staging memory
 
 
@@ -253,7 +268,7 @@ def counting(stocked: Path) -> Any:
 
 def test_an_input_may_be_put_again_while_the_gpu_is_behind(stocked: Path, gpu: Simulator) -> None:
     engine, arrays = counting(stocked)
-    found: list[Any] = []
+    results: list[Any] = []
     with engine:
         for fetches in (True, False):
             run = engine.begin(arrays, {})
@@ -264,16 +279,16 @@ def test_an_input_may_be_put_again_while_the_gpu_is_behind(stocked: Path, gpu: S
                     run.fetch("denoised")
             run.put("history", arrays["history"] + run.fetch("next_history"))
             run.launch(3)
-            found.append(run.fetch("next_sample"))
+            results.append(run.fetch("next_sample"))
             run.close()
-    np.testing.assert_array_equal(*found)
+    np.testing.assert_array_equal(*results)
 
 
 def test_several_inputs_may_be_streamed_in_one_call(stocked: Path, gpu: Simulator) -> None:
     engine, arrays = counting(stocked)
     tables = {"row": np.stack([arrays["row"]] * 3)}
     inputs = {n: a for n, a in arrays.items() if n != "row"}
-    found: list[Any] = []
+    results: list[Any] = []
     with engine:
         for streams in (True, False):
             run = engine.begin(inputs, tables)
@@ -285,9 +300,9 @@ def test_several_inputs_may_be_streamed_in_one_call(stocked: Path, gpu: Simulato
                 for name, array in given.items():
                     run.put(name, array)
                 run.launch(k)
-            found.append(run.fetch("next_sample"))
+            results.append(run.fetch("next_sample"))
             run.close()
-    np.testing.assert_array_equal(*found)
+    np.testing.assert_array_equal(*results)
 
 
 def test_what_python_collects_during_a_capture_does_not_get_into_the_graph(
@@ -336,31 +351,31 @@ def started(stocked: Path) -> tuple[Any, Any, dict[str, Any]]:
 
 
 def test_scratch_memory_moves_when_nothing_uses_it(stocked: Path, gpu: Simulator) -> None:
-    found: list[Any] = []
+    results: list[Any] = []
     with opened(stocked) as decoder:
         for disturbed in (False, True):
             engine, run, _ = started(stocked)
             if disturbed:
                 decoder(latent_sample=np.zeros((4, 4, 8, 8), np.float32))  # needs more scratch memory
             run.launch(1)
-            found.append(run.fetch("next_sample"))
+            results.append(run.fetch("next_sample"))
             run.close()
             engine.close()
-    np.testing.assert_array_equal(*found)
+    np.testing.assert_array_equal(*results)
 
 
 def test_what_lies_idle_goes_when_nothing_uses_it(stocked: Path, gpu: Simulator) -> None:
-    found: list[Any] = []
+    results: list[Any] = []
     for disturbed in (False, True):
         engine, run, _ = started(stocked)
         if disturbed:
             with device.shared_device().queueing():
                 device.shared_device().trim()
         run.launch(1)
-        found.append(run.fetch("next_sample"))
+        results.append(run.fetch("next_sample"))
         run.close()
         engine.close()
-    np.testing.assert_array_equal(*found)
+    np.testing.assert_array_equal(*results)
 
 
 def test_tables_grow_when_nothing_reads_the_old_ones(stocked: Path, gpu: Simulator) -> None:

@@ -24,12 +24,12 @@ from sdopt.engine import ort
 from sdopt.errors import BundleError, CheckpointError, ParityError, UsageError
 from sdopt.export import export, families, parity, trace
 from sdopt.export.checkpoint import Checkpoint
-from sdopt.export.component import write_component
+from sdopt.export.component import Phases, write_component
 from sdopt.export.families import sd
 from sdopt.export.part import Part
 from sdopt.export.source import open_checkpoint
 from sdopt.metrics import psnr
-from tests.conftest import EMOJI_BUNDLE, EMOJI_CHECKPOINT, ROOT
+from tests.conftest import EMOJI_BUNDLE, EMOJI_CHECKPOINT, ROOT, hears_interrupts
 from tests.conftest import sdopt as command
 
 
@@ -56,6 +56,7 @@ def test_inputs_outputs_and_their_dimensions_have_the_fields_names(tiny_bundle: 
     found = {
         name: [*map(str, bundle.component(name).inputs), *map(str, bundle.component(name).outputs)]
         for name in bundle.components
+        if bundle.manifest.components[name].weights_of is None
     }
     assert found == {
         "text_encoder": [
@@ -125,10 +126,12 @@ def test_opset_18_unverified_by_the_command(tiny_checkpoint: Path, tiny_bundle: 
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path / 'old'}\n"
     lines = done.stderr.splitlines()
-    assert [line.split()[0] for line in lines[:5]] == [
+    assert [line.split()[0] for line in lines[:7]] == [
         "component",
-        "text_encoder",
         "unet",
+        "unet_controlled",
+        "unet_ip_adapter",
+        "text_encoder",
         "vae_decoder",
         "vae_encoder",
     ]
@@ -145,13 +148,47 @@ def test_opset_18_unverified_by_the_command(tiny_checkpoint: Path, tiny_bundle: 
 
 
 def test_an_opset_that_cannot_be_written_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="opset 17; allowed are 18"):
+    with pytest.raises(UsageError, match="opset = 17; allowed are 18"):
         export(tiny_checkpoint, tmp_path / "b", opset=17, report=lambda line: None)
 
 
-def test_below_the_parity_floor_nothing_is_written(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(ParityError, match=r"text_encoder: the graph is not the model: .* dB.*floor is 199"):
-        export(tiny_checkpoint, tmp_path / "b", floor_db=199.9, report=lambda line: None)
+@pytest.mark.parametrize(
+    ("arguments", "param"),
+    [
+        ({"source": 5}, "source"),
+        ({"source": None}, "source"),
+        ({"source": b"checkpoint"}, "source"),
+        ({"target": None}, "target"),
+        ({"target": b"bundle"}, "target"),
+        ({"floor_db": "80"}, "floor_db"),
+        ({"floor_db": None}, "floor_db"),
+        ({"floor_db": float("nan")}, "floor_db"),
+        ({"config": 5}, "config"),
+        ({"revision": 5}, "revision"),
+        ({"variant": b"fp16"}, "variant"),
+        ({"variant": "fp16"}, "variant"),
+        ({"opset": "23"}, "opset"),
+        ({"steps": "20"}, "steps"),
+        ({"steps": 1001}, "steps"),
+        ({"guidance": "7"}, "guidance"),
+        ({"guidance": float("inf")}, "guidance"),
+        ({"verify": "no"}, "verify"),
+        ({"offline": None}, "offline"),
+        ({"report": 5}, "report"),
+        ({"progress": 5}, "progress"),
+    ],
+    ids=str,
+)
+def test_an_argument_that_is_not_allowed_is_named(arguments: dict[str, Any], param: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=rf"^{param}( = |: )") as error:
+        export(**{"source": EMOJI_CHECKPOINT, "target": tmp_path / "b", **arguments})
+    assert error.value.param == param
+    assert not list(tmp_path.iterdir())
+
+
+def test_below_the_parity_floor_nothing_is_written(least_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ParityError, match=r"unet: the graph is not the model: .* dB.*floor is 199"):
+        export(least_checkpoint, tmp_path / "b", floor_db=199.9, report=lambda line: None)
     assert not list(tmp_path.iterdir())
 
 
@@ -185,8 +222,8 @@ def test_a_model_is_let_go_before_its_graph_is_opened(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(ort, "OrtEngine", Watched)
     with open_checkpoint(str(EMOJI_CHECKPOINT)) as checkpoint:
-        entry = write_component(build, checkpoint, tmp_path, 23, parity.FLOOR_DB, lambda line: None)
-    assert entry.parity
+        entries = write_component(build, checkpoint, tmp_path, 23, parity.FLOOR_DB, lambda line: None, Phases(None, 1))
+    assert entries["text_encoder"].parity
     assert len(weights) > 10
     assert alive == [0]
 
@@ -197,10 +234,16 @@ def test_nan_in_an_output_never_passes_the_gate() -> None:
     assert psnr(np.array([10.0, 0]), np.array([10.0, 0.1 * 2**0.5])) == pytest.approx(40)
 
 
+def with_scheduler(checkpoint: Path, name: str, **options: object) -> None:
+    """Give a checkpoint another scheduler, as diffusers saves it: its class is in the index and in its own file."""
+    path, index = checkpoint / "scheduler/scheduler_config.json", checkpoint / "model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": name, **options}))
+    index.write_text(json.dumps({**json.loads(index.read_text()), "scheduler": ["diffusers", name]}))
+
+
 def test_a_scheduler_that_cannot_be_a_table_is_refused_before_the_work(tiny_checkpoint: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
-    path = copy / "scheduler/scheduler_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": "DDIMScheduler", "thresholding": True}))
+    with_scheduler(copy, "DDIMScheduler", thresholding=True)
     with pytest.raises(CheckpointError, match="thresholding"):
         export(copy, tmp_path / "b", report=lambda line: None)
     assert not (tmp_path / "b").exists()
@@ -212,11 +255,13 @@ def test_an_existing_target_is_refused_before_the_work(tiny_bundle: Path) -> Non
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_export_leaves_no_bundle(tiny_checkpoint: Path, tmp_path: Path, signal_number: signal.Signals) -> None:
+def test_a_killed_export_leaves_no_bundle(
+    least_checkpoint: Path, tmp_path: Path, signal_number: signal.Signals
+) -> None:
     target = tmp_path / "b"
     process = subprocess.Popen(
-        [sys.executable, "-m", "sdopt", "export", str(tiny_checkpoint), "-o", str(target)],
-        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ},
+        [sys.executable, "-m", "sdopt", "export", str(least_checkpoint), "-o", str(target)],
+        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ}, preexec_fn=hears_interrupts,
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".b.tmp-*/text_encoder.onnx.data")) and time.monotonic() < deadline:
@@ -228,6 +273,9 @@ def test_a_killed_export_leaves_no_bundle(tiny_checkpoint: Path, tmp_path: Path,
     if signal_number == signal.SIGINT:
         assert code == 130
         assert not list(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match="no such folder or file"):  # the next export cleans up first
+        export("no/such/model", target)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -235,9 +283,14 @@ def test_a_killed_export_leaves_no_bundle(tiny_checkpoint: Path, tmp_path: Path,
     [
         (["nothing/at/all"], 3, "there is no such folder or file"),
         (["owner/name", "--offline"], 3, "not in the local cache"),
-        (["model.ckpt"], 3, "pickle checkpoint"),
-        ([EMOJI_CHECKPOINT, "--opset", "9"], 2, "opset 9"),
-        ([EMOJI_CHECKPOINT, "--steps", "0"], 2, "steps = 0; allowed are whole numbers from 1"),
+        (["model.ckpt"], 3, "there is no such folder or file"),
+        ([EMOJI_CHECKPOINT, "--opset", "9"], 2, "--opset 9; allowed are 18"),
+        ([EMOJI_CHECKPOINT, "--steps", "0"], 2, "--steps 0; allowed are whole numbers from 1 to 1000"),
+        ([EMOJI_CHECKPOINT, "--steps", "5000"], 2, "error: --steps 5000; allowed are whole numbers from 1 to 1000"),
+        ([EMOJI_CHECKPOINT, "--floor", "nan"], 2, "--floor nan; allowed are decibels from 0 on"),
+        ([EMOJI_CHECKPOINT, "--revision", "nope"], 2, "--revision nope: "),
+        ([EMOJI_CHECKPOINT, "--config", "nonsense"], 2, "is a folder, and only a single file takes it; leave it out"),
+        ([EMOJI_CHECKPOINT, "--variant", "fp16"], 2, "has no weights of this variant; it has none"),
     ],
 )
 def test_the_command_fails_with_its_exit_code_and_a_sentence(
@@ -254,7 +307,8 @@ def rescheduled(
     checkpoint: Path, bundle: Path, folder: Path, name: str, **changes: object
 ) -> tuple[Path, Path, list[str]]:
     """Copies of a checkpoint and its bundle with another scheduler, as an export writes them, and what it reports."""
-    from sdopt.bundle.files import read_manifest, write_manifest
+    from sdopt.bundle.files import read_manifest
+    from sdopt.bundle.write import write_manifest
     from sdopt.export.schedule import manifest_entries
 
     copy, target = (Path(shutil.copytree(p, folder / p.name)) for p in (checkpoint, bundle))
@@ -313,8 +367,7 @@ def test_a_scheduler_that_cannot_be_probed_is_refused_by_name(
     tiny_checkpoint: Path, tmp_path: Path, name: str, message: str
 ) -> None:
     copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
-    path = copy / "scheduler/scheduler_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": name}))
+    with_scheduler(copy, name)
     with pytest.raises(CheckpointError, match=message):
         export(copy, tmp_path / "b", report=lambda line: None)
     assert not (tmp_path / "b").exists()

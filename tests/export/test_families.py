@@ -41,7 +41,7 @@ def test_a_family_names_classes_and_pipelines_that_the_libraries_have(family: Fa
         library, name = class_name.split(".")
         assert getattr(importlib.import_module(library), name)
     assert all(getattr(diffusers, name) for name in family.pipelines)
-    assert family.single_file is None or family.single_file in family.pipelines
+    assert family.single_file.keys() == family.models.keys()
 
 
 @by_name

@@ -58,7 +58,7 @@ def test_a_folder_is_opened_and_loads_in_float32() -> None:
         ),
         (
             {"_class_name": "StableDiffusionControlNetPipeline", "controlnet": ["diffusers", "ControlNetModel"]},
-            r"ControlNetPipeline' is not known \(a ControlNet is not exported; export the Stable Diffusion model",
+            r"ControlNetPipeline' is not known \(export the model that it was made for, then add its",
         ),
         (
             {"controlnet": ["diffusers", "ControlNetModel"]},

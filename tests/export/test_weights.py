@@ -41,6 +41,7 @@ def file_of(checkpoint: Path, component: str) -> dict[str, Any]:
     """The tensors of a component's file, by the names in it; CLIP's as in every published file."""
     from safetensors.numpy import load_file
 
+    component = "unet" if component.startswith("unet") else component  # its variants have the same weights
     path = next((checkpoint / component.removesuffix("_decoder").removesuffix("_encoder")).glob("*.safetensors"), None)
     tensors = load_file(path or next((checkpoint / component).glob("*.safetensors")))
     if not component.startswith("text_encoder"):

@@ -87,9 +87,10 @@ def fake_tensorrt(simulator: Simulator, flavour: str = "10") -> ModuleType:
         members = {"LAZY": 0, "EAGER": 1, "NONE": 2}
         trt.__dict__["DynamicShapesKernelSpecializationStrategy"] = IntEnum("Specialization", members)
         trt.__dict__["ComputeCapability"] = IntEnum("ComputeCapability", {"SM80": 80, "SM90": 90, "SM120": 120})
-    from tests.fakes import trt_builder
+    from tests.fakes import trt_builder, trt_refit
 
     trt_builder.add_to(trt, library)
+    trt_refit.add_to(trt, library)
     return trt
 
 
@@ -128,6 +129,7 @@ ABSENT = {  # member -> the flavours that lack it
     "dynamic_shapes_kernel_specialization_strategy": ("8.6", "10.0", "10"),
     "create_runtime_cache": ("8.6", "10.0", "10"),
     "set_runtime_cache": ("8.6", "10.0", "10"),
+    "mark_weights_refittable": ALL_OLD,
 }
 
 
@@ -169,10 +171,7 @@ class FakeEngine(Flavoured):
     def __init__(self, library: Library, log: Any, graph: Any, entry: dict[str, Any], nbytes: int) -> None:
         self.flavour = library.flavour
         self.library, self.log, self.entry, self.profiles = library, log, entry, entry["profiles"]
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 4
-        self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        self.open(graph)
         self.input_names = [n.name for n in self.session.get_inputs()]
         self.output_names = [n.name for n in self.session.get_outputs()]
         self.types = {n.name: TYPES[n.type] for n in (*self.session.get_inputs(), *self.session.get_outputs())}
@@ -183,6 +182,14 @@ class FakeEngine(Flavoured):
         self.weight_streaming_budget = 0  # 10.0: no streaming
         self.used: dict[int, int] = {}  # profile -> the context that has it
         weakref.finalize(self, library.simulator.let_go, "weights", nbytes)
+
+    def open(self, graph: Any) -> None:
+        """Compute with this graph from now on: the bytes of a file, or its path."""
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 4
+        self.graph = graph
+        self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
     def get_tensor_name(self, i: int) -> str:
         return self.tensors[i]

@@ -12,13 +12,22 @@ from typing import Any
 
 import numpy as np
 
-from tests.fakes.trt import DataType, Library, fake_plan
+from tests.fakes.trt import DataType, Flavoured, Library, fake_plan
 
 FLAGS = {
     "8.6": ("FP16", "INT8", "REFIT", "TF32", "VERSION_COMPATIBLE", "OBEY_PRECISION_CONSTRAINTS"),
     "10.0": ("FP16", "BF16", "REFIT", "TF32", "VERSION_COMPATIBLE", "WEIGHT_STREAMING", "OBEY_PRECISION_CONSTRAINTS"),
-    "10": ("FP16", "BF16", "REFIT", "TF32", "VERSION_COMPATIBLE", "WEIGHT_STREAMING", "OBEY_PRECISION_CONSTRAINTS"),
-    "rtx": ("REFIT", "TF32", "VERSION_COMPATIBLE", "WEIGHT_STREAMING", "REQUIRE_USER_ALLOCATION"),
+    "10": (
+        "FP16",
+        "BF16",
+        "REFIT",
+        "TF32",
+        "VERSION_COMPATIBLE",
+        "WEIGHT_STREAMING",
+        "OBEY_PRECISION_CONSTRAINTS",
+        "REFIT_INDIVIDUAL",
+    ),
+    "rtx": ("REFIT", "REFIT_INDIVIDUAL", "TF32", "VERSION_COMPATIBLE", "WEIGHT_STREAMING", "REQUIRE_USER_ALLOCATION"),
 }
 KINDS = {
     1: DataType.FLOAT,
@@ -71,7 +80,7 @@ class FakeBuilder:
             self.build_serialized_network_to_stream = self._to_stream
 
     def create_network(self, flags: int = 0) -> FakeNetwork:
-        return FakeNetwork()
+        return FakeNetwork(self.library)
 
     def create_builder_config(self) -> FakeConfig:
         return FakeConfig(self.library)
@@ -93,6 +102,12 @@ class FakeBuilder:
             words = "is not compatible with BuilderFlag::kWEIGHT_STREAMING"
             self.library.complain(self.log, f"BuilderFlag::kREQUIRE_USER_ALLOCATION {words}")
             return None
+        if {"REFIT", "REFIT_INDIVIDUAL"} <= config.flags:
+            self.library.complain(self.log, "REFIT and REFIT_INDIVIDUAL are mutually exclusive")
+            return None
+        refittable = network.weights if "REFIT" in config.flags else {}
+        if "REFIT_INDIVIDUAL" in config.flags:
+            refittable = {name: kind for name, kind in network.weights.items() if name in network.marked}
         half = "FP16" in config.flags
         layers = {layer.outputs[0].name: layer.chosen(half).name for layer in network.layers if layer.outputs}
         streams, sharing = "WEIGHT_STREAMING" in config.flags, "PROFILE_SHARING_0806" in config.features
@@ -106,7 +121,7 @@ class FakeBuilder:
                 return None
         return fake_plan(
             network.inside, config.profiles, weights=len(network.inside), layers=layers, streams=streams,
-            sharing=sharing,
+            sharing=sharing, refittable=refittable,
         )  # fmt: skip
 
     def _to_stream(self, network: FakeNetwork, config: FakeConfig, writer: Any) -> bool:
@@ -118,12 +133,20 @@ class FakeBuilder:
         return True
 
 
-class FakeNetwork:
-    def __init__(self) -> None:
+class FakeNetwork(Flavoured):
+    """INetworkDefinition. `weights`: the type of each floating-point initializer, by name."""
+
+    def __init__(self, library: Library) -> None:
+        self.flavour, self.weights, self.marked = library.flavour, dict[str, int](), set[str]()
         self.layers: list[FakeLayer] = []
         self.inputs: list[FakeTensor] = []
         self.outputs: list[FakeTensor] = []
         self.inside = b""
+
+    def mark_weights_refittable(self, name: str) -> bool:
+        if name in self.weights:
+            self.marked.add(name)
+        return name in self.weights
 
     @property
     def num_layers(self) -> int:
@@ -225,6 +248,9 @@ class FakeParser:
             self.network.layers.append(FakeLayer(name, node.op_type, tensors, self.library.trt.LayerType))
         for value in model.graph.output:
             self.network.outputs.append(FakeTensor(value.name, KINDS[value.type.tensor_type.elem_type]))
+        kinds = {t.name: KINDS.get(t.data_type) for t in model.graph.initializer}
+        floats = (DataType.FLOAT, DataType.HALF, DataType.BF16)
+        self.network.weights = {name: int(kind) for name, kind in kinds.items() if kind in floats}
         self.network.inside = _without_bfloat16(model).SerializeToString()  # last: it changes the types
         return True
 

@@ -43,14 +43,14 @@ def test_a_part_counts_along_the_axes_of_the_parameter_in_every_layout() -> None
     parameter = np.arange(24).reshape(6, 4)
     turned = names.part(f"{WEIGHT}@T", 1, 2, 6, 2)
     assert turned == f"{WEIGHT}@T[2:6]"
-    again = names.part(turned, 1, 1, 3, 2)
-    assert again == f"{WEIGHT}@T[3:5]"
-    columns = names.part(again, 0, 0, 2, 2)
+    part_of_part = names.part(turned, 1, 1, 3, 2)
+    assert part_of_part == f"{WEIGHT}@T[3:5]"
+    columns = names.part(part_of_part, 0, 0, 2, 2)
     assert columns == f"{WEIGHT}@T[3:5,0:2]"
-    found = names.parse(columns)
-    assert found is not None
-    np.testing.assert_array_equal(found.held(parameter), parameter.T[0:2, 3:5])
-    np.testing.assert_array_equal(found.undone(found.held(parameter)), parameter[found.slices])
+    weight = names.parse(columns)
+    assert weight is not None
+    np.testing.assert_array_equal(weight.held(parameter), parameter.T[0:2, 3:5])
+    np.testing.assert_array_equal(weight.undone(weight.held(parameter)), parameter[weight.slices])
     assert names.part("const/bias", 0, 2, 4, 1) == "const/bias/2:4"
 
 
@@ -72,9 +72,9 @@ def test_the_parts_of_a_parameter_are_put_together_in_the_widest_type() -> None:
     first = (parameter[:2].T * 3).astype(np.float16)
     model = model_of(**{"p@T[2:6]": parameter[2:].T, "p@T[0:2]": first, "p@float32": np.zeros((6, 4)), "q": first})
     Writer(model, "")("Identity", [Writer(model, "node/").constant("one", 1, ir.DataType.FLOAT)], "one")
-    found = names.parameters(model)
-    assert list(found) == ["p", "q"]
-    together = names.parameter(found["p"])
+    by_parameter = names.parameters(model)
+    assert list(by_parameter) == ["p", "q"]
+    together = names.parameter(by_parameter["p"])
     assert together.dtype == np.float32
     np.testing.assert_array_equal(together, np.concatenate([parameter[:2] * 3, parameter[2:]]))
 

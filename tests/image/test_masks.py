@@ -100,7 +100,7 @@ def test_the_region_is_the_one_that_diffusers_finds(data: st.DataObject) -> None
     processor = VaeImageProcessor()
     part = photo(width, height).crop(expected)
     thin = min(w * part.height // part.width, h * part.width // part.height) < 1  # a side would have no pixel
-    for ours, mode in ((masks._filled, "fill"), (masks._cropped, "crop")):
+    for ours, mode in ((masks.filled, "fill"), (masks.covering, "crop")):
         found = ours(part, w, h)
         assert found.size == (w, h)
         if not (thin and mode == "fill"):
@@ -110,7 +110,7 @@ def test_the_region_is_the_one_that_diffusers_finds(data: st.DataObject) -> None
 
 def test_a_region_of_one_line_is_filled_with_it() -> None:
     line = photo(4, 33)
-    assert np.asarray(masks._filled(line, 8, 8)).shape == (8, 8, 3)
+    assert np.asarray(masks.filled(line, 8, 8)).shape == (8, 8, 3)
 
 
 def test_each_picture_of_a_batch_has_its_own_region(emoji: sdopt.Pipeline) -> None:

@@ -9,7 +9,7 @@ import math
 import pickle
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -19,9 +19,9 @@ import sdopt
 from sdopt.cli.main import main
 from sdopt.errors import UsageError
 from sdopt.image.pil import read_parameters
-from sdopt.request import arrays, kinds
+from sdopt.request import arrays, control_mode, kinds
 from sdopt.request.keyword import Flag, Keyword
-from sdopt.request.keywords import KEYWORDS, checked, describe
+from sdopt.request.keywords import KEYWORDS, checked, describe, replayed
 from sdopt.request.options import Options
 from sdopt.request.plan import Plan, make_plan
 
@@ -55,9 +55,11 @@ WRONG: dict[type[kinds.Kind], tuple[Any, ...]] = {
     kinds.Integer: (True, np.bool_(True), 1.5, "1", -1, 2**64, [1], np.float32(1), np.array([1])),
     kinds.Number: (True, np.bool_(True), "1", 1e300, -1e300, [0.5], np.array([0.5]), np.array("1")),
     kinds.Switch: (1, 0, "False", "no", [True], np.array([True])),
+    kinds.Word: (1, True, " fast", "fast ", "a\nb", ["fast"]),
     kinds.Texts: (1, True, ["a", 1], [b"a"], "a" * 9000, ["a" * 9000]),
     kinds.Choice: ("Plain ", 1, True, ["plain"]),
     kinds.Name: ("no such name", 1, True, ["euler"]),
+    kinds.Word: (1, True, "", " tiny", "ti\nny", ["tiny"], "a" * 9000),
     kinds.Several: (1, True, "123", [1, "2"], [1, math.nan], [-1], [True], list(range(10_001))),
     kinds.OneOrMore: (True, "1", [True], ["1"], -1e300, [-1e300], np.array([[1]]), (1.5, None)),
     kinds.Pair: (1, (1,), (1, 2, 3), (1, -1), (1.5, 2), (True, 1), "12", (1, None), (1, 10**400)),
@@ -71,6 +73,17 @@ WRONG: dict[type[kinds.Kind], tuple[Any, ...]] = {
         np.zeros((8, 8, 5)), np.zeros((3, 8, 8)), np.full((8, 8, 3), 2.0), np.full((8, 8, 3), -0.1), np.zeros(8),
         np.zeros((8, 8, 3), complex), [Image.new("L", (8, 8)), 1], IMAGES.astype(np.float64),
         np.full_like(IMAGES, np.nan), np.ma.masked_array(np.zeros((8, 8, 3)), True),
+    ),
+    arrays.PicturesByName: (
+        1, "cat.png", Image.new("F", (8, 8)), {}, {1: Image.new("L", (8, 8))}, {"a": "cat.png"}, {"a": []},
+        [Image.new("L", (8, 8)), 1], [[Image.new("L", (8, 8))], [Image.new("L", (8, 8))]],
+    ),
+    arrays.EmbedsByName: (
+        1, [[1.0]], IMAGES.astype(np.float64), IMAGES[0, 0, 0], np.full_like(IMAGES, np.inf), {}, {1: IMAGES}, {"a": 1},
+        [IMAGES, IMAGES], {"a": [IMAGES]},
+    ),
+    control_mode.Modes: (
+        True, -1, 1.5, 1000, [True], [[[1]]], [[-1]], {"a": -1}, {"a": [[1]]}, {"a": None}, {1: 1}, " depth", [""],
     ),
 }  # fmt: skip
 
@@ -103,14 +116,14 @@ def test_a_keyword_can_be_described_in_json_and_takes_its_own_example_and_defaul
     assert entry["help"]
     assert "type" in entry or "anyOf" in entry
     names = {"np": np, "PIL": type("PIL", (), {"Image": Image})}
-    if not isinstance(keyword.kind, arrays.Tensor | arrays.Picture):
+    if not isinstance(keyword.kind, arrays.Tensor | arrays.Picture | arrays.PicturesByName | arrays.EmbedsByName):
         assert keyword.check(name, eval(keyword.kind.example, names)) is not None
     if keyword.default is not None:
         assert keyword.check(name, keyword.default) == keyword.default
     if keyword.optional and name != "prompt":
         assert keyword.check(name, None) == keyword.default
     told = keyword.default is not None or keyword.otherwise
-    assert told or not keyword.flag or name in {"prompt", "image", "mask_image"}
+    assert told or not keyword.flag or name in {"prompt", "image", "mask_image", "control_image", "ip_adapter_image"}
     json.dumps(describe())
 
 
@@ -126,7 +139,8 @@ def test_the_type_that_an_editor_shows_is_the_type_that_is_checked() -> None:
         type_ = get_args(hint)[0]
         kinds_of = HINTS.get(type(KEYWORDS[name].kind))
         if kinds_of is not None:
-            assert (set(get_args(type_)) or {type_}) - {type(None)} == kinds_of, name
+            shown = {str if get_origin(part) is Literal else part for part in get_args(type_) or (type_,)}
+            assert shown - {type(None)} == kinds_of, name
         assert KEYWORDS[name].optional == (type_ is Any or type(None) in get_args(type_)), name
 
 
@@ -190,9 +204,9 @@ def test_a_new_keyword_has_its_flag_check_help_record_and_replay(
     assert "sparkle" not in read_parameters(again)  # the default need not be told
     capsys.readouterr()
     assert main(["generate", "--replay", first, "-o", again, "--sparkle", "0.5"]) == 2
-    assert "leave out sparkle" in capsys.readouterr().err
+    assert "leave out --sparkle" in capsys.readouterr().err
     assert main([*request, again, "--sparkle", "7"]) == 2
-    assert "sparkle = 7.0; allowed are numbers from 0 to 1, e.g. sparkle=0.5" in capsys.readouterr().err
+    assert "--sparkle 7.0; allowed are numbers from 0 to 1, e.g. --sparkle 0.5" in capsys.readouterr().err
     with pytest.raises(UsageError, match="sparkle = 'x'; allowed are numbers from 0 to 1") as caught:
         make_plan(bundle, "a cat", {"sparkle": "x"})  # pyright: ignore
     assert caught.value.param == "sparkle"
@@ -222,5 +236,22 @@ def test_a_prompt_that_is_not_unicode_ends_before_the_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["generate", "caf\udce9", "-o", str(tmp_path / "a.png")]) == 2
-    assert r"prompt = 'caf\udce9'" in capsys.readouterr().err
+    assert r"PROMPT 'caf\udce9' is not UTF-8" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"embeddings": [1]}, {"embeddings": "x"}, {"embeddings": None}, {"embeddings": {"<cat>": 1}},
+        {"loras": None}, {"loras": [1]}, {"loras": [{"name": "a", "sha256": "1f", "weights": {"unet": "1"}}]},
+        {"prompt": ["a", "b"]}, {"prompt": 5}, {"prompt": None}, {"negative_prompt": ["a"]},
+        {"seed": [1, 2]}, {"seed": None}, {"seed": "1"}, {"height": "tall"}, {"backend": 1}, {"precision": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_record_that_sdopt_did_not_write_is_refused(change: dict[str, Any]) -> None:
+    record = {"prompt": "a cat", "seed": 1, "height": 64, "embeddings": {"<cat>": "1f"}, "backend": "ort"}
+    assert replayed(record) == {"prompt": "a cat", "seed": 1, "height": 64}
+    with pytest.raises(UsageError, match=f"not those that sdopt wrote: {next(iter(change))} is "):
+        replayed({**record, **change})

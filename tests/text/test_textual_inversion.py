@@ -83,8 +83,8 @@ def test_a_prompt_with_a_learnt_word_gives_the_picture_of_diffusers(
     assert tiny.load_embedding(folder / "hat.safetensors") == "hat"  # AUTOMATIC1111's: named by the file
     seeds = [5, 6] if isinstance(prompt, list) else [5]
     expected = theirs(prompt, negative_prompt=negative, generator=generators(*seeds), **OPTIONS).images
-    found = tiny(prompt, negative_prompt=negative, seed=seeds, **OPTIONS).images
-    assert picture_psnr(expected, found) >= FLOOR_DB
+    images = tiny(prompt, negative_prompt=negative, seed=seeds, **OPTIONS).images
+    assert picture_psnr(expected, images) >= FLOOR_DB
 
 
 def test_both_prompt_styles_read_the_word_and_weigh_it(tiny: sdopt.Pipeline) -> None:
@@ -128,7 +128,7 @@ def test_without_an_embedding_the_picture_is_the_one_it_was(tiny: sdopt.Pipeline
         ({"a": rows(1), "b": rows(1)}, None, "holds a, b; known are one tensor named by its token, 'emb_params'"),
         ({"clip_g": rows(1)}, None, r"is for clip_g; this model has text_encoder \[n, 20\]"),
         ({"<x>": rows(1)}, "apple</w>", "'apple</w>' is a word that this model has already"),
-        ({"<x>": rows(1)}, " x", "token = ' x'; give the word"),
+        ({"<x>": rows(1)}, " x", "token = ' x'; allowed are texts without spaces around them"),
     ],
     ids=lambda v: str(v)[:30],
 )
@@ -211,20 +211,20 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_file_is_refused_with_a_sentence(name: str, tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(BROKEN[name])
-    with pytest.raises(UsageError, match="is not a sound safetensors file: "):
+    with pytest.raises(UsageError, match="is not a sound safetensors file: |x is F8_E4M3; read are F32, F16, BF16"):
         read_safetensors(tmp_path / "x.safetensors")
 
 
 def test_pickles_missing_and_huge_files_are_refused(tmp_path: Path) -> None:
     for name, content in (("x.pt", b"PK\3\4"), ("x.bin", b"\x80\x02"), ("y.safetensors", b"PK\3\4")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UsageError, match=r"a pickle \(\.pt, \.bin\) can run code"):
+        with pytest.raises(UsageError, match=r"a pickle \(\.pt, \.bin, \.ckpt\) can run code"):
             read_safetensors(tmp_path / name)
     with pytest.raises(UsageError, match="there is no such file"):
         read_safetensors(tmp_path / "none.safetensors")
     with (tmp_path / "big.safetensors").open("wb") as stream:
         stream.truncate(1 << 27)
-    with pytest.raises(UsageError, match="Is it a model or a LoRA"):
+    with pytest.raises(UsageError, match="an embedding has up to 67,108,864"):
         read_safetensors(tmp_path / "big.safetensors")
 
 
@@ -252,3 +252,22 @@ def test_the_command_loads_embeddings_and_a_replay_asks_for_them(tmp_path: Path,
     done = command("generate", "--replay", first, "--embedding", f"{cat}=<c>", "-o", again, *common)
     assert done.returncode == 0, done.stderr
     np.testing.assert_array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(again)))
+
+
+@pytest.mark.parametrize("prompt", ["a <me>", "a <ME>", "<Me> <me>", "<me><me>", "hat", "that", "<me>_1", "<Two>"])
+def test_a_learnt_word_in_the_checkpoint_is_all_of_its_vectors(prompt: str, tmp_path: Path) -> None:
+    from diffusers.loaders import TextualInversionLoaderMixin
+    from transformers import CLIPTokenizer
+
+    from sdopt.bundle.format import TokenizerEntry
+    from sdopt.text.tokenizer import Tokenizer
+    from tests import tiny as checkpoints
+
+    saved = checkpoints.tokenizer()
+    saved.add_tokens(["<me>", "<me>_1", "<me>_2", "hat", "hat_1", "<Two>", "<Two>_1"])
+    saved.save_pretrained(tmp_path)
+    theirs = CLIPTokenizer.from_pretrained(tmp_path)
+    expanded = TextualInversionLoaderMixin().maybe_convert_prompt(prompt, theirs)
+    expected = theirs(expanded, padding="max_length", max_length=7, truncation=True).input_ids
+    entry = TokenizerEntry("tokenizer.json", 7, 0, 1, 1, len(theirs))
+    assert Tokenizer(tmp_path / "tokenizer.json", entry)([prompt])[0].tolist() == expected

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,16 +70,54 @@ def test_a_malformed_tokenizer_is_a_bundle_error(tmp_path: Path, text: str) -> N
         Tokenizer(tmp_path / "tokenizer.json", ENTRY)
 
 
-def test_a_tokenizer_whose_regex_panics_is_a_bundle_error(tmp_path: Path) -> None:
+CATASTROPHE = {"Regex": "(a+)+$"}
+STEP = {"type": "Split", "pattern": CATASTROPHE, "behavior": "Removed", "invert": True}
+GROWS = {"type": "Replace", "pattern": {"Regex": "\\s+"}, "content": " " * 1000}
+HOSTILE: list[tuple[str, Any, str]] = [
+    ("pre_tokenizer", STEP, r"pre_tokenizer\[0\].pattern.Regex is '\(a\+\)\+\$'; allowed is "),
+    ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [STEP]}, r"pretokenizers\[0\].pattern.Regex"),
+    ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [{"type": "Sequence"}]}, r"type is 'Sequence'; allowed"),
+    ("normalizer", {"type": "Replace", "pattern": CATASTROPHE, "content": ""}, r"normalizer\[0\].pattern.Regex"),
+    ("normalizer", {"type": "Replace", "pattern": {"String": ""}, "content": "a"}, "pattern.Regex is None"),
+    ("normalizer", {"type": "Sequence", "normalizers": [GROWS] * 9}, "content is .* at most one character"),
+    ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 99}, "99 steps; allowed are 16"),
+    ("normalizer", {"type": "Precompiled", "precompiled_charsmap": ""}, "type is 'Precompiled'"),
+    ("normalizer", [], "normalizer is \\[\\]; allowed is an object"),
+    ("decoder", {"type": "Replace", "pattern": CATASTROPHE, "content": ""}, "decoder.type is 'Replace'"),
+    ("post_processor", {"type": "X"}, "post_processor.type is 'X'"),
+    ("added_tokens", [{"id": 1, "content": ""}], r"added_tokens\[0\].content is ''; allowed is a text of 1 to 1024"),
+    ("added_tokens", [{"id": 1, "content": "a"}] * 70_000, "70,000 words; allowed are 65,536"),
+    ("added_tokens", 5, "added_tokens is 5; allowed is a list"),
+    ("model", {"type": "Unigram", "vocab": []}, "model.type is 'Unigram'; allowed is 'BPE'"),
+    ("model", {"type": "BPE", "vocab": {}, "merges": []}, "model has 0 words"),
+    ("model", {"type": "BPE", "vocab": {"a": 1}, "merges": [["a", "a"]] * (2 << 20)}, "2,097,152 merges; allowed"),
+    ("model", {"type": "BPE", "vocab": {"a" * 2000: 1}, "merges": []}, "more than 1024 characters"),
+    ("model", {"type": "BPE", "vocab": {"a": 1}, "merges": [], "dropout": 0.5}, "dropout is 0.5; allowed is null"),
+]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"), HOSTILE, ids=[f"{i}-{key}" for i, (key, *_) in enumerate(HOSTILE)]
+)
+def test_a_tokenizer_that_could_take_for_ever_is_refused(tmp_path: Path, key: str, value: Any, message: str) -> None:
     import json
 
     entry = json.loads((EMOJI_BUNDLE / ENTRY.file).read_text())
-    entry["normalizer"] = None
-    entry["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Removed", "invert": True}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(entry))
-    tokenizer = Tokenizer(tmp_path / "tokenizer.json", ENTRY)
-    with pytest.raises(BundleError, match="the tokenizer fails"):
-        tokenizer(["a" * 28 + "b"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**entry, key: value}))
+    with pytest.raises(BundleError, match=f"tokenizer.json cannot be read: .*{message}"):
+        Tokenizer(tmp_path / "tokenizer.json", ENTRY)
+
+
+def test_a_tokenizer_that_is_too_large_or_a_link_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    with path.open("wb") as stream:
+        stream.truncate(65 << 20)
+    with pytest.raises(BundleError, match="allowed are 67108864"):
+        Tokenizer(path, ENTRY)
+    path.unlink()
+    path.symlink_to(EMOJI_BUNDLE / ENTRY.file)
+    with pytest.raises(BundleError, match="is a link"):
+        Tokenizer(path, ENTRY)
 
 
 def test_pixels_are_rounded_as_diffusers_rounds_them() -> None:
@@ -95,13 +136,6 @@ PARAMETERS = {
 }  # fmt: skip
 
 
-def test_the_a1111_text_is_this_to_the_letter() -> None:
-    assert images.a1111_text(PARAMETERS) == (
-        "a cat\nSteps: 20, Sampler: Euler, Schedule type: Automatic, CFG scale: 2.0, Seed: 7, Size: 64x64, "
-        'Model: "a, b: c", RNG: CPU, Version: sdopt 0.1'
-    )
-
-
 def test_parameters_survive_the_file(tmp_path: Path) -> None:
     images.save_png(Image.new("RGB", (4, 4)), tmp_path / "a.png", PARAMETERS)
     assert images.read_parameters(tmp_path / "a.png") == PARAMETERS
@@ -115,7 +149,11 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
-@pytest.mark.parametrize("content", [b"", b"not a png", b"\x89PNG\r\n\x1a\n"])
+HUGE = struct.pack(">IIBBBBB", 2**31 - 1, 2**31 - 1, 8, 2, 0, 0, 0)  # the header's width, height and format
+HUGE_PNG = b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR" + HUGE + struct.pack(">I", zlib.crc32(b"IHDR" + HUGE))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a png", b"\x89PNG\r\n\x1a\n", HUGE_PNG])
 def test_a_file_that_is_no_png_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(UsageError, match="does not tell how it was made"):

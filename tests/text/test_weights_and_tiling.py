@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 import sdopt
 from sdopt.engine.pool import EnginePool
 from sdopt.errors import UsageError
-from sdopt.image.tiling import decode_tiled
+from sdopt.image.tiling import decode_tiled, encode_tiled
 from sdopt.image.vae import Vae
 from sdopt.text.tokenizer import Tokenizer
 from sdopt.text.weights import chunks, parse, weighted
@@ -40,7 +42,10 @@ def emoji() -> Iterator[sdopt.Pipeline]:
         ("ratio 3:4 and a: b", [("ratio 3:4 and a: b", 1)]),
         ("", []),
         ("()", []),
-        ("[a:1.3]", [("a:1.3", 1 / 1.1)]),
+        (r"\[a:1.3\] a|b", [("[a:1.3] a|b", 1)]),
+        ("(a|b)", [("a|b", 1.1)]),
+        ("(a:0.5", [("a:0.5", 1.1)]),
+        ("(a:0.5]", [("a:0.5]", 1.1)]),
         ("a (cat:1.)", [("a cat", 1.0)]),
         ("(cat:2.)(dog:.5)", [("cat", 2.0), ("dog", 0.5)]),
     ],
@@ -55,14 +60,14 @@ def test_a_long_prompt_is_cut_into_whole_chunks_and_nothing_is_lost() -> None:
     entry = sdopt.Bundle.open(EMOJI_BUNDLE).manifest.tokenizers["tokenizer"]
     tokenizer = Tokenizer(EMOJI_BUNDLE / entry.file, entry)
     prompt = "a cat and (a dog:1.5) " * 9
-    ids, weights = chunks(tokenizer, prompt)
+    ids, weights, _ = chunks(tokenizer, prompt)
     assert ids.shape == weights.shape
     assert len(ids) >= 2
     inner = [i for row in ids.tolist() for i in row if i not in (tokenizer.bos, tokenizer.eos)]
     assert inner == tokenizer.fragment("a cat and a dog " * 9)
     assert set(weights.flatten().tolist()) == {1.0, 1.5}
     assert (weights[:, 0] == 1).all()
-    short, _ = chunks(tokenizer, "a cat")
+    short = chunks(tokenizer, "a cat").ids
     np.testing.assert_array_equal(short, tokenizer(["a cat"]))
 
 
@@ -206,3 +211,64 @@ def test_a_weight_without_bounds_is_the_prompts_fault(name: str, text: str, emoj
     with pytest.raises(UsageError, match=f"^{name}: the weight of 'apple' is .*; allowed are -1,000,000 to") as caught:
         emoji(options.pop("prompt"), prompt_style="a1111", num_inference_steps=1, guidance_scale=3.0, **options)
     assert caught.value.param == name
+
+
+@pytest.mark.parametrize("tile", range(4, 16))
+def test_any_tile_gives_a_picture_of_the_full_size(tile: int) -> None:
+    latents = np.random.default_rng(0).standard_normal((1, 4, 16, 19), np.float32)
+
+    def decode(part: Any) -> Any:
+        return np.repeat(np.repeat(part, 8, 2), 8, 3)
+
+    pixels = decode(latents)
+    np.testing.assert_allclose(decode_tiled(decode, latents, tile, 8), pixels, atol=1e-5)
+    np.testing.assert_allclose(encode_tiled(lambda part: part[:, :, ::8, ::8], pixels, tile, 8), latents, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("a cat AND a dog", "AND joins prompts"),
+        ("a [cat:dog:0.5]", r"\[from:to:when\] changes the prompt"),
+        ("a [dog:0.5]", r"\[from:to:when\] changes the prompt"),
+        ("a [(cat:1.2):[dog]: 5 ]", r"\[from:to:when\] changes the prompt"),
+        ("a [cat|dog]", r"\[one\|other\] changes the prompt"),
+        ("a [cat|(dog:1.2)]", r"\[one\|other\] changes the prompt"),
+    ],
+)
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
+def test_syntax_that_changes_the_prompt_in_each_step_is_refused_by_name(
+    name: str, text: str, named: str, emoji: sdopt.Pipeline
+) -> None:
+    options: dict[str, Any] = {"prompt": "a cat", name: text}
+    with pytest.raises(UsageError, match=f"^{name}: {named}") as caught:
+        emoji(options.pop("prompt"), prompt_style="a1111", num_inference_steps=1, **options)
+    assert caught.value.param == name
+
+
+def test_break_begins_a_new_chunk() -> None:
+    entry = sdopt.Bundle.open(EMOJI_BUNDLE).manifest.tokenizers["tokenizer"]
+    tokenizer = Tokenizer(EMOJI_BUNDLE / entry.file, entry)
+    ids, weights, _ = chunks(tokenizer, "a cat BREAK (a dog BREAK a hat:1.5)")
+    np.testing.assert_array_equal(ids, tokenizer(["a cat", "a dog", "a hat"]))
+    assert [set(row.tolist()) for row in weights] == [{1.0}, {1.0, 1.5}, {1.0, 1.5}]
+    np.testing.assert_array_equal(chunks(tokenizer, "BREAKFAST").ids, tokenizer(["BREAKFAST"]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["(" * 4000 + "a" + ":1.0)" * 800, "(a" * 4000, "(" * 8000, ":" + "9" * 8000, "(a: " + " " * 8000, "[a|" * 2700,
+     "(a)" * 2700, "\\(" * 4000, "(a " * 1600 + ":1.0)" * 600],
+    ids=lambda text: text[:5],
+)  # fmt: skip
+def test_the_time_for_a_prompt_grows_with_its_length_alone(text: str) -> None:
+    began = time.process_time()
+    with contextlib.suppress(UsageError):
+        parse(text)
+    assert time.process_time() - began < 0.5
+
+
+def test_a_long_prompt_has_the_limit_that_plain_ones_have(emoji: sdopt.Pipeline) -> None:
+    for style in ("plain", "a1111"):
+        with pytest.raises(UsageError, match="allowed are 8192"):
+            emoji.encode(["(a)" * 3000], style)

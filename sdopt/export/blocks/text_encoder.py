@@ -20,10 +20,15 @@ class TextEncoder(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def encode(self, input_ids: torch.Tensor, extra_embeddings: torch.Tensor) -> Any:
-        """The model's output, with the states after each layer."""
+    def encode(
+        self, input_ids: torch.Tensor, extra_embeddings: torch.Tensor, end_position: torch.Tensor | None = None
+    ) -> Any:
+        """The model's output, with the states after each layer. No token sees what follows `end_position`, [batch]."""
+        mask = None
+        if end_position is not None:
+            mask = (torch.arange(input_ids.shape[1]) <= end_position[:, None]).int()
         with extended(self.model.get_input_embeddings(), extra_embeddings):
-            return self.model(input_ids=input_ids, output_hidden_states=True)
+            return self.model(input_ids=input_ids, attention_mask=mask, output_hidden_states=True, return_dict=True)
 
 
 @contextmanager
@@ -55,19 +60,27 @@ def part(
     wrapper: Callable[[Any], TextEncoder],
     outputs: tuple[TensorSpec, ...],
     unused: Mapping[str, str] | None = None,
+    may_mask: bool = False,
 ) -> Part:
-    """The text encoder `name` of the checkpoint, behind a family's `wrapper`."""
+    """The text encoder `name` of the checkpoint, behind a family's `wrapper`.
+
+    `may_mask`: its pipelines mask the padding if its configuration has `use_attention_mask`. It then takes the position
+    of each prompt's end token too.
+    """
     config, model = checkpoint.config(name), checkpoint.load(name)
+    masked = may_mask and getattr(model.config, "use_attention_mask", False)
     return Part(
         name=name,
         module=wrapper(model),
         inputs=(
             TensorSpec("input_ids", "int32", ("batch", "tokens")),
             TensorSpec("extra_embeddings", "float32", ("extra_tokens", config["hidden_size"])),
+            *((TensorSpec("end_position", "int32", ("batch",)),) if masked else ()),
         ),
         outputs=outputs,
         sizes=_sizes(config["max_position_embeddings"]),
-        limits={"input_ids": config["vocab_size"] + 1},  # so that the parity checks read the first extra row too
+        # the parity checks read the first extra row too
+        limits={"input_ids": config["vocab_size"] + 1, "end_position": config["max_position_embeddings"]},
         # published files have the prefix; the models of transformers from 5.6 on have no such wrapper
         prefix="" if hasattr(model, "text_model") else "text_model.",
         unused=unused or {},

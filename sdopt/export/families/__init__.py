@@ -1,7 +1,7 @@
-"""The families that are read, one module each; `contract` says what a family is.
+"""The families of models that can be exported, one module for each. `contract` says what a family is.
 
-A new one is a module beside this one and a row of FAMILIES. What the rest of the export needs to know of families, it
-reads here.
+A new family is a new module in this folder and an entry in FAMILIES. The rest of the export asks this module about
+families.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from sdopt.export.families.contract import Family
 
 FAMILIES: tuple[Family, ...] = (sd.FAMILY, sdxl.FAMILY)
 
-# a word in the name of a pipeline class that no family reads -> why not, and what to do
+# a word in the name of a pipeline class that is not exported -> the reason, and what to do
 REFUSED = {
-    "ControlNet": "a ControlNet is not exported; export the Stable Diffusion model that it was made for",
+    "ControlNet": "export the model that it was made for, then add its ControlNet with --onto BUNDLE",
     "Pix2Pix": "its UNet takes a second guidance, which is not exported",
     "Upscale": "its UNet takes the small picture, which is not exported",
 }
@@ -32,7 +32,7 @@ def of(checkpoint: Checkpoint) -> Family:
 def of_index(index: Mapping[str, Any], where: str) -> Family:
     """The family that the pipeline class of a model_index.json belongs to.
 
-    Raises: CheckpointError that names the classes that are read.
+    Raises: CheckpointError for an unknown class, with the names of the known ones.
     """
     pipeline = str(index.get("_class_name"))
     for family in FAMILIES:
@@ -46,7 +46,7 @@ def of_index(index: Mapping[str, Any], where: str) -> Family:
 
 
 def _reasons(pipeline: str, index: Mapping[str, Any]) -> Iterator[str]:
-    """Why a pipeline of this class is not read, as far as its name and its components tell."""
+    """The reasons why a pipeline of this class is not exported, as far as its name and its components show."""
     for word, reason in REFUSED.items():
         if word in pipeline:
             yield reason
@@ -66,10 +66,5 @@ def _denoisers() -> list[str]:
 
 
 def models() -> list[str]:
-    """The components with weights, over all families."""
+    """The components with weights, of all families."""
     return list(dict.fromkeys(name for family in FAMILIES for name in family.models))
-
-
-def single_file_pipeline() -> str:
-    """The pipeline class of diffusers whose `from_single_file` reads checkpoints of one file."""
-    return next(family.single_file for family in FAMILIES if family.single_file)

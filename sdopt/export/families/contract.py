@@ -1,18 +1,20 @@
-"""What a family is: all that sets one kind of model apart from another, as data where that is possible.
+"""What a family is: everything in which one kind of model differs from another, as data if possible.
 
-A new family is one module beside this one, whose FAMILY is filled in, and one row of FAMILIES in `__init__`.
+A new family is a module in this folder that defines FAMILY, and an entry in FAMILIES of `__init__`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from sdopt.bundle.format import Conditioning, Latents
+from sdopt.dataclass import dataclass
 from sdopt.export.blocks import vae
 from sdopt.export.checkpoint import Checkpoint
 from sdopt.export.part import Part
+from sdopt.export.single_file.names import Layout
 
 Build = Callable[[Checkpoint], Part]
 SomeDefaults = Mapping[str, Any]  # some of the fields of the manifest's Defaults
@@ -22,24 +24,26 @@ SomeDefaults = Mapping[str, Any]  # some of the fields of the manifest's Default
 class PipelineClass:
     """One pipeline class of diffusers whose checkpoints are read.
 
-    `defaults`: where its arguments' defaults differ from those of its family.
-    `scheduler_corrections`: what it sets in the configuration of every scheduler that has such an option.
+    `defaults`: the defaults in which it differs from its family.
+    `scheduler_corrections`: options that it sets in the configuration of every scheduler that has them.
+    `corrects_size`: it reads a sample_size below 64, written by diffusers before 0.9, as 64.
     """
 
     defaults: SomeDefaults = field(default_factory=dict[str, Any])
     scheduler_corrections: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    corrects_size: bool = False
 
 
 @dataclass(frozen=True)
 class TracedComponent:
-    """One component of the bundle: the model of the checkpoint that it comes from, and how it becomes a part."""
+    """One component of the bundle: the checkpoint's model that it comes from, and the function that makes its part."""
 
     model: str
     build: Build
 
 
 def none_unsafe(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """For a family whose components compute in fp16 without an overflow."""
+    """No component: for a family whose components all compute in fp16 without an overflow."""
     return ()
 
 
@@ -51,12 +55,16 @@ class Family:
 
     # what is read of a checkpoint
     pipelines: Mapping[str, PipelineClass]  # by the name of the class
-    models: Mapping[str, tuple[str, ...]]  # components with weights, and their allowed classes; first the usual one
+    models: Mapping[str, tuple[str, ...]]  # components with weights -> their allowed classes, the usual one first
     tokenizers: Mapping[str, tuple[str, ...]]  # in the same way
     optional: tuple[str, ...] = ()  # models and tokenizers that a checkpoint may lack
     not_used: tuple[str, ...] = ()  # other components that a checkpoint may have
     denoiser: str  # the model that predicts; its configuration has the size of pictures
-    single_file: str | None = None  # the pipeline class that reads checkpoints of one file, if any does
+    single_file: Mapping[str, tuple[Layout, ...]]  # models -> the ways in which files of the original code have them
+
+    require_supported: Callable[
+        [Checkpoint], None
+    ]  # raises CheckpointError for what is not exported, by configurations
 
     # what is written into the bundle
     components: Mapping[str, TracedComponent]  # in the order of their export
@@ -66,12 +74,12 @@ class Family:
     float16_attention_unsafe: Callable[[Checkpoint], tuple[str, ...]] = none_unsafe  # those whose attention does
     has_safety_checker: bool = False  # whether its pipelines may require one
 
-    # defaults of pictures; a later line wins, then `pipelines`, then `named_models`
+    # defaults of pictures; a later line wins over an earlier one, and `pipelines` over all of them but `named_models`
     defaults: SomeDefaults  # of all models; a size only if the denoiser's configuration has none
     schedulers: Mapping[str, SomeDefaults] = field(default_factory=dict[str, SomeDefaults])  # by the scheduler's class
     guidance_embedding: SomeDefaults = field(default_factory=dict[str, Any])  # if that is an input of the denoiser
     named_models: Mapping[str, SomeDefaults] = field(default_factory=dict[str, SomeDefaults])  # by id on the hub
 
     def builds(self, checkpoint: Checkpoint) -> dict[str, Build]:
-        """How each component is made of which this checkpoint has the model, in order."""
+        """The components whose model this checkpoint has, in order -> the function that makes each."""
         return {name: traced.build for name, traced in self.components.items() if checkpoint.has(traced.model)}

@@ -10,13 +10,16 @@ from sdopt.export.blocks import lcm, text_encoder, unet, vae
 from sdopt.export.checkpoint import Checkpoint
 from sdopt.export.families.contract import Family, PipelineClass, TracedComponent
 from sdopt.export.part import Part
+from sdopt.export.single_file import names
 
 
 class StateEncoder(text_encoder.TextEncoder):
-    """Token ids to the last hidden state, and to the normalised state after each layer (for `clip_skip`)."""
+    """From token ids to the last hidden state, and to the normalised state after each layer (for `clip_skip`)."""
 
-    def forward(self, input_ids: torch.Tensor, extra_embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        output = self.encode(input_ids, extra_embeddings)
+    def forward(
+        self, input_ids: torch.Tensor, extra_embeddings: torch.Tensor, end_position: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        output = self.encode(input_ids, extra_embeddings, end_position)
         norm = getattr(self.model, "text_model", self.model).final_layer_norm  # transformers 5.6 dropped the wrapper
         return output.last_hidden_state, norm(torch.stack(output.hidden_states, 1))
 
@@ -24,7 +27,8 @@ class StateEncoder(text_encoder.TextEncoder):
 def encoder_part(checkpoint: Checkpoint) -> Part:
     config = checkpoint.config("text_encoder")
     last = TensorSpec("last_hidden_state", "float32", ("batch", "tokens", config["hidden_size"]))
-    return text_encoder.part(checkpoint, "text_encoder", StateEncoder, (last, text_encoder.states(config)))
+    outputs = (last, text_encoder.states(config))
+    return text_encoder.part(checkpoint, "text_encoder", StateEncoder, outputs, may_mask=True)
 
 
 def conditioning(checkpoint: Checkpoint) -> Conditioning:
@@ -41,8 +45,15 @@ def unet_part(checkpoint: Checkpoint) -> Part:
     return unet.part(checkpoint, conditioning(checkpoint))
 
 
-# StableDiffusion*Pipeline sets these two in every scheduler, because old configurations are wrong
-STABLE_DIFFUSION = PipelineClass(scheduler_corrections={"steps_offset": 1, "clip_sample": False})
+def require_supported(checkpoint: Checkpoint) -> None:
+    unet.require_supported(checkpoint, conditioning(checkpoint))
+    vae.check(checkpoint)
+
+
+# StableDiffusion*Pipeline sets these options in every scheduler, because old configurations have wrong values
+STABLE_DIFFUSION = PipelineClass(scheduler_corrections={"steps_offset": 1, "clip_sample": False}, corrects_size=True)
+# the inpainting pipeline leaves clip_sample as it is
+INPAINT = PipelineClass(scheduler_corrections={"steps_offset": 1, "skip_prk_steps": True}, corrects_size=True)
 LATENT_CONSISTENCY = PipelineClass(defaults=lcm.PIPELINE)
 
 FAMILY = Family(
@@ -50,7 +61,7 @@ FAMILY = Family(
     pipelines={
         "StableDiffusionPipeline": STABLE_DIFFUSION,
         "StableDiffusionImg2ImgPipeline": STABLE_DIFFUSION,
-        "StableDiffusionInpaintPipeline": STABLE_DIFFUSION,
+        "StableDiffusionInpaintPipeline": INPAINT,
         "LatentConsistencyModelPipeline": LATENT_CONSISTENCY,
         "LatentConsistencyModelImg2ImgPipeline": LATENT_CONSISTENCY,
     },
@@ -62,7 +73,12 @@ FAMILY = Family(
     tokenizers={"tokenizer": ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast")},
     not_used=("safety_checker", "feature_extractor", "image_encoder"),
     denoiser="unet",
-    single_file="StableDiffusionPipeline",
+    single_file={
+        "text_encoder": names.text_encoders("cond_stage_model"),
+        "unet": names.UNETS,
+        "vae": names.VAES,
+    },
+    require_supported=require_supported,
     components={
         "text_encoder": TracedComponent("text_encoder", encoder_part),
         "unet": TracedComponent("unet", unet_part),
@@ -70,9 +86,10 @@ FAMILY = Family(
         "vae_encoder": TracedComponent("vae", vae.encoder),
     },
     conditioning=conditioning,
+    latents=vae.scaled_latents,
     float16_attention_unsafe=unet.float16_attention_unsafe,
     has_safety_checker=True,
-    # the arguments' defaults in diffusers 0.42; image to image leaves out steps
+    # the defaults of the pipelines' arguments in diffusers 0.42; in image to image, strength leaves out steps
     defaults={
         "num_inference_steps": 50,
         "guidance_scale": 7.5,

@@ -10,13 +10,14 @@ from sdopt.export.blocks import lcm, text_encoder, unet, vae
 from sdopt.export.checkpoint import Checkpoint
 from sdopt.export.families.contract import Family, PipelineClass, TracedComponent
 from sdopt.export.part import Part
+from sdopt.export.single_file import names
 
 CLIP_TOKENIZERS = ("transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast")
-TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}  # the refiner has the second pair alone
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}  # the refiner has only the second pair
 
 
 class StatesEncoder(text_encoder.TextEncoder):
-    """Token ids to the state after each layer, before the final norm."""
+    """From token ids to the state after each layer, before the final norm."""
 
     def forward(self, input_ids: torch.Tensor, extra_embeddings: torch.Tensor) -> tuple[torch.Tensor, ...]:
         output = self.encode(input_ids, extra_embeddings)
@@ -24,7 +25,7 @@ class StatesEncoder(text_encoder.TextEncoder):
 
 
 class PooledEncoder(text_encoder.TextEncoder):
-    """The same, and the projection of the pooled state: `text_embeds`."""
+    """From token ids to the same states, and to the projection of the pooled state: `text_embeds`."""
 
     def forward(self, input_ids: torch.Tensor, extra_embeddings: torch.Tensor) -> tuple[torch.Tensor, ...]:
         output = self.encode(input_ids, extra_embeddings)
@@ -44,7 +45,7 @@ def encoder_2_part(checkpoint: Checkpoint) -> Part:
 
 
 def conditioning(checkpoint: Checkpoint) -> Conditioning:
-    """Both encoders' states but the last, the pooled text, and sizes; the refiner has a score for its last number."""
+    """The penultimate states of both encoders, the pooled text, and sizes. The refiner's last size is a score."""
     index = checkpoint.index()
     last = "aesthetic_score" if index.get("requires_aesthetics_score") else "target_size"
     encoders = (Encoder(name, tokenizer, output="hidden_states", skip=1) for name, tokenizer in TOKENIZERS.items())
@@ -61,8 +62,13 @@ def unet_part(checkpoint: Checkpoint) -> Part:
     return unet.part(checkpoint, conditioning(checkpoint))
 
 
+def require_supported(checkpoint: Checkpoint) -> None:
+    unet.require_supported(checkpoint, conditioning(checkpoint))
+    vae.check(checkpoint)
+
+
 def float16_unsafe(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Both sides of SDXL's VAE, unless `force_upcast` says that it was mended; not TAESD."""
+    """Both components of SDXL's VAE. None if `force_upcast` says that the VAE was repaired, and none for TAESD."""
     config = checkpoint.config("vae")
     return vae.COMPONENTS if config.get("force_upcast", not vae.is_tiny(config)) else ()
 
@@ -84,6 +90,17 @@ FAMILY = Family(
     optional=("text_encoder", "tokenizer"),
     not_used=("safety_checker", "feature_extractor", "image_encoder"),
     denoiser="unet",
+    single_file={
+        "text_encoder": names.text_encoders("conditioner.embedders.0"),
+        # the refiner's only text encoder is the second of the base
+        "text_encoder_2": (
+            *names.text_encoders("conditioner.embedders.1"),
+            *names.text_encoders("conditioner.embedders.0"),
+        ),
+        "unet": names.UNETS,
+        "vae": names.VAES,
+    },
+    require_supported=require_supported,
     components={
         "text_encoder": TracedComponent("text_encoder", encoder_part),
         "text_encoder_2": TracedComponent("text_encoder_2", encoder_2_part),
@@ -94,7 +111,7 @@ FAMILY = Family(
     conditioning=conditioning,
     float16_unsafe=float16_unsafe,
     float16_attention_unsafe=unet.float16_attention_unsafe,
-    # the arguments' defaults in diffusers 0.42; image to image leaves out steps
+    # the defaults of the pipelines' arguments in diffusers 0.42; in image to image, strength leaves out steps
     defaults={
         "num_inference_steps": 50,
         "guidance_scale": 5.0,

@@ -1,16 +1,16 @@
-"""A lane: one execution context for one set of shapes, its addresses on the GPU, its staging memory and its graph."""
+"""An execution context with all that it needs to run at one set of shapes: addresses, staging memory, a CUDA graph."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 
 from sdopt.bundle.specs import Array, TensorSpec
-from sdopt.engine.cuda import LostContextError
+from sdopt.dataclass import dataclass
+from sdopt.engine.cuda_errors import LostContextError
 from sdopt.engine.device import Device, rounded
 from sdopt.engine.trt_api import Context
 from sdopt.errors import BackendError, UsageError
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Place:
-    """Where one tensor is: `offset` into the lane's memory, on the GPU and in its staging copy alike."""
+    """Where one tensor is: `offset` bytes into the context's memory, on the GPU and in the staging copy."""
 
     offset: int
     shape: tuple[int, ...]
@@ -34,7 +34,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Feed:
-    """A copy from an output to the input of another lane: two addresses on the GPU."""
+    """A copy from an output to the input of another context: two addresses on the GPU."""
 
     source: int
     target: int
@@ -42,7 +42,7 @@ class Feed:
 
 
 class Memory:
-    """Bytes on the GPU with as many page-locked ones beside them; they grow when asked for more, and never shrink."""
+    """A buffer on the GPU and a page-locked one of the same size on the host, its staging. They never shrink."""
 
     def __init__(self, device: Device, owner: str) -> None:
         self.device, self.owner = device, owner
@@ -50,7 +50,7 @@ class Memory:
         self.staging: Array = np.empty(0, np.uint8)
 
     def reserve(self, nbytes: int) -> None:
-        """Hold at least `nbytes`; their content is lost if they move."""
+        """Make the buffer at least `nbytes` large. If it grows, its content is lost."""
         if nbytes <= self.nbytes:
             return
         if self.address:
@@ -65,26 +65,30 @@ class Memory:
         self.address, self.nbytes = address, nbytes
 
     def free(self) -> None:
-        """Give the memory back; nothing may be queued that uses it."""
+        """Free both buffers. Nothing that is queued may still use them."""
         if self.address:
             self.device.free(self.owner, self.address, self.nbytes)
             self.device.cuda.unpin(self.staging)
         self.address, self.nbytes = 0, 0
 
     def upload(self, offset: int, array: Array, target: int | None = None) -> None:
-        """Queue the upload of `array` from its staging place; nobody may write there until the GPU has read it."""
+        """Queue the upload of `array` through staging at `offset`, to the same offset or to the address `target`.
+
+        Nobody may write there until the GPU has read it.
+        """
         staged = self.staging[offset : offset + array.nbytes]
         placed: Array = cast(Any, staged).view(array.dtype).reshape(array.shape)
         np.copyto(placed, array)
         self.device.cuda.upload(self.address + offset if target is None else target, staged, self.device.stream)
 
 
-class Lane:
-    """A context that is ready for one set of shapes. Its methods are called with the device's lock held.
+class BoundContext:
+    """An execution context whose tensors are bound for one set of shapes. Its methods need the device's lock.
 
-    The first launch runs the engine plainly, since TensorRT does some of its work late. The second one captures a
-    graph, which it and all further ones launch. So a component that is called once runs once, and captures nothing. The
-    scratch memory may move when another engine needs more: the next launches begin anew.
+    The first launch enqueues the engine without a graph, because TensorRT does some of its work late. The second launch
+    captures a CUDA graph, and it and all later ones launch that graph. So a component that is called once captures
+    nothing. If the scratch memory moves, because another engine needs more, or if `feed` adds a copy, then the next two
+    launches do the same again.
     """
 
     def __init__(
@@ -99,24 +103,24 @@ class Lane:
     ) -> None:
         self.device, self.owner, self.context, self._carry = device, owner, context, carry
         self._scratch = context.prepare(profile, {n: shape for n, (_, shape, _) in inputs.items()}, device.stream)
-        shapes = {n: (shape, dtype, spec.dtype) for n, (spec, shape, dtype) in inputs.items()}
-        shapes |= {n: (context.shape(n), dtype, spec.dtype) for n, (spec, dtype) in outputs.items()}
+        tensors = {name: (shape, dtype, spec.dtype) for name, (spec, shape, dtype) in inputs.items()}
+        tensors |= {name: (context.shape(name), dtype, spec.dtype) for name, (spec, dtype) in outputs.items()}
         self.inputs, self.places, total = tuple(inputs), dict[str, Place](), 0
-        for name, (shape, dtype, asked) in shapes.items():
+        for name, (shape, dtype, dtype_of_caller) in tensors.items():
             if any(length < 0 for length in shape):
                 raise BackendError(f"{owner}: the engine cannot tell the shape of {name!r} before it runs")
-            self.places[name] = Place(total, shape, np.dtype(dtype), asked)
+            self.places[name] = Place(total, shape, np.dtype(dtype), dtype_of_caller)
             total += rounded(self.places[name].nbytes)
         self.tensors, self.tables = Memory(device, owner), Memory(device, owner)
-        self.streamed: dict[str, Memory] = {}  # of each input that `stream_in` is given, one place for each call
+        self.streamed: dict[str, Memory] = {}  # input of `stream_in` -> one place for each call
         self._epoch, self._graph = -1, 0
-        self._capturable = True  # until it is known that its work cannot become a graph
-        self.feeds: tuple[Feed, ...] = ()  # what each launch gives to other lanes
-        self._graph_feeds: tuple[Feed, ...] = ()  # those that are part of the graph
+        self._capturable = True  # False once a capture was refused
+        self.feeds: tuple[Feed, ...] = ()  # copies to other contexts after each launch
+        self._graph_feeds: tuple[Feed, ...] = ()  # those that the graph holds
         self._rows: dict[str, tuple[int, int]] = {}  # input -> (offset of its table, bytes of a row)
-        self._slots = 0
-        self._filled: set[tuple[str, int]] = set()  # slots that the GPU may not have read yet
-        self.uploaded = self.done = 0
+        self._calls = 0  # how many calls `stream_in` makes room for
+        self._filled: set[tuple[str, int]] = set()  # (input, call) that the GPU may not have read yet
+        self.uploaded = self.done = 0  # events: staging memory was read; outputs were downloaded
         self.closed = False
         try:
             self.uploaded = device.cuda.event()
@@ -132,20 +136,20 @@ class Lane:
         return self.tensors.address + self.places[name].offset
 
     def clear(self) -> None:
-        """Zeros in every input, and no tables."""
+        """Fill every input with zeros, and forget the tables."""
         for name in self.inputs:
             self.device.cuda.clear(self.address(name), self.places[name].nbytes, self.device.stream)
-        self._rows, self._slots = {}, 0
+        self._rows, self._calls = {}, 0
 
     def put(self, name: str, array: Array) -> None:
-        """Queue the upload of an input. Its staging place may be written again after `settle`."""
+        """Queue the upload of an input. `settle` must come before its staging place is written again."""
         self.tensors.upload(self.places[name].offset, self._as_placed(name, array))
         self.device.cuda.record(self.uploaded, self.device.stream)
 
     def _as_placed(self, name: str, array: Array) -> Array:
-        """`array` in the type of its place.
+        """`array`, contiguous and in the type of its input.
 
-        Raises: UsageError for what is no input, or does not fit: it would lie in the places of others.
+        Raises: UsageError for an unknown input, and for another shape: it would overwrite other tensors.
         """
         if name not in self.inputs:
             raise UsageError(f"{self.owner}: unknown input {name}; it takes {', '.join(self.inputs)}")
@@ -154,14 +158,13 @@ class Lane:
             raise UsageError(f"{self.owner} input {name!r}: got {list(array.shape)}; this run has {list(place.shape)}")
         return np.ascontiguousarray(array, place.dtype)
 
-    def feed(self, output: str, to: Lane, name: str) -> None:
-        """From now on each launch copies `output` to input `name` of another lane of this device.
+    def feed(self, output: str, to: BoundContext, name: str) -> None:
+        """From now on each launch copies `output` to input `name` of another context on this device.
 
-        Raises: UsageError for tensors that do not have the same shape and dtype.
+        Raises: UsageError for unknown tensors, and for two that differ in shape or dtype.
         """
-        for lane, tensor, names in ((self, output, set(self.places) - set(self.inputs)), (to, name, set(to.inputs))):
-            if tensor not in names:
-                raise UsageError(f"{lane.owner}: there is no {tensor} to give on; there is {', '.join(sorted(names))}")
+        _check_known(self.owner, output, set(self.places) - set(self.inputs))
+        _check_known(to.owner, name, set(to.inputs))
         source, target = self.places[output], to.places[name]
         if (source.shape, source.dtype) != (target.shape, target.dtype):
             raise UsageError(
@@ -175,60 +178,60 @@ class Lane:
         self.device.wait(self.uploaded)
 
     def put_tables(self, tables: Mapping[str, Array], calls: int) -> None:
-        """Upload the rows of all calls at once, and make room to stream what `launch` is given in each of them."""
-        casts = {n: np.ascontiguousarray(t, self.places[n].dtype) for n, t in tables.items()}
-        self.tables.reserve(sum(rounded(t.nbytes) for t in casts.values()))
+        """Queue the upload of the rows of all calls. `stream_in` will make room for this many calls."""
+        placed = {name: np.ascontiguousarray(table, self.places[name].dtype) for name, table in tables.items()}
+        self.tables.reserve(sum(rounded(table.nbytes) for table in placed.values()))
         offset = 0
-        for name, table in casts.items():
+        for name, table in placed.items():
             self.tables.upload(offset, table)
             self._rows[name] = (offset, table.nbytes // len(table))
             offset += rounded(table.nbytes)
-        self._slots = calls
+        self._calls = calls
         self._filled.clear()
 
     def stream_in(self, k: int, name: str, array: Array) -> None:
-        """Queue an input of call `k` from a staging place of its own: nothing waits for the one before."""
+        """Queue the upload of an input of call `k`. Each call has its own staging place and waits for no other one."""
         placed = self._as_placed(name, array)
         slot = rounded(self.places[name].nbytes)
         memory = self.streamed.setdefault(name, Memory(self.device, self.owner))
-        memory.reserve(slot * self._slots)
+        memory.reserve(slot * self._calls)
         if (name, k) in self._filled:  # the same call again
             self.device.cuda.synchronize(self.device.stream)
         self._filled.add((name, k))
         memory.upload(slot * k, placed, self.address(name))
 
     def launch(self, k: int | None = None) -> None:
-        """Queue one call: row `k` of every table to its input, then the graph. Without `k` there are no tables."""
+        """Queue one call: copy row `k` of every table to its input, then run the engine. None: there are no tables."""
         cuda, stream = self.device.cuda, self.device.stream
         if k is not None:
             for name, (offset, nbytes) in self._rows.items():
                 cuda.copy(self.address(name), self.tables.address + offset + k * nbytes, nbytes, stream)
         if self._epoch != self.device.epoch or self.feeds != self._graph_feeds:
-            self._arm()
+            self._reset()
         elif not self._graph and self._capturable:
             self._capture()
         if self._graph:
             cuda.launch(self._graph, stream)
         else:
-            self._work()
+            self._enqueue()
 
     @property
     def replays(self) -> bool:
-        """Whether the next launch is that of a graph."""
+        """Whether the next launch is a launch of the graph."""
         return bool(self._graph)
 
-    def _arm(self) -> None:
-        """Take the arena where it is now. The launch that does so runs plainly: TensorRT does some work late."""
+    def _reset(self) -> None:
+        """Bind the scratch memory where it is now, and drop the graph. The next launch captures another."""
         self._drop_graph()
         self.context.scratch(*self.device.arena(self._scratch))
         self._epoch, self._graph_feeds = self.device.epoch, self.feeds
 
     def _capture(self) -> None:
-        """Make a graph of a launch, or say why there is none."""
+        """Capture the graph of a launch, or warn why there is none."""
         if not self.context.capturable(self.device.stream):
             return self._stay_without_graph("TensorRT says that this stream cannot be captured")
         try:
-            self._graph = self.device.capture(self._work)
+            self._graph = self.device.capture(self._enqueue)
         except LostContextError:
             raise
         except BackendError as error:
@@ -240,7 +243,8 @@ class Lane:
             "%s: no CUDA graph, so every call is launched kernel by kernel, which is slower: %s", self.owner, reason
         )
 
-    def _work(self) -> None:
+    def _enqueue(self) -> None:
+        """Queue the engine, then the copies of carried outputs and to other contexts."""
         self.context.enqueue(self.device.stream)
         for output, name in self._carry.items():
             self.device.cuda.copy(
@@ -250,7 +254,7 @@ class Lane:
             self.device.cuda.copy(feed.target, feed.source, feed.nbytes, self.device.stream)
 
     def start_fetch(self, names: tuple[str, ...]) -> None:
-        """Queue the download of outputs; `device.wait(lane.done)` ends when they are in staging memory."""
+        """Queue the download of outputs. After `device.wait(context.done)` they are in staging memory."""
         for name in names:
             place = self.places[name]
             staged = self.tensors.staging[place.offset : place.offset + place.nbytes]
@@ -258,7 +262,7 @@ class Lane:
         self.device.cuda.record(self.done, self.device.stream)
 
     def fetched(self, name: str) -> Array:
-        """A copy of an output, which belongs to the caller."""
+        """A copy of a downloaded output, in the caller's dtype. It belongs to the caller."""
         place = self.places[name]
         staged = self.tensors.staging[place.offset : place.offset + place.nbytes]
         return staged.view(place.dtype).reshape(place.shape).astype(place.dtype_of_caller)
@@ -269,7 +273,7 @@ class Lane:
         self._graph = 0
 
     def close(self) -> None:
-        """Free everything, also TensorRT's context: whoever still knows the lane must not keep its memory."""
+        """Free everything, TensorRT's context too: a reference to a closed object must not keep its memory."""
         if self.closed:
             return
         self.closed = True
@@ -279,5 +283,10 @@ class Lane:
         for memory in (self.tensors, self.tables, *self.streamed.values()):
             memory.free()
         for event in (self.uploaded, self.done):
-            if event:  # 0 where there was none to be had
+            if event:  # 0 if making it failed
                 self.device.cuda.drop_event(event)
+
+
+def _check_known(owner: str, tensor: str, known: set[str]) -> None:
+    if tensor not in known:
+        raise UsageError(f"{owner}: there is no {tensor} to give on; there is {', '.join(sorted(known))}")

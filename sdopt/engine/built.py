@@ -1,0 +1,32 @@
+"""What `sdopt build` made of a component, for the libraries that take a graph: ONNX Runtime and OpenVINO."""
+
+from __future__ import annotations
+
+from sdopt.bundle.files import Component, ModelFolder
+from sdopt.engine import EngineOptions
+from sdopt.engine.store import GRAPH, Stored, built_components, usable
+from sdopt.errors import UsageError
+
+ROUNDED = ("int8", "fp8")  # precisions whose weights are rounded in the file
+
+
+def built_graph(
+    bundle: ModelFolder, name: str, options: EngineOptions, provider: str
+) -> tuple[Stored, Component] | None:
+    """The newest engine of a component for a provider, in the wanted precision, and its graph; None without one.
+
+    Raises: BackendError for one that is stale, damaged or somebody else's; UsageError for an overlay on
+    rounded weights.
+    """
+    if name not in built_components(bundle, options.backend, provider, options.built, not options.trust):
+        return None
+    here = {"provider": provider}
+    newest = usable(bundle, name, options.backend, lambda record: here, options.trust, provider, options.built)[0]
+    for file in newest.record.files:
+        newest.checked(file)
+    if options.overlay is not None and newest.precision in ROUNDED:
+        raise UsageError(
+            f"{name} in {newest.precision} takes no LoRA: its weights are rounded already. Take another precision, "
+            "e.g. fp32"
+        )
+    return newest, Component(name, newest.folder / GRAPH, newest.record.inputs, newest.record.outputs)
