@@ -282,17 +282,18 @@ def test_the_gallery_and_the_form_survive_a_reload(user: User) -> None:
     assert user.page.locator(".tile").count() == 1
 
 
-def test_a_form_that_was_never_sent_survives_a_reload_at_once(user: User, tmp_path: Path) -> None:
-    Image.new("RGB", (SIZE, SIZE), (200, 30, 30)).save(tmp_path / "start.png")
-    user.page.set_input_files("#image-slot input[type=file]", tmp_path / "start.png")
-    user.page.wait_for_selector("#image-slot .thumb img")
+def test_a_form_that_was_never_sent_survives_a_reload_at_once(user: User) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (SIZE, SIZE), (200, 30, 30)).save(stream, "PNG")
+    user.drop(stream.getvalue())
+    user.page.wait_for_selector("#image-slot img:visible")
     user.fill("a green", seed=7)
     user.page.type("#prompt", " tree")
     user.page.reload()
     user.ready()
     values = [user.value(id) for id in ("prompt", "seed", "width", "option-num_inference_steps")]
     assert values == ["a green tree", "7", str(SIZE), str(STEPS)]
-    user.page.wait_for_selector("#image-slot .thumb img")
+    user.page.wait_for_selector("#image-slot img:visible")
 
 
 def test_a_form_of_another_version_is_left_out(user: User) -> None:
