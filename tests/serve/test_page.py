@@ -159,7 +159,7 @@ def test_it_makes_the_picture_that_the_library_makes(user: User, pipe: sdopt.Pip
 
 
 def test_the_preview_appears_and_escape_stops(user: User, server: Running) -> None:
-    user.fill("a red apple", width=128, height=128, **{"option-num_inference_steps": LONG})
+    user.fill("a red apple", width=256, height=256, **{"option-num_inference_steps": LONG})
     user.page.press("#prompt", "Control+Enter")
     user.page.wait_for_selector("#picture[src^='blob:'][alt='Preview: a red apple']")
     user.page.wait_for_selector("#progress:visible")
@@ -422,7 +422,7 @@ def test_a_key_is_asked_for_and_the_queue_is_shown(browser: Any, tmp_path: Path)
             user.page.click("#key-dialog button")
         user.ready()
         assert json.dumps(user.page.evaluate("() => Object.keys(localStorage)")).find("sdopt-key") < 0
-        user.fill("a red apple", width=128, height=128, **{"option-num_inference_steps": LONG}).page.click("#make")
+        user.fill("a red apple", width=256, height=256, **{"option-num_inference_steps": LONG}).page.click("#make")
         user.page.fill("#prompt", "a blue fish")
         user.page.click("#make")
         user.page.wait_for_selector("#facts:has-text('In the queue: 1 picture before this one')")

@@ -417,18 +417,18 @@ def wait_for(check: Any, seconds: float = 60) -> Any:
     pytest.fail("it does not happen")
 
 
-LONG: dict[str, Any] = {**SMALL, "width": 128, "height": 128, "steps": 150}
+LONG: dict[str, Any] = {**SMALL, "width": 256, "height": 256, "steps": 150}  # under way for seconds
 
 
 def test_progress_interrupt_and_options_are_the_callers_own(secured: Running) -> None:
     ann, bob = (client_of(secured, username=name, password=f"0123456789abcdef-{name}") for name in ("ann", "bob"))
     assert ann.get_progress()["state"]["job_count"] == 0
-    thread, results = in_background(lambda: ann.txt2img(prompt="a cat", n_iter=2, **LONG))
+    thread, results = in_background(lambda: ann.txt2img(prompt="a cat", n_iter=2, **{**LONG, "width": 512, "height": 512}))
     shown = wait_for(lambda: (p := ann.get_progress())["current_image"] and p)
     assert 0 < shown["progress"] < 1
     assert shown["state"]["sampling_steps"] == 150
     assert shown["state"]["job_count"] == 2
-    assert pixels(shown["current_image"]).shape == (128, 128, 3)
+    assert pixels(shown["current_image"]).shape == (512, 512, 3)
     assert bob.get_progress()["state"]["job_count"] == 0
     skipped = f"{ann.baseurl}/progress?skip_current_image=true&force_task_id={shown['state']['job']}"
     assert ann.session.get(skipped).json()["current_image"] is None
