@@ -5,9 +5,9 @@
     python benchmarks/layers.py BUNDLE --precision int8 --size 512x512
 
 OpenVINO counts the time of each layer that it runs. The multiply-adds of a layer are counted from the shapes of the
-graph. The speed of the arithmetic is measured here too: the best of a few large matrix products in each precision. The
-limit of a layer is its multiply-adds divided by that speed of the precision it runs in. "Above" is its time less this.
-A group is one kind of layer at one size: 64x64 latents are 4096 tokens of an attention.
+graph. The speed of the arithmetic is measured here too, in each precision: that of a large matrix product or
+convolution. The limit of a layer is its multiply-adds divided by that speed of the precision it runs in. "Above" is its
+time less this. A group is one kind of layer at one size: 64x64 latents are 4096 tokens of an attention.
 """
 
 from __future__ import annotations
@@ -107,6 +107,8 @@ def profile(args: argparse.Namespace, precision: str, peaks: dict[str, float]) -
         origins = info["originalLayersNames"].split(",")
         shape = list(layers[name].output(0).get_shape()) if layers[name].get_output_size() else []
         macs = sum(work.get(one, 0) for one in origins)
+        if info["layerType"].startswith("FullyConnected"):  # an int8 one has no name of the graph
+            macs = prod(shape) * layers[name].input(0).get_shape()[-1]
         group = f"{_group(info['layerType'], shape, macs)} in {info['runtimePrecision']}"
         row = rows.setdefault(
             group, {"layers": 0, "seconds": 0.0, "limit": 0.0, "multiply_adds": 0, "by": info["primitiveType"]}
@@ -129,7 +131,7 @@ def profile(args: argparse.Namespace, precision: str, peaks: dict[str, float]) -
 def _group(kind: str, shape: list[int], macs: int) -> str:
     """Where a layer is counted: its kind and its tokens. A fused layer that multiplies matrices is an attention."""
     if kind == "Subgraph" and macs and len(shape) == 4:
-        return f"attention of {shape[2]} tokens to {macs // (2 * prod(shape))}"
+        return f"attention of {max(shape[1:3])} tokens to {macs // (2 * prod(shape))}"
     kind = "element-wise" if kind == "Subgraph" else kind
     if len(shape) == 4 and shape[2] == shape[3]:
         return f"{kind} at {shape[2]}x{shape[3]}"
@@ -152,27 +154,34 @@ def multiply_adds(model: Any) -> Iterator[tuple[str, int]]:
             yield name, prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
-def peak(precision: str, size: int = 2048) -> float:
-    """Multiply-adds in a second of the best of a few products of two matrices, as OpenVINO runs them."""
+def peak(precision: str) -> float:
+    """Multiply-adds in a second of the best of a few calls of a product of two matrices, or of a convolution."""
     opset: Any = ov.opset13
-    given = opset.parameter([size, size], np.float32)
-    if precision == "int8":
-        low, high = (opset.constant(np.float32(end)) for end in (0, 1))
-        rows = opset.fake_quantize(given, low, high, low, high, 256)
-        values = np.random.default_rng(0).integers(-127, 128, (size, size)).astype(np.int8)
-        scale = opset.constant(np.float32(1 / 127))
-        weight = opset.multiply(opset.convert(opset.constant(values), np.float32), scale)
-    else:
-        rows, weight = given, opset.constant(np.random.default_rng(0).standard_normal((size, size), np.float32))
-    model = ov.Model([opset.matmul(rows, weight, False, True)], [given], "product")
-    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": PRECISIONS[precision], "PERF_COUNT": True}
-    request = ov.Core().compile_model(model, "CPU", options).create_infer_request()
-    data, best = np.random.default_rng(1).random((size, size), np.float32), float("inf")
-    for _ in range(10):
-        request.infer([data])
-        products = (one for one in request.profiling_info if one.node_type.startswith(("FullyConnected", "MatMul")))
-        best = min(best, *(one.real_time.total_seconds() for one in products), float("inf"))
-    return size**3 / best
+    rng, best = np.random.default_rng(0), 0.0
+    for kind, shape, kernel in (
+        ("MatMul", (2048, 2048), (2048, 2048)),
+        ("Convolution", (2, 640, 32, 32), (640, 640, 3, 3)),
+    ):
+        given = opset.parameter(list(shape), np.float32)
+        if precision == "int8":
+            low, high = (opset.constant(np.float32(end)) for end in (0, 1))
+            rows: Any = opset.fake_quantize(given, low, high, low, high, 256)
+            whole = opset.convert(opset.constant(rng.integers(-127, 128, kernel).astype(np.int8)), np.float32)
+            weight = opset.multiply(whole, opset.constant(np.float32(1 / 127)))
+        else:
+            rows, weight = given, opset.constant(rng.standard_normal(kernel, np.float32))
+        if kind == "MatMul":
+            result = opset.matmul(rows, weight, False, True)
+        else:
+            result = opset.convolution(rows, weight, [1, 1], [1, 1], [1, 1], [1, 1])
+        model = ov.Model([result], [given], kind)
+        work = sum(macs for _, macs in multiply_adds(model))
+        options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": PRECISIONS[precision], "PERF_COUNT": True}
+        request = ov.Core().compile_model(model, "CPU", options).create_infer_request()
+        for _ in range(10):
+            request.infer([rng.random(shape, np.float32)])
+            best = max(best, work / max(one.real_time.total_seconds() for one in request.profiling_info))
+    return best
 
 
 def table(precision: str, found: dict[str, Any], most: int = 12) -> str:

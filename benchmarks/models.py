@@ -2,6 +2,7 @@
 
     python benchmarks/models.py sd15                      checkpoint and bundle, made once, in build-out/models/sd15
     python benchmarks/models.py sd15 -o CHECKPOINT [--dtype float16]
+    python benchmarks/models.py taesd -o FOLDER           the tiny autoencoder, for `sdopt export FOLDER --onto BUNDLE`
 
 Speed does not depend on the values of the weights; parity is measured on what is run. The tokenizer has the size
 of CLIP's (49,408) and its byte-level scheme, but made-up merges: CLIP's vocabulary cannot be had offline.
@@ -80,6 +81,7 @@ TURBO = SDXL | {
     "scheduler": BETAS | {"class": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"},
     "generation_config": {"num_inference_steps": 1, "guidance_scale": 0.0},
 }
+TINY = "taesd"  # madebyollin/taesd: diffusers' AutoencoderTiny as it stands there
 MODELS = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL, "sdxl-turbo": TURBO}
 
 
@@ -147,6 +149,16 @@ def build(name: str, folder: Path, dtype: str = "float16", seed: int = 0) -> Pat
     return folder
 
 
+def build_tiny(folder: Path, dtype: str = "float16", seed: int = 0) -> Path:
+    """The checkpoint of a tiny autoencoder for Stable Diffusion 1 and 2."""
+    import torch
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(seed)
+    random_model(AutoencoderTiny, getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
 def _name_as_published(weights: Path) -> None:
     """Give CLIP's weights the prefix that published checkpoints have, and that stable-diffusion.cpp looks for."""
     from safetensors.torch import load_file, save_file
@@ -171,12 +183,16 @@ def prepared(name: str, cache: Path = CACHE) -> tuple[Path, Path]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("model", choices=[*MODELS, TINY])
     parser.add_argument("-o", "--output", type=Path, help="make only the checkpoint, here")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
     parser.add_argument("--cache", type=Path, default=CACHE)
     args = parser.parse_args()
-    if args.output:
+    if args.model == TINY:
+        if args.output is None:
+            parser.error(f"say where: python benchmarks/models.py {TINY} -o FOLDER")
+        print(build_tiny(args.output, args.dtype))
+    elif args.output:
         print(build(args.model, args.output, args.dtype))
     else:
         print(*prepared(args.model, args.cache), sep="\n")

@@ -2,6 +2,8 @@
 
     sdopt build BUNDLE --backend openvino --precision int8
     sdopt build BUNDLE --backend openvino --precision int8 --cache-depth 1
+    python benchmarks/models.py taesd -o build-out/models/taesd
+    sdopt export build-out/models/taesd --onto BUNDLE --name tiny
     python benchmarks/sooner.py BUNDLE CHECKPOINT       writes benchmarks/results/sooner.json
 
 First one call of the UNet with both halves of guidance, in turns: PyTorch in float32, OpenVINO in bf16 and in int8, and
@@ -14,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from sdopt.bench.machine import machine, versions
+from sdopt.bench.protocol import peak_rss_bytes
 from sdopt.bundle.disk import write_whole
 from sdopt.metrics import psnr
 
@@ -42,6 +44,9 @@ RECIPES: dict[str, dict[str, Any]] = {  # in turn, each lever comes to those bef
     },
     "int8, half guided, every third call full": {
         "precision": "int8", "guidance_interval": (0.1, 0.6), "cache_interval": 3,
+    },
+    "int8, half guided, every third call full, tiny autoencoder": {
+        "precision": "int8", "guidance_interval": (0.1, 0.6), "cache_interval": 3, "vae": "tiny",
     },
 }  # fmt: skip
 
@@ -136,14 +141,16 @@ def picture(args: argparse.Namespace, name: str, file: str) -> dict[str, Any]:
     image = make(args.steps)
     seconds = time.perf_counter() - started
     np.save(file, image)
-    return {"seconds": seconds, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return {"seconds": seconds, "peak_bytes": peak_rss_bytes()}
 
 
 def _of_diffusers(args: argparse.Namespace) -> Callable[[int], Any]:
     import torch
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(args.checkpoint, safety_checker=None, local_files_only=True)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        args.checkpoint, safety_checker=None, local_files_only=True, torch_dtype=torch.float32
+    )
     pipe.set_progress_bar_config(disable=True)
 
     def make(steps: int) -> Any:

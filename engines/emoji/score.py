@@ -139,11 +139,15 @@ def main() -> None:
     parser.add_argument("--samplers", nargs="+", default=[None], help="default: the checkpoint's own")
     parser.add_argument("--guidance", nargs="+", type=float, default=[None], help="default: the bundle's own")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--precision", default="auto", help="fp32, bf16 or int8, which must be built")
+    parser.add_argument("--guidance-interval", nargs=2, type=float, metavar=("FROM", "TO"), help="of the schedule")
     parser.add_argument("--cache-interval", type=int, default=1, help="with a feature cache, which must be built")
     parser.add_argument("--cache-depth", type=int)
     parser.add_argument("-o", "--output", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
-    pipe, judge, rng = sdopt.load(args.bundle), Judge(), random.Random(1)
+    pipe = sdopt.load(args.bundle, args.backend, precision=args.precision)
+    judge, rng = Judge(), random.Random(1)
     every = [(e, c) for e in range(len(judge.emoji)) for c in COLOURS]
     kinds = {kind: [p for p in every if held_out(judge.emoji[p[0]].char, p[1]) == kind] for kind in (False, True)}
     sets = {name: rng.sample(kinds[kind], args.prompts) for name, kind in (("seen", False), ("held out", True))}
@@ -154,6 +158,7 @@ def main() -> None:
         for guidance in args.guidance:
             options = {"sampler": sampler, "guidance_scale": guidance, "num_inference_steps": args.steps}
             options |= {"cache_interval": args.cache_interval, "cache_depth": args.cache_depth}
+            options["guidance_interval"] = args.guidance_interval and tuple(args.guidance_interval)
             for name, pairs in sets.items():
                 started = time.perf_counter()
                 result = score(pipe, judge, pairs, **options)

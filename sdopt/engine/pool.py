@@ -275,12 +275,15 @@ class EnginePool:
                 self.release(component)  # before the other one is opened, so that both need not fit
             started = perf_counter()
             folder, name = self._located(component)
+            precision = "auto" if self._requested_precision == "auto" else self._own
+            if precision != "auto" and folder is not self.bundle:  # an adapter of which nothing is built
+                precision = unbuilt_precision(self.backend, precision)
             engine = open_engine(
                 folder,
                 name,
                 self.backend,
                 threads=self.threads,
-                precision="auto" if self._requested_precision == "auto" else self._own,
+                precision=precision,
                 trust=self.trust,
                 cache=self.cache,
                 overlay=overlay,

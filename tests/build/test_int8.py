@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 import sdopt
 from sdopt.build import calibrations
@@ -259,6 +260,16 @@ def test_pictures_in_int8_are_near_those_in_float32(backend: str, built: Path) -
         assert pipe.precision.startswith("int8 (text_encoder fp32")
         one, other = (p("a red apple", seed=1, num_inference_steps=8, output_type="np").images for p in (exact, pipe))
     assert 22 < psnr(np.asarray(one), np.asarray(other)) < 60
+
+
+@pytest.mark.parametrize("backend", ["openvino", "ort"])
+def test_an_adapter_of_which_nothing_is_built_runs_beside_int8(backend: str, built: Path) -> None:
+    shape = Image.new("RGB", (128, 128))
+    shape.paste((255, 255, 255), (32, 32, 96, 96))
+    options = {"control_image": shape, "seed": 1, "num_inference_steps": 4, "output_type": "np"}
+    with sdopt.load(EMOJI_BUNDLE, "ort") as exact, sdopt.load(built, backend, precision="int8") as pipe:
+        one, other = (p("a red apple", **options).images for p in (exact, pipe))
+    assert psnr(np.asarray(one), np.asarray(other)) > 22
 
 
 def test_engines_in_int8_are_small_and_only_taken_by_name(built: Path) -> None:

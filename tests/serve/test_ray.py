@@ -251,7 +251,9 @@ def test_groups_of_bundles_grow_by_their_work_in_a_cluster_that_runs(
         assert status == 200, answer
         other = tiny("a", seed=1, num_inference_steps=2).images[0]
         np.testing.assert_array_equal(pixels(answer["data"][0]["b64_json"]), np.asarray(other))
-        jobs = [server.post("/v1/jobs", {"prompt": "a", **SMALL, "n": 10, "num_inference_steps": 150}) for _ in range(6)]
+        jobs = [
+            server.post("/v1/jobs", {"prompt": "a", **SMALL, "n": 10, "num_inference_steps": 150}) for _ in range(6)
+        ]
         assert jobs[0][0] == 202
         assert {status for status, _ in jobs} <= {202, 429}  # 429: a slow machine expects a long queue already
         until(lambda: len(replicas(server)) == 3, 90)
