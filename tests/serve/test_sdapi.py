@@ -430,7 +430,7 @@ def test_progress_interrupt_and_options_are_the_callers_own(secured: Running) ->
     assert 0 < shown["progress"] < 1
     assert shown["state"]["sampling_steps"] == 150
     assert shown["state"]["job_count"] == 2
-    assert pixels(shown["current_image"]).shape == (512, 512, 3)
+    assert pixels(shown["current_image"]).shape == (384, 384, 3)
     assert bob.get_progress()["state"]["job_count"] == 0
     skipped = f"{ann.baseurl}/progress?skip_current_image=true&force_task_id={shown['state']['job']}"
     assert ann.session.get(skipped).json()["current_image"] is None
@@ -439,7 +439,7 @@ def test_progress_interrupt_and_options_are_the_callers_own(secured: Running) ->
     assert status == 404
     assert ann.get_progress()["state"]["job_count"] == 2
     ann.interrupt()
-    thread.join(60)
+    thread.join(120)
     assert isinstance(results[0], RuntimeError)
     assert results[0].args[0] == 409
     assert ann.get_progress()["progress"] == 0
