@@ -190,6 +190,11 @@ class Bundle(ModelFolder):
     def factor(self) -> int:
         return self.manifest.latents.factor
 
+    @property
+    def denoiser(self) -> Component:
+        """The component that predicts, as this bundle's own graph has it."""
+        return self.component(self.manifest.denoiser)
+
     def __repr__(self) -> str:
         defaults, size = self.manifest.defaults, sum(file.bytes for file in self.manifest.files.values())
         return (

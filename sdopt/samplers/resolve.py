@@ -36,11 +36,12 @@ def sampler_table(
     """The table of a checkpoint's sampler, from its scheduler_config.json, for a number of steps.
 
     `sampler` and `schedule` replace the checkpoint's (see `find_sampler` and SCHEDULES). A `strength` below 1 is for
-    image to image: it leaves out the first steps. For a distilled model and `strength_cuts="schedule"` it keeps their
-    number, and takes them from a smaller part of the schedule. `denoising_start` and `denoising_end` are fractions of
-    the way; the steps between them are kept. `timesteps` or `sigmas` replace the spacing, and decide the number of
-    steps. `eta` is the noise of DDIM and TCD; as in diffusers' pipelines it is 0 unless given. `mu` is the logarithm of
-    the flow shift, which depends on the size of the image.
+    image to image: it leaves out the first steps. With `strength_cuts="steps_up"` a part of a step is done too. For a
+    distilled model and `strength_cuts="schedule"` it keeps their number, and takes them from a smaller part of the
+    schedule. `denoising_start` and `denoising_end` are fractions of the way; the steps between them are kept.
+    `timesteps` or `sigmas` replace the spacing, and decide the number of steps. `eta` is the noise of DDIM and TCD; as
+    in diffusers' pipelines it is 0 unless given. `mu` is the logarithm of the flow shift, which depends on the size of
+    the image.
 
     Raises: UsageError for unknown names, options that no table can express, and numbers that make no schedule.
     """
@@ -58,7 +59,7 @@ def sampler_table(
     elif strength_cuts == "schedule" and distilled:
         request = replace(request, fraction=_checked(strength))
     else:
-        skipped = _skipped(steps, strength) * entry.rows_per_step
+        skipped = _skipped(steps, strength, strength_cuts == "steps_up") * entry.rows_per_step
     table = entry.function(replace(request, begin=skipped))
     if timesteps is not None or sigmas is not None:
         _refuse_unread_schedule(config, request, sampler, schedule)
@@ -141,6 +142,13 @@ def _named_by_options(entry: Sampler, options: Options) -> Sampler:
         if other.diffusers == entry.diffusers and other.forced.items() <= options.items():
             return other
     return entry
+
+
+def takes_even_sigmas(scheduler: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
+    """Whether the sampler of these keywords takes noise levels, and the caller leaves them to the model's pipeline."""
+    entry = resolve(scheduler, options.get("sampler"))[0]
+    free = options.get("timesteps") is None and options.get("sigmas") is None
+    return free and entry.family == "flow" and "sigmas" in entry.custom
 
 
 def find_schedule(name: str) -> str:
@@ -263,12 +271,15 @@ def _checked(strength: float) -> float:
     return strength
 
 
-def _skipped(steps: int, strength: float) -> int:
+def _skipped(steps: int, strength: float, rounds_up: bool = False) -> int:
     """How many steps image to image skips: strength 0.6 of 50 does the last 30.
 
+    `rounds_up`: a part of a step is done, as in the pipelines of SD3 and Flux.
     Raises: UsageError when strength is outside 0..1 or leaves nothing to do.
     """
     done = min(int(steps * _checked(strength)), steps)
+    if rounds_up:
+        done = steps - int(max(steps - min(steps * strength, steps), 0))  # as diffusers computes it
     if done < 1:
         more = f", or {math.ceil(1 / strength)} steps or more" if strength > 1e-6 else ""
         raise UsageError(
