@@ -57,6 +57,29 @@ def test_the_picture_is_the_one_that_diffusers_makes(options: Any, sd3_checkpoin
     assert picture_psnr(expected, found) >= FLOOR_DB
 
 
+SOLVER = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+OTHERS = {
+    "flow_heun": ("FlowMatchHeunDiscreteScheduler", {}),
+    "flow_dpmpp_2m": ("DPMSolverMultistepScheduler", SOLVER),
+}  # StableDiffusion3Pipeline gives flow_dpmpp_2m_sde no generator: tests/samplers compares it
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_sampler_of_flows_makes_the_picture_of_its_scheduler(
+    name: str, sd3_checkpoint: Path, pipe: sdopt.Pipeline
+) -> None:
+    import diffusers
+
+    reference = theirs(sd3_checkpoint, T2I)
+    (kind, options), own = OTHERS[name], reference.scheduler
+    reference.scheduler = getattr(diffusers, kind).from_config(own.config, **options)
+    try:
+        expected = reference("a cat", generator=generators(5), output_type="np", **WIDE).images
+    finally:
+        reference.scheduler = own
+    assert picture_psnr(expected, pipe("a cat", seed=5, sampler=name, output_type="np", **WIDE).images) >= FLOOR_DB
+
+
 @pytest.mark.parametrize("strength", [0.6, 0.5, 1.0])  # 0.6 of 4 steps is a part of a step
 def test_a_picture_becomes_the_one_that_diffusers_makes(
     strength: float, sd3_checkpoint: Path, pipe: sdopt.Pipeline

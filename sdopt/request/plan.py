@@ -34,7 +34,7 @@ from sdopt.request.together import Sizes
 from sdopt.samplers import SamplerTable, sampler_table
 from sdopt.samplers.flow import dynamic_mu
 from sdopt.samplers.labels import Labels, labels_of
-from sdopt.samplers.resolve import takes_even_sigmas
+from sdopt.samplers.resolve import shifts_by_size, takes_even_sigmas
 
 
 @dataclass(frozen=True)
@@ -354,10 +354,12 @@ def make_table(
         scheduler = {**scheduler, "skip_prk_steps": True}
     if probed is None or options.get("sampler") is not None:
         cuts = bundle.manifest.defaults.strength_cuts
-        if scheduler.get("use_dynamic_shifting"):
+        if scheduler.get("use_dynamic_shifting") and shifts_by_size(scheduler, options):
             options.setdefault("mu", _mu(bundle, size))
         elif "mu" in options:
-            text = "mu: the noise levels of this model do not depend on the size of the picture; leave it out"
+            text = (
+                "mu: these noise levels do not depend on the size of the picture; leave it out, or name another sampler"
+            )
             raise UsageError(text, "mu")
         if bundle.manifest.even_sigmas and takes_even_sigmas(scheduler, options):
             options["sigmas"] = np.linspace(1.0, 1 / steps, steps).tolist()

@@ -81,8 +81,10 @@ def resolve(
     if not name:
         raise UsageError('the scheduler config has no "_class_name"; name a sampler: ' + ", ".join(SAMPLERS) + ".")
     entry, implied = find_sampler(str(name))
-    _check_family(entry, str(config.get("_class_name", "")))
+    _check_family(entry, config)
     options, notes = merged(entry.defaults, config)
+    if entry.family == "flow" and "flow_shift" in options and "flow_shift" not in config:
+        options["flow_shift"] = config.get("shift", options["flow_shift"])  # what flow matching calls it
     by_class = names_class(str(name), entry)
     if not by_class:
         options |= entry.forced
@@ -101,11 +103,14 @@ def resolve(
     return entry, options, notes
 
 
-def _check_family(entry: Sampler, own: str) -> None:
+def _check_family(entry: Sampler, config: Mapping[str, Any]) -> None:
     """Raises: UsageError when a sampler of one kind of model is asked to sample another kind."""
-    known = {sampler.diffusers: sampler for sampler in SAMPLERS.values()}
-    if own in known and known[own].family != entry.family:
-        fitting = [sampler.name for sampler in SAMPLERS.values() if sampler.family == known[own].family]
+    own = str(config.get("_class_name", ""))
+    families = {sampler.family for sampler in SAMPLERS.values() if sampler.diffusers == own}
+    if not config.get("use_flow_sigmas") and len(families) > 1:
+        families -= {"flow"}  # a solver of both, as this checkpoint's config has it
+    if families and entry.family not in families:
+        fitting = [sampler.name for sampler in SAMPLERS.values() if sampler.family in families]
         raise UsageError(
             f"{entry.name} cannot sample this checkpoint: its scheduler is {own}; use one of {', '.join(fitting)}.",
             "sampler",
@@ -138,10 +143,17 @@ def _check_eta(entry: Sampler, eta: float | None) -> None:
 
 def _named_by_options(entry: Sampler, options: Options) -> Sampler:
     """Among samplers of one class, the one whose name implies these options; else the class's first."""
-    for other in SAMPLERS.values():
-        if other.diffusers == entry.diffusers and other.forced.items() <= options.items():
-            return other
-    return entry
+    fitting = [
+        other
+        for other in SAMPLERS.values()
+        if other.diffusers == entry.diffusers and other.forced.items() <= options.items()
+    ]
+    return max(fitting, key=lambda other: len(other.forced), default=entry)  # the first of those that imply most
+
+
+def shifts_by_size(scheduler: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
+    """Whether the noise levels of these keywords' sampler may depend on the size of the picture, by `mu`."""
+    return "use_dynamic_shifting" in resolve(scheduler, options.get("sampler"))[0].defaults
 
 
 def takes_even_sigmas(scheduler: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
