@@ -81,6 +81,7 @@ class Model:
             },
             "scheduler": manifest.scheduler.get("_class_name", ""),
             "needs_mask": self.pipe.bundle.denoiser.inputs[0].shape[1] != manifest.latents.channels,
+            "denoiser": manifest.denoiser,
             "text_encoders": sum(name.startswith("text_encoder") for name in self.pipe.bundle.components),
             "has_previews": manifest.preview is not None,
             "without_effect": sorted(without_effect(manifest.conditioning)),

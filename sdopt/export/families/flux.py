@@ -168,9 +168,9 @@ FAMILY = Family(
     not_used=("image_encoder", "feature_extractor"),
     denoiser=TRANSFORMER,
     single_file={
-        "text_encoder": names.text_encoders("text_encoders.clip_l"),
-        T5: (),
-        TRANSFORMER: (),
+        "text_encoder": names.CLIP_L,
+        T5: names.T5S,
+        TRANSFORMER: names.TRANSFORMERS,
         "vae": names.VAES,
     },
     require_supported=require_supported,
