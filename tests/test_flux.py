@@ -76,6 +76,7 @@ def test_a_picture_becomes_the_one_that_diffusers_makes(
     assert picture_psnr(expected, pipe(["a cat", "b"], seed=[5, 6], **options).images) >= FLOOR_DB
 
 
+@pytest.mark.filterwarnings("ignore:the prompt has")
 @pytest.mark.parametrize("options", [{}, {"height": 20, "width": 28}, {"negative_prompt": "b", "true_cfg_scale": 2.5}])
 def test_schnell_takes_no_guidance_scale(options: Any, schnell: tuple[Path, sdopt.Pipeline]) -> None:
     checkpoint, pipe = schnell

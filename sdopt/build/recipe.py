@@ -196,15 +196,14 @@ def user_profiles(bundle: Bundle, recipe: Recipe, texts: Sequence[str], static: 
 
     Raises: UsageError for an unknown dimension, too large a batch, or pixels that the model cannot divide.
     """
-    defaults = bundle.manifest.defaults
-    tokens = max(entry.max_length for entry in bundle.manifest.tokenizers.values())
+    defaults, tokens = bundle.manifest.defaults, _tokens(bundle)
     own: dict[str, Range] = {
         "batch": (1, 1, 1),
         "tokens": (tokens, tokens, tokens),
         "height": (defaults.height, defaults.height, defaults.height),
         "width": (defaults.width, defaults.width, defaults.width),
     }
-    factor = bundle.manifest.latents.factor
+    factor = bundle.manifest.latents.pixels
     profiles: list[Profile] = []
     given_profiles = [Profile.parse(text) for text in dict.fromkeys(texts)] or [recipe.profile]
     for given in given_profiles:
@@ -224,13 +223,30 @@ def user_profiles(bundle: Bundle, recipe: Recipe, texts: Sequence[str], static: 
     return tuple({str(profile): profile for profile in profiles}.values())
 
 
+def _tokens(bundle: Bundle) -> int:
+    """How many tokens of a short prompt the denoiser takes: a chunk of CLIP, T5's sequence, or both."""
+    entry, tokenizers = bundle.manifest.conditioning, bundle.manifest.tokenizers
+    beside = [tokenizers[encoder.tokenizer].max_length for encoder in entry.encoders if encoder.join == "features"]
+    lengths = [tokenizers[encoder.tokenizer].max_length for encoder in entry.encoders if encoder.join == "tokens"]
+    return max(beside, default=0) + min([entry.sequence, *lengths])
+
+
+def _chunk(bundle: Bundle, component: str) -> tuple[int, bool]:
+    """How many tokens a text encoder takes at once, and whether that is all of a prompt, as for T5."""
+    manifest = bundle.manifest
+    encoder = next(one for one in manifest.conditioning.encoders if one.component == component)
+    length = manifest.tokenizers[encoder.tokenizer].max_length
+    joins = encoder.join == "tokens"
+    return min(length, manifest.conditioning.sequence) if joins else length, joins
+
+
 def part_profile(bundle: Bundle, part: EngineSpec, inputs: Sequence[TensorSpec], profile: Profile) -> Profile:
     """The ranges of the named dimensions of one engine's inputs."""
     factor = bundle.manifest.latents.factor
     batch, tokens = profile.ranges["batch"], profile.ranges["tokens"]
-    chunk = max(entry.max_length for entry in bundle.manifest.tokenizers.values())
     if part.tokens == "chunk":  # each chunk of a long prompt is a row
-        chunks = math.ceil(tokens[2] / chunk)
+        chunk, joins = _chunk(bundle, part.graph)
+        chunks = 1 if joins else math.ceil((tokens[2] - bundle.manifest.conditioning.sequence) / chunk)
         batch, tokens = (batch[0], batch[1], batch[2] * chunks), (chunk, chunk, chunk)
     pixels = {name: profile.ranges[name] for name in ("height", "width")}
     steering = steering_ranges(bundle, part.steering, profile)

@@ -150,7 +150,8 @@ def compile_program(
         )
     steering = _steering(plan, controls)
     cached = _cached(plan, calls)
-    fused = None if unions else fused_component(guided, built, needs_built, steering)
+    only_host = bool(unions) or plan.denoiser != UNET  # no engine makes whole steps of these
+    fused = None if only_host else fused_component(guided, built, needs_built, steering)
     if plan.cache is not None:
         fused = cached_step(guided, built, plan.cache.depth, needs_built)
     launches: list[tuple[Launch, ...]] = []

@@ -148,6 +148,11 @@ def require_supported(checkpoint: Checkpoint) -> None:
     vae.check(checkpoint)
 
 
+def float16_unsafe(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """T5, whose layers leave the range of fp16, and the transformer: diffusers cuts the states of its blocks off."""
+    return (T5, TRANSFORMER)
+
+
 FAMILY = Family(
     name="flux",
     pipelines={
@@ -183,6 +188,7 @@ FAMILY = Family(
     },
     conditioning=conditioning,
     latents=latents,
+    float16_unsafe=float16_unsafe,
     even_sigmas=True,
     # the defaults of FluxPipeline's arguments in diffusers 0.42; its default size is 1024 x 1024, whatever the model
     defaults={

@@ -94,6 +94,11 @@ def require_supported(checkpoint: Checkpoint) -> None:
     vae.check(checkpoint)
 
 
+def float16_unsafe(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """T5, whose last layer of each block leaves the range of fp16: transformers keeps it in float32."""
+    return (T5,) if checkpoint.has(T5) else ()
+
+
 FROM_PICTURES = PipelineClass(defaults={"num_inference_steps": 50})
 
 FAMILY = Family(
@@ -135,6 +140,7 @@ FAMILY = Family(
     },
     conditioning=conditioning,
     latents=latents,
+    float16_unsafe=float16_unsafe,
     # the defaults of the pipelines' arguments in diffusers 0.42; a strength does a part of a step too
     defaults={
         "num_inference_steps": 28,
