@@ -196,7 +196,7 @@ def user_profiles(bundle: Bundle, recipe: Recipe, texts: Sequence[str], static: 
 
     Raises: UsageError for an unknown dimension, too large a batch, or pixels that the model cannot divide.
     """
-    defaults, tokens = bundle.manifest.defaults, _tokens(bundle)
+    defaults, tokens = bundle.manifest.defaults, sum(_text_lengths(bundle))
     own: dict[str, Range] = {
         "batch": (1, 1, 1),
         "tokens": (tokens, tokens, tokens),
@@ -223,21 +223,25 @@ def user_profiles(bundle: Bundle, recipe: Recipe, texts: Sequence[str], static: 
     return tuple({str(profile): profile for profile in profiles}.values())
 
 
-def _tokens(bundle: Bundle) -> int:
-    """How many tokens of a short prompt the denoiser takes: a chunk of CLIP, T5's sequence, or both."""
+def _text_lengths(bundle: Bundle) -> tuple[int, int]:
+    """How many tokens of a short prompt the denoiser takes: those of a chunk of CLIP, and those of T5's sequence."""
     entry, tokenizers = bundle.manifest.conditioning, bundle.manifest.tokenizers
     beside = [tokenizers[encoder.tokenizer].max_length for encoder in entry.encoders if encoder.join == "features"]
     lengths = [tokenizers[encoder.tokenizer].max_length for encoder in entry.encoders if encoder.join == "tokens"]
-    return max(beside, default=0) + min([entry.sequence, *lengths])
+    return max(beside, default=0), min([entry.sequence, *lengths])
 
 
-def _chunk(bundle: Bundle, component: str) -> tuple[int, bool]:
-    """How many tokens a text encoder takes at once, and whether that is all of a prompt, as for T5."""
-    manifest = bundle.manifest
-    encoder = next(one for one in manifest.conditioning.encoders if one.component == component)
-    length = manifest.tokenizers[encoder.tokenizer].max_length
-    joins = encoder.join == "tokens"
-    return min(length, manifest.conditioning.sequence) if joins else length, joins
+def _chunks(bundle: Bundle, component: str, tokens: int) -> tuple[int, int]:
+    """How many tokens a text encoder takes at once, and how many chunks a prompt of so many tokens has there."""
+    own, (chunk, sequence) = (
+        {one.component: one for one in bundle.manifest.conditioning.encoders},
+        _text_lengths(bundle),
+    )
+    encoder = own.get(component)
+    if encoder is None or encoder.join == "features":
+        return chunk, math.ceil((tokens - sequence) / chunk)
+    length = sequence if encoder.join == "tokens" else bundle.manifest.tokenizers[encoder.tokenizer].max_length
+    return length, 1
 
 
 def part_profile(bundle: Bundle, part: EngineSpec, inputs: Sequence[TensorSpec], profile: Profile) -> Profile:
@@ -245,8 +249,7 @@ def part_profile(bundle: Bundle, part: EngineSpec, inputs: Sequence[TensorSpec],
     factor = bundle.manifest.latents.factor
     batch, tokens = profile.ranges["batch"], profile.ranges["tokens"]
     if part.tokens == "chunk":  # each chunk of a long prompt is a row
-        chunk, joins = _chunk(bundle, part.graph)
-        chunks = 1 if joins else math.ceil((tokens[2] - bundle.manifest.conditioning.sequence) / chunk)
+        chunk, chunks = _chunks(bundle, part.graph, tokens[2])
         batch, tokens = (batch[0], batch[1], batch[2] * chunks), (chunk, chunk, chunk)
     pixels = {name: profile.ranges[name] for name in ("height", "width")}
     steering = steering_ranges(bundle, part.steering, profile)

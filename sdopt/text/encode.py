@@ -30,7 +30,7 @@ from sdopt.request.plan import Plan, arguments_to_build
 from sdopt.text.sequence import Joined
 from sdopt.text.textual_inversion import Embedding, embedding
 from sdopt.text.tokenizer import Tokenizer
-from sdopt.text.weights import Chunks, chunks, parse, sequence, single, stacked, weighted
+from sdopt.text.weights import Chunks, chunks, first, parse, sequence, single, stacked, weighted
 
 PROMPTS = ("prompt", "prompt_2", "prompt_3")
 Condition = dict[str, Float32]  # by the name of the UNet's input
@@ -191,7 +191,7 @@ class TextEncoders:
         most = max(min_chunks, *(len(text.ids) for of_encoder in cut for text in of_encoder))
         joined = Joined(len(unique))
         for encoder, of_encoder in zip(encoders, cut, strict=True):
-            count = 1 if encoder.join == "tokens" else most
+            count = most if encoder.join == "features" else 1
             all_chunks = stacked(self._tokenizer(encoder.tokenizer), of_encoder, count)
             with self._pool.using(encoder.component, adapters) as engine:
                 outputs = engine(**self._inputs(encoder.component, all_chunks))
@@ -227,13 +227,15 @@ class TextEncoders:
     def _cut(self, encoder: Encoder, texts: Sequence[str], style: str, length: int) -> list[Chunks]:
         """The chunks of each text: all that it needs or, in plain style, one; a longer text is cut with a warning.
 
-        T5 reads one sequence of `length` tokens in either style.
+        T5 reads one sequence of `length` tokens in either style, and of an encoder whose states are not used the first
+        chunk gives the pooled text.
         """
         tokenizer = self._tokenizer(encoder.tokenizer)
         if encoder.join == "tokens":
             return [sequence(tokenizer, text, length, style) for text in texts]
         if style == "a1111":
-            return [chunks(tokenizer, text) for text in texts]
+            cut = [chunks(tokenizer, text) for text in texts]
+            return cut if encoder.join == "features" else [first(of_text) for of_text in cut]
         return [single(tokenizer, tokenizer.cut(text)) for text in texts]
 
     def _tokenizer(self, name: str) -> Tokenizer:

@@ -174,6 +174,11 @@ def single(tokenizer: Tokenizer, tokens: Sequence[int]) -> Chunks:
     return Chunks(ids, np.ones(ids.shape, np.float32), _ends([len(tokens)]))
 
 
+def first(of_text: Chunks) -> Chunks:
+    """The first chunk of a text alone."""
+    return Chunks(*(array[:1] for array in of_text))
+
+
 def sequence(tokenizer: Tokenizer, prompt: str, length: int, style: str) -> Chunks:
     """A prompt as one sequence of `length` tokens, as T5 reads it; what is longer is cut with a warning.
 

@@ -76,7 +76,7 @@ def test_each_engine_takes_the_tokens_of_its_own_text(bundle: Bundle) -> None:
 def test_engines_are_built(precision: str, bundle: Bundle) -> None:
     options = BuildOptions(precision=precision, opt_level=0)
     build(bundle, "tensorrt-rtx", components=["transformer", t5(bundle)], profiles=[PROFILE], options=options)
-    made = {one.record.component: one.record.precision for one in stored(bundle, "tensorrt-rtx")}
+    made = {one.record.component: one.precision for one in stored(bundle, "tensorrt-rtx")}
     expected = dict.fromkeys(("transformer", t5(bundle)), precision)
     if precision == "fp16":
         expected |= {name: made[name] for name in bundle.manifest.float16_unsafe if made[name] in ("bf16", "fp32")}
