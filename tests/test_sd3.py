@@ -152,6 +152,9 @@ def test_weights_of_words_change_what_every_encoder_gives(sd3_bundle: Path) -> N
         ({"height": 60}, "height = 60; allowed are whole numbers from 4 to 56"),
         ({"true_cfg_scale": 2.0}, "true_cfg_scale has no effect: this model is guided by guidance_scale"),
         ({"sampler": "ddim"}, "ddim cannot sample this checkpoint"),
+        ({"sampler": "flow_heun", "mu": 0.5}, "mu: these noise levels do not depend on the size"),
+        ({"cache_interval": 2}, "cache_interval: a feature cache .* this model has a transformer"),
+        ({"skip_guidance_layers": [1]}, "skip_guidance_layers: sdopt calls the whole transformer"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(options: Any, message: str, sd3_bundle: Path) -> None:

@@ -143,7 +143,7 @@ def _preview_fit(preview: dict[str, Any] | None) -> str:
 
 
 def _embedding_shapes(widths: dict[str, int]) -> str:
-    return ", ".join(f"{name} [n, {width}]" for name, width in widths.items()) or "none: export it again to use them"
+    return ", ".join(f"{name} [n, {width}]" for name, width in widths.items()) or "none"
 
 
 def _pairs(entry: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from sdopt.bundle import adapter
 from sdopt.bundle.adapter import Adapter
 from sdopt.bundle.disk import parse_json, read_plain
 from sdopt.bundle.files import MAX_TABLE_BYTES, Bundle
-from sdopt.bundle.format import Defaults
+from sdopt.bundle.format import UNET, Defaults
 from sdopt.bundle.joined import PICTURES
 from sdopt.bundle.presets import Preset
 from sdopt.bundle.specs import Array
@@ -275,6 +275,10 @@ def _plan(bundle: Bundle, given: Mapping[str, Any], adapters: Overlay | None, op
     if pictured:
         resolved["strength"] = strength
     cache = feature_cache(given, len(table))
+    if cache is not None and manifest.denoiser != UNET:
+        keyword = "cache_schedule" if given["cache_schedule"] is not None else "cache_interval"
+        text = "a feature cache keeps what the deep layers of a UNet give, and this model has a transformer; leave it out"
+        raise UsageError(f"{keyword}: {text}", keyword)
     if cache is not None:
         resolved["cache_depth"] = cache.depth
     values: dict[str, Any] = {field.name: given[field.name] for field in fields(Plan) if field.name in given}

@@ -137,7 +137,10 @@ def one_file(kind: str, folder: Path, path: Path) -> Path:
     blocks = 1 + max(int(name.split(".")[2]) for name in files["vae"] if name.startswith("decoder.up_blocks."))
     merged |= {f"first_stage_model.{ldm.vae_name(name, blocks)}": tensor for name, tensor in files["vae"].items()}
     for part, place in encoders.items():
-        merged |= {f"text_encoders.{place}.transformer.{name}": tensor for name, tensor in files[part].items()}
+        bare = place != "t5xxl" and not any(name.startswith("text_model.") for name in files[part])
+        wrapper = "text_model." if bare else ""  # which transformers from 5.6 on drops
+        named = {f"text_encoders.{place}.transformer.{wrapper}{name}": t for name, t in files[part].items()}
+        merged |= named
         if place != "t5xxl":
             merged[f"text_encoders.{place}.logit_scale"] = torch.ones(())
     save_file({name: tensor.contiguous() for name, tensor in merged.items()}, path)
