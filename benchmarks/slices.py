@@ -1,7 +1,7 @@
 """Slices of SD3's and Flux's transformers at full width, with random weights: parity, half precision, engines, memory.
 
-    python benchmarks/transformers.py                   every slice; each in a process of its own
-    python benchmarks/transformers.py --slices sd3.5-medium -o slices.json
+    python benchmarks/slices.py                   every slice; each in a process of its own
+    python benchmarks/slices.py --slices sd3.5-medium -o slices.json
 
 A slice has the published width and a few blocks. It is exported as any transformer is, with the parity gate. `half_db`
 is how near the graph is to itself in float32 when it rounds as fp16 and bf16 do (`sdopt.build.simulate`), at 512x512.
@@ -26,7 +26,7 @@ from typing import Any
 from sdopt.bench.machine import machine
 from sdopt.bundle.disk import write_whole
 
-RESULTS = Path(__file__).parent / "results/transformers.json"
+RESULTS = Path(__file__).parent / "results/slices.json"
 SIZES = {"batch": 1, "latent_height": 64, "latent_width": 64, "tokens": 77 + 256}
 SD3: dict[str, Any] = {
     "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "in_channels": 16, "out_channels": 16,
