@@ -2,6 +2,7 @@
 
     python benchmarks/slices.py                   every slice; each in a process of its own
     python benchmarks/slices.py --slices sd3.5-medium -o slices.json
+    python benchmarks/slices.py --slices sd3.5-medium --layers 2 4 8 -o slope.json     what a block adds to an export
 
 A slice has the published width and a few blocks. It is exported as any transformer is, with the parity gate. `half_db`
 is how near the graph is to itself in float32 when it rounds as fp16 and bf16 do (`sdopt.build.simulate`), at 512x512.
@@ -12,6 +13,7 @@ ones: what overflows in a trained model need not overflow here.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import subprocess
@@ -48,7 +50,7 @@ SLICES: dict[str, tuple[str, dict[str, Any], int]] = {
 }  # fmt: skip
 
 
-def measured(name: str, builds: bool) -> dict[str, Any]:
+def measured(name: str, builds: bool, layers: int | None = None) -> dict[str, Any]:
     """What is found when this process exports and builds a slice."""
     import torch
     from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
@@ -58,6 +60,8 @@ def measured(name: str, builds: bool) -> dict[str, Any]:
     from sdopt.export.families import flux, sd3
 
     family, config, blocks = SLICES[name]
+    if layers is not None:
+        config = {**config, "num_layers": layers}
     torch.manual_seed(0)
     if family == "sd3":
         model: Any = SD3Transformer2DModel(**config)
@@ -81,7 +85,8 @@ def measured(name: str, builds: bool) -> dict[str, Any]:
             "parity_db": min(result.psnr_db for result in entries["transformer"].parity),
         }
         del model, wrapper, part
-        found["half_db"] = half_db(folder / "transformer.onnx", folder)
+        if layers is None:
+            found["half_db"] = half_db(folder / "transformer.onnx", folder)
         if builds:
             found["engines"] = {precision: engine(folder, precision) for precision in ("fp16", "bf16")}
     return {**found, "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
@@ -146,15 +151,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--slices", nargs="+", default=list(SLICES), choices=SLICES)
     parser.add_argument("--no-engines", action="store_true", help="build none with TensorRT-RTX")
+    parser.add_argument(
+        "--layers", type=int, nargs="+", help="export slices of so many blocks of both streams, no more"
+    )
     parser.add_argument("-o", "--output", type=Path, default=RESULTS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.one:
-        print(json.dumps(measured(args.one, not args.no_engines)))
+        print(json.dumps(measured(args.one, not args.no_engines, args.layers[0] if args.layers else None)))
         return 0
     slices: list[dict[str, Any]] = []
-    for name in args.slices:
-        command = [sys.executable, __file__, "--one", name, *(["--no-engines"] if args.no_engines else [])]
+    for name, layers in itertools.product(args.slices, args.layers or [None]):
+        own = [] if layers is None else ["--layers", str(layers)]
+        skip = ["--no-engines"] if args.no_engines or layers is not None else []
+        command = [sys.executable, __file__, "--one", name, *own, *skip]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             return done.returncode

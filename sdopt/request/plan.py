@@ -277,7 +277,9 @@ def _plan(bundle: Bundle, given: Mapping[str, Any], adapters: Overlay | None, op
     cache = feature_cache(given, len(table))
     if cache is not None and manifest.denoiser != UNET:
         keyword = "cache_schedule" if given["cache_schedule"] is not None else "cache_interval"
-        text = "a feature cache keeps what the deep layers of a UNet give, and this model has a transformer; leave it out"
+        text = (
+            "a feature cache keeps what the deep layers of a UNet give, and this model has a transformer; leave it out"
+        )
         raise UsageError(f"{keyword}: {text}", keyword)
     if cache is not None:
         resolved["cache_depth"] = cache.depth
