@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 import sdopt
 from sdopt.cli.main import main
 from sdopt.errors import UsageError
+from sdopt.export.onto import add_adapter
 from sdopt.metrics import psnr
 from tests import tiny
 from tests.test_families import theirs
@@ -160,6 +162,22 @@ def test_weights_of_words_change_what_every_encoder_gives(sd3_bundle: Path) -> N
 def test_what_does_not_fit_is_named(options: Any, message: str, sd3_bundle: Path) -> None:
     with sdopt.load(sd3_bundle) as pipe, pytest.raises(UsageError, match=message):
         pipe("a cat", seed=1, **{**WIDE, **options})
+
+
+def test_a_tiny_autoencoder_decodes(tmp_path: Path, sd3_checkpoint: Path, sd3_bundle: Path) -> None:
+    model = tiny.taesd(latent_channels=16).eval()
+    model.save_pretrained(tmp_path / "taesd3")
+    bundle = Path(shutil.copytree(sd3_bundle, tmp_path / "bundle"))
+    add_adapter(tmp_path / "taesd3", bundle, "tiny", report=lambda line: None, offline=True)
+    reference = theirs(sd3_checkpoint, T2I)
+    own, reference.vae = reference.vae, model
+    try:
+        expected = reference("a cat", generator=generators(5), output_type="np", **WIDE).images
+    finally:
+        reference.vae = own
+    with sdopt.load(bundle) as pipe:
+        found = pipe("a cat", seed=5, vae="tiny", output_type="np", **WIDE).images
+    assert picture_psnr(expected, found) >= FLOOR_DB
 
 
 def test_an_embedding_is_refused_by_name(sd3_bundle: Path) -> None:

@@ -400,6 +400,11 @@ def _of_conditioning(manifest: Manifest) -> Iterator[DecodeError]:
         length, first = (manifest.tokenizers[n].max_length for n in (name, known[0]))
         if length != first:
             yield refusal(f"{within('tokenizers', name)}.max_length", length, f"{first}, as that of {known[0]}")
+    joins = {encoder.join for encoder in conditioning.encoders}
+    if "tokens" in joins and not conditioning.sequence:
+        yield refusal("conditioning.sequence", 0, "1 or more, where an encoder joins tokens")
+    if joins == {"none"} and not conditioning.sequence:
+        yield refusal("conditioning.encoders[0].join", "none", "features or tokens: the denoiser takes a text")
     names = [encoder.component for encoder in conditioning.encoders]
     for name in conditioning.pooling:
         if name not in names:

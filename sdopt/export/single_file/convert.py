@@ -119,7 +119,11 @@ def write(
     from safetensors import SafetensorError
 
     try:
-        tensors = {name: _tensor(file, origin, shapes[name]) for name, origin in origins.items()}
+        tensors: dict[str, torch.Tensor] = {}
+        for name, origin in origins.items():
+            is_second = any(origin == origins[other] for other in tensors)  # T5 has its embeddings twice
+            tensor = _tensor(file, origin, shapes[name])
+            tensors[name] = tensor.clone() if is_second else tensor
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file.path}: {component} cannot be read: {error}") from error
     needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(path.parent).free
