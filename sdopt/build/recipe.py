@@ -227,8 +227,7 @@ def _text_lengths(bundle: Bundle) -> tuple[int, int]:
     """How many tokens of a short prompt the denoiser takes: those of a chunk of CLIP, and those of T5's sequence."""
     entry, tokenizers = bundle.manifest.conditioning, bundle.manifest.tokenizers
     beside = [tokenizers[encoder.tokenizer].max_length for encoder in entry.encoders if encoder.join == "features"]
-    lengths = [tokenizers[encoder.tokenizer].max_length for encoder in entry.encoders if encoder.join == "tokens"]
-    return max(beside, default=0), min([entry.sequence, *lengths])
+    return max(beside, default=0), bundle.manifest.sequence
 
 
 def _chunks(bundle: Bundle, component: str, tokens: int) -> tuple[int, int]:

@@ -227,6 +227,13 @@ class Manifest:
     random_weights: Count | None = None
     files: Mapping[FilePath, File]
 
+    @property
+    def sequence(self) -> int:
+        """How many tokens follow those of the encoders side by side, by default: T5's, or zeros in their place."""
+        encoders = [encoder for encoder in self.conditioning.encoders if encoder.join == "tokens"]
+        lengths = [self.tokenizers[encoder.tokenizer].max_length for encoder in encoders]
+        return min([self.conditioning.sequence, *lengths])
+
 
 # those settings of a scheduler_config.json that a sampler reads; others are kept, and may be any JSON
 _Word = Annotated[str, Rule("a word of at most 100 characters", lambda value: len(value) <= 100)]

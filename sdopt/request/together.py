@@ -210,15 +210,15 @@ def sequence(options: Mapping[str, Any], bundle: Bundle) -> int:
 
     Raises: UsageError for more tokens than it reads.
     """
-    entry, tokenizers = bundle.manifest.conditioning, bundle.manifest.tokenizers
-    if not entry.sequence:
-        return 0
-    lengths = [tokenizers[encoder.tokenizer].max_length for encoder in entry.encoders if encoder.join == "tokens"]
-    most, given = min(lengths, default=MAX_SEQUENCE), options["max_sequence_length"]
-    if given is not None and given > most:
+    manifest, given = bundle.manifest, options["max_sequence_length"]
+    if given is None or not manifest.sequence:
+        return manifest.sequence
+    encoders = [encoder for encoder in manifest.conditioning.encoders if encoder.join == "tokens"]
+    most = min((manifest.tokenizers[encoder.tokenizer].max_length for encoder in encoders), default=MAX_SEQUENCE)
+    if given > most:
         text = f"max_sequence_length = {given}; this model's text encoder reads up to {most} tokens"
         raise UsageError(text, "max_sequence_length")
-    return min(given_or(given, entry.sequence), most)
+    return given
 
 
 def seeds(value: int | list[int] | None, images: int) -> tuple[int, ...]:

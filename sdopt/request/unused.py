@@ -132,6 +132,11 @@ RULES = (
         "this model has no T5, which SD3 and Flux have; leave it out",
     ),
     Rule(
+        ("max_sequence_length",),
+        lambda reads: reads.prompt or reads.negative_text,
+        "the embeddings that are given have their tokens; leave it out",
+    ),
+    Rule(
         ("true_cfg_scale",),
         lambda reads: reads.entry.true_guidance,
         "this model is guided by guidance_scale; give that in its place",

@@ -183,7 +183,7 @@ class TextEncoders:
         `adapters`: other numbers for some of the encoders' weights.
         """
         unique, encoders = list(dict.fromkeys(texts)), self._entry.encoders
-        length = self._entry.sequence if sequence is None else sequence
+        length = self._bundle.manifest.sequence if sequence is None else sequence
         cut: list[list[Chunks]] = []  # for each encoder, the chunks of each text
         with self._lock:
             for i, encoder in enumerate(encoders):
