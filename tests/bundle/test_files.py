@@ -134,13 +134,13 @@ def test_a_folder_without_a_manifest_is_no_bundle(bundle_copy: Path, tmp_path: P
 def test_an_older_format_version_is_exported_again(bundle_copy: Path, version: object) -> None:
     edit_manifest(bundle_copy, format_version=version)
     again = f"xport it again: `sdopt export CHECKPOINT -o {bundle_copy} --force`"
-    with pytest.raises(BundleError, match=f"format_version is .* this sdopt reads 2 and 3. .*{re.escape(again)}"):
+    with pytest.raises(BundleError, match=f"format_version is .* this sdopt reads 2 to 4. .*{re.escape(again)}"):
         Bundle.open(bundle_copy)
 
 
 def test_a_newer_format_version_needs_a_newer_sdopt(bundle_copy: Path) -> None:
-    edit_manifest(bundle_copy, format_version=4)
-    with pytest.raises(BundleError, match="format_version is 4; this sdopt reads 2 and 3. .*pgrade sdopt"):
+    edit_manifest(bundle_copy, format_version=5)
+    with pytest.raises(BundleError, match="format_version is 5; this sdopt reads 2 to 4. .*pgrade sdopt"):
         Bundle.open(bundle_copy)
 
 
