@@ -62,7 +62,7 @@ def minimal_bundle(folder: Path) -> Path:
 
 def test_the_format_is_this_text_to_the_byte(tmp_path: Path) -> None:
     text = (minimal_bundle(tmp_path) / "manifest.json").read_text()
-    assert text.startswith('{\n "format_version": 3,\n "family": "sd",\n')
+    assert text.startswith('{\n "format_version": 4,\n "family": "sd",\n')
     assert text.endswith(
         """ "files": {
   "text_encoder.onnx": {
