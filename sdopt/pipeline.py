@@ -315,7 +315,7 @@ class Pipeline:
         texts: list[str] = argument("prompts", [prompts] if isinstance(prompts, str) else prompts)
         style, skip = argument("prompt_style", prompt_style), argument("clip_skip", clip_skip)
         adapters = self._loras.overlay if self._loras else None
-        return self._text.encode(texts, texts, style, skip, adapters=adapters)[0]
+        return self._text.encode([(text,) * 3 for text in texts], style, skip, adapters=adapters)[0]
 
     def load_embedding(
         self, source: str | os.PathLike[str] | Array | Mapping[str, Array], token: str | None = None

@@ -109,6 +109,27 @@ def sdxl_bundle(sdxl_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
+def sd3_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return once(tmp_path_factory, "sd3/checkpoint", tiny.sd3)
+
+
+@pytest.fixture(scope="session")
+def sd3_bundle(sd3_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(tmp_path_factory, sd3_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def flux_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return once(tmp_path_factory, "flux/checkpoint", tiny.flux)
+
+
+@pytest.fixture(scope="session")
+def flux_bundle(flux_checkpoint: Path, sd3_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the autoencoder of `sd3_bundle`, which is the same."""
+    return once(tmp_path_factory, "flux/bundle", lambda folder: tiny.export_like(flux_checkpoint, folder, sd3_bundle))
+
+
+@pytest.fixture(scope="session")
 def sd2_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return once(tmp_path_factory, "sd2/checkpoint", tiny.sd2)
 

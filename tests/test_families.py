@@ -30,7 +30,9 @@ def theirs(checkpoint: Path, kind: str) -> Any:
     import diffusers
     import torch
 
-    extra = {"safety_checker": None} if "XL" not in kind else {"add_watermarker": False}
+    extra = {"add_watermarker": False} if "XL" in kind else {}
+    if kind.startswith("StableDiffusion") and "XL" not in kind and "3" not in kind:
+        extra = {"safety_checker": None}
     pipe = getattr(diffusers, kind).from_pretrained(checkpoint, torch_dtype=torch.float32, **extra)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -161,6 +161,98 @@ def small_lcm(folder: Path) -> Path:
     return sdxl(folder, unet=small, scheduler=LCMScheduler(**BETAS))
 
 
+def t5_tokenizer() -> Any:
+    """T5's kind of tokenizer, for letters, the words apple and cat, and 13 tokens."""
+    from transformers import T5Tokenizer
+
+    letters = [(letter, -3.0 - i / 100) for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz")]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters]
+    pieces += [("▁a", -2.5), ("▁apple", -1.0), ("▁cat", -1.1)]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=13)
+
+
+def t5(**changes: Any) -> Any:
+    import torch
+    from transformers import T5Config, T5EncoderModel
+
+    config = {
+        "vocab_size": 60, "d_model": 24, "d_kv": 6, "d_ff": 20, "num_layers": 2, "num_heads": 2,
+        "feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 6, "relative_attention_max_distance": 9,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return T5EncoderModel(T5Config(**{**config, **changes}))
+
+
+def vae_16(**changes: Any) -> Any:
+    """An autoencoder of 16 channels that are shifted, and without the layers around them."""
+    config = {"latent_channels": 16, "scaling_factor": 1.5, "shift_factor": 0.06}
+    return vae(**{**config, "use_quant_conv": False, "use_post_quant_conv": False, **changes})
+
+
+def transformer_sd3(**changes: Any) -> Any:
+    import torch
+    from diffusers import SD3Transformer2DModel
+
+    config = {
+        "sample_size": 12, "patch_size": 2, "in_channels": 16, "num_layers": 2, "attention_head_dim": 8,
+        "num_attention_heads": 2, "joint_attention_dim": 36, "caption_projection_dim": 16, "pooled_projection_dim": 28,
+        "out_channels": 16, "pos_embed_max_size": 14, "dual_attention_layers": (0,), "qk_norm": "rms_norm",
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return SD3Transformer2DModel(**{**config, **changes})
+
+
+def sd3(folder: Path, kind: str = "StableDiffusion3Pipeline", **parts: Any) -> Path:
+    """As Stable Diffusion 3.5: two CLIP encoders, T5, a transformer; `parts` replace its own."""
+    import diffusers
+
+    own = {
+        "text_encoder": lambda: text_encoder(True, hidden_size=12, intermediate_size=20),
+        "text_encoder_2": lambda: text_encoder(True, hidden_size=16, projection_dim=8, hidden_act="gelu"),
+        "text_encoder_3": lambda: t5(d_model=36),
+        "tokenizer": tokenizer, "tokenizer_2": lambda: tokenizer("!"), "tokenizer_3": t5_tokenizer,
+        "transformer": transformer_sd3, "vae": vae_16,
+        "scheduler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    }  # fmt: skip
+    made = {name: parts.pop(name) if name in parts else make() for name, make in own.items()}
+    getattr(diffusers, kind)(**made, **parts).save_pretrained(folder)
+    return folder
+
+
+def transformer_flux(guidance: bool = True, **changes: Any) -> Any:
+    import torch
+    from diffusers import FluxTransformer2DModel
+
+    config = {
+        "in_channels": 64, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
+        "joint_attention_dim": 24, "pooled_projection_dim": 20, "guidance_embeds": guidance,
+        "axes_dims_rope": (4, 6, 6),
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return FluxTransformer2DModel(**{**config, **changes})
+
+
+def flux(folder: Path, kind: str = "FluxPipeline", **parts: Any) -> Path:
+    """As Flux dev, which takes the guidance scale; `parts` replace its own."""
+    import diffusers
+
+    own = {
+        "text_encoder": text_encoder, "text_encoder_2": t5, "tokenizer": tokenizer, "tokenizer_2": t5_tokenizer,
+        "transformer": transformer_flux, "vae": vae_16,
+        "scheduler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    }  # fmt: skip
+    made = {name: parts.pop(name) if name in parts else make() for name, make in own.items()}
+    getattr(diffusers, kind)(**made, **parts).save_pretrained(folder)
+    return folder
+
+
+def schnell(folder: Path) -> Path:
+    """As Flux schnell: no guidance scale, and noise levels that are not shifted."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return flux(folder, transformer=transformer_flux(False), scheduler=FlowMatchEulerDiscreteScheduler())
+
+
 def variant(checkpoint: Path, folder: Path, scheduler: Any = None, **index: Any) -> Path:
     """A copy of a checkpoint with another scheduler, and other entries in its index."""
     shutil.copytree(checkpoint, folder)

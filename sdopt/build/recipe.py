@@ -196,15 +196,14 @@ def user_profiles(bundle: Bundle, recipe: Recipe, texts: Sequence[str], static: 
 
     Raises: UsageError for an unknown dimension, too large a batch, or pixels that the model cannot divide.
     """
-    defaults = bundle.manifest.defaults
-    tokens = max(entry.max_length for entry in bundle.manifest.tokenizers.values())
+    defaults, tokens = bundle.manifest.defaults, sum(_text_lengths(bundle))
     own: dict[str, Range] = {
         "batch": (1, 1, 1),
         "tokens": (tokens, tokens, tokens),
         "height": (defaults.height, defaults.height, defaults.height),
         "width": (defaults.width, defaults.width, defaults.width),
     }
-    factor = bundle.manifest.latents.factor
+    factor = bundle.manifest.latents.pixels
     profiles: list[Profile] = []
     given_profiles = [Profile.parse(text) for text in dict.fromkeys(texts)] or [recipe.profile]
     for given in given_profiles:
@@ -224,13 +223,32 @@ def user_profiles(bundle: Bundle, recipe: Recipe, texts: Sequence[str], static: 
     return tuple({str(profile): profile for profile in profiles}.values())
 
 
+def _text_lengths(bundle: Bundle) -> tuple[int, int]:
+    """How many tokens of a short prompt the denoiser takes: those of a chunk of CLIP, and those of T5's sequence."""
+    entry, tokenizers = bundle.manifest.conditioning, bundle.manifest.tokenizers
+    beside = [tokenizers[encoder.tokenizer].max_length for encoder in entry.encoders if encoder.join == "features"]
+    return max(beside, default=0), bundle.manifest.sequence
+
+
+def _chunks(bundle: Bundle, component: str, tokens: int) -> tuple[int, int]:
+    """How many tokens a text encoder takes at once, and how many chunks a prompt of so many tokens has there."""
+    own, (chunk, sequence) = (
+        {one.component: one for one in bundle.manifest.conditioning.encoders},
+        _text_lengths(bundle),
+    )
+    encoder = own.get(component)
+    if encoder is None or encoder.join == "features":
+        return chunk, math.ceil((tokens - sequence) / chunk)
+    length = sequence if encoder.join == "tokens" else bundle.manifest.tokenizers[encoder.tokenizer].max_length
+    return length, 1
+
+
 def part_profile(bundle: Bundle, part: EngineSpec, inputs: Sequence[TensorSpec], profile: Profile) -> Profile:
     """The ranges of the named dimensions of one engine's inputs."""
     factor = bundle.manifest.latents.factor
     batch, tokens = profile.ranges["batch"], profile.ranges["tokens"]
-    chunk = max(entry.max_length for entry in bundle.manifest.tokenizers.values())
     if part.tokens == "chunk":  # each chunk of a long prompt is a row
-        chunks = math.ceil(tokens[2] / chunk)
+        chunk, chunks = _chunks(bundle, part.graph, tokens[2])
         batch, tokens = (batch[0], batch[1], batch[2] * chunks), (chunk, chunk, chunk)
     pixels = {name: profile.ranges[name] for name in ("height", "width")}
     steering = steering_ranges(bundle, part.steering, profile)

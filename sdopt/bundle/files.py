@@ -190,6 +190,11 @@ class Bundle(ModelFolder):
     def factor(self) -> int:
         return self.manifest.latents.factor
 
+    @property
+    def denoiser(self) -> Component:
+        """The component that predicts, as this bundle's own graph has it."""
+        return self.component(self.manifest.denoiser)
+
     def __repr__(self) -> str:
         defaults, size = self.manifest.defaults, sum(file.bytes for file in self.manifest.files.values())
         return (
@@ -240,7 +245,7 @@ def read_manifest(folder: Path) -> Manifest:
 def _check_version(folder: Path, version: Any) -> None:
     if type(version) is int and OLDEST_VERSION <= version <= FORMAT_VERSION:
         return
-    readable = " and ".join(map(str, range(OLDEST_VERSION, FORMAT_VERSION + 1)))
+    readable = f"{OLDEST_VERSION} to {FORMAT_VERSION}"
     problem = f"{folder / MANIFEST}: format_version is {shown(version)}; this sdopt reads {readable}"
     if type(version) is int and version > FORMAT_VERSION:
         raise BundleError(f"{problem}. Upgrade sdopt, which a newer one has written")

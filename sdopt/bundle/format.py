@@ -1,4 +1,4 @@
-"""The manifest of a bundle as data, format version 3; README.md beside this file says what each field means.
+"""The manifest of a bundle as data, format version 4; README.md beside this file says what each field means.
 
 `decode_manifest` turns JSON into these classes, once, and checks that the fields agree; `to_json` is the way back.
 """
@@ -25,13 +25,16 @@ from sdopt.bundle.decode import (
 from sdopt.bundle.specs import Name, TensorSpec
 from sdopt.dataclass import dataclass
 
-FORMAT_VERSION = 3
-OLDEST_VERSION = 2  # that is read: it has no `weights_of`
+FORMAT_VERSION = 4
+OLDEST_VERSION = 2  # that is read: it has no `weights_of`, and 3 no `denoiser`
 MAX_EDGE = 1 << 14  # pixels
 MAX_STEPS = 1000
-FAMILIES = ("sd", "sdxl")
+FAMILIES = ("sd", "sdxl", "sd3", "flux")
+UNET, TRANSFORMER = DENOISERS = ("unet", "transformer")  # the components that predict
 TIME_IDS = ("original_size", "crops_coords_top_left", "target_size", "aesthetic_score")
-STRENGTH_CUTS = ("steps", "schedule")
+STRENGTH_CUTS = ("steps", "steps_up", "schedule")
+JOINS = ("features", "tokens", "none")
+MAX_SEQUENCE = 512  # tokens of T5
 INFINITY = "-inf"  # how diffusers writes it into a scheduler_config.json
 
 
@@ -101,9 +104,10 @@ class ComponentEntry:
 
 @dataclass(frozen=True)
 class Latents:
-    """How the VAE's latents become the UNet's: (latents - shift_factor) * scaling_factor; by channel or not.
+    """How the VAE's latents become the denoiser's: (latents - shift_factor) * scaling_factor; by channel or not.
 
-    `patch`: how many latents one token of the denoiser spans on a side; 1 for a UNet.
+    `patch`: how many latents one token of the denoiser spans on a side; 1 for a UNet. `most`: how many latents a side
+    it has places for; 0 where any number will do.
     """
 
     channels: Annotated[int, integer(1, 1024)]
@@ -111,6 +115,12 @@ class Latents:
     scaling_factor: Factor | tuple[Factor, ...]
     shift_factor: float | tuple[float, ...]
     patch: Annotated[int, integer(1, 64)] = 1
+    most: Annotated[int, integer(0, MAX_EDGE)] = 0
+
+    @property
+    def pixels(self) -> int:
+        """Height and width of a picture are multiples of so many pixels: those of one token of the denoiser."""
+        return self.factor * self.patch
 
 
 @dataclass(frozen=True)
@@ -128,32 +138,54 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Encoder:
-    """One text encoder: `skip` of its layers are left out of what `output` gives."""
+    """One text encoder: `skip` of its layers are left out of what `output` gives.
+
+    `join`: where its states stand: beside the "features" of the encoders before it, after their "tokens", or nowhere:
+    with "none" its pooled text alone is used.
+    """
 
     component: Name
     tokenizer: Name
     output: Annotated[str, one_of("last_hidden_state", "hidden_states")]
     skip: Annotated[int, integer(0, 100)]
+    join: Annotated[str, one_of(*JOINS)] = "features"
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the UNet takes beside the sample and the timestep."""
+    """What the denoiser takes beside the sample and the timestep.
+
+    `pooled`: the encoders whose `text_embeds` it takes, side by side. `sequence`: how many tokens the encoder that
+    joins "tokens" reads by default; where there is none, so many rows of zeros stand in its place. `true_guidance`:
+    `true_cfg_scale` makes the halves of guidance, and `guidance_scale` is an input or nothing.
+    """
 
     encoders: Annotated[tuple[Encoder, ...], _filled("encoder")]
-    pooled: Name | None
+    pooled: Name | Annotated[tuple[Name, ...], _filled("encoder")] | None
     time_ids: tuple[Annotated[str, one_of(*TIME_IDS)], ...]
     zeros_for_empty: bool
     guidance_embedding: Annotated[int, integer(0, 1 << 20)]
+    sequence: Annotated[int, integer(0, MAX_SEQUENCE)] = 0
+    true_guidance: bool = False
+
+    @property
+    def pooling(self) -> tuple[str, ...]:
+        """The encoders whose pooled text the denoiser takes."""
+        return () if self.pooled is None else (self.pooled,) if isinstance(self.pooled, str) else self.pooled
+
+    @property
+    def has_halves(self) -> bool:
+        """Whether a request may be guided by a negative half: a model that takes the scale alone has none."""
+        return self.true_guidance or not self.guidance_embedding
 
 
 @dataclass(frozen=True)
 class TokenizerEntry:
-    """One tokenizer; ids from `vocab_size` on are rows of extra embeddings."""
+    """One tokenizer; ids from `vocab_size` on are rows of extra embeddings. T5's begins a text with no token."""
 
     file: FilePath
     max_length: Annotated[int, integer(3, 1 << 16)]
-    bos_token_id: TokenId
+    bos_token_id: TokenId | None
     eos_token_id: TokenId
     pad_token_id: TokenId
     vocab_size: Annotated[int, integer(1, 1 << 24)] | None = None
@@ -185,6 +217,8 @@ class Manifest:
     requires_safety_checker: bool
     tokenizers: Mapping[Name, TokenizerEntry]
     components: Mapping[Name, ComponentEntry]
+    denoiser: Annotated[str, one_of(*DENOISERS)] = UNET
+    even_sigmas: bool = False
     scheduler: Mapping[Name, Json]
     prediction_type: Name
     sampler_tables: FilePath | None = None
@@ -192,6 +226,13 @@ class Manifest:
     verified: bool
     random_weights: Count | None = None
     files: Mapping[FilePath, File]
+
+    @property
+    def sequence(self) -> int:
+        """How many tokens follow those of the encoders side by side, by default: T5's, or zeros in their place."""
+        encoders = [encoder for encoder in self.conditioning.encoders if encoder.join == "tokens"]
+        lengths = [self.tokenizers[encoder.tokenizer].max_length for encoder in encoders]
+        return min([self.conditioning.sequence, *lengths])
 
 
 # those settings of a scheduler_config.json that a sampler reads; others are kept, and may be any JSON
@@ -326,25 +367,27 @@ def _of_latents(manifest: Manifest) -> Iterator[DecodeError]:
                 f"latents.{name}", value, f"one number, or a list of {latents.channels}, one for each channel"
             )
     for name in ("height", "width"):
-        if getattr(defaults, name) % latents.factor:
-            yield refusal(
-                f"defaults.{name}", getattr(defaults, name), f"a multiple of latents.factor, {latents.factor}"
-            )
+        if getattr(defaults, name) % latents.pixels:
+            allowed = f"a multiple of latents.factor, {latents.factor}"
+            if latents.patch > 1:
+                allowed = f"a multiple of latents.factor times latents.patch, {latents.pixels}"
+            yield refusal(f"defaults.{name}", getattr(defaults, name), allowed)
     if manifest.preview is not None and len(manifest.preview.matrix) != latents.channels + 1:
         shape = [len(manifest.preview.matrix), 3]
         yield DecodeError(
             f"preview.matrix is {shape}; allowed is {[latents.channels + 1, 3]}: a row more than channels"
         )
-    if "unet" not in manifest.components:
-        yield DecodeError("components.unet is missing; allowed is the component that predicts the noise")
+    where = within("components", manifest.denoiser)
+    if manifest.denoiser not in manifest.components:
+        yield DecodeError(f"{where} is missing; allowed is the component that predicts the noise")
         return
-    unet = manifest.components["unet"]
-    for kind, spec, least in (("inputs", unet.inputs[0], latents.channels), ("outputs", unet.outputs[0], 0)):
+    denoiser = manifest.components[manifest.denoiser]
+    for kind, spec, least in (("inputs", denoiser.inputs[0], latents.channels), ("outputs", denoiser.outputs[0], 0)):
         channels = spec.shape[1] if len(spec.shape) == 4 else None
         fits = isinstance(channels, int) and (channels >= least if least else channels == latents.channels)
         if not fits:
             allowed = f"4 dimensions, the second {'at least ' if least else ''}latents.channels, {latents.channels}"
-            yield refusal(f"components.unet.{kind}[0].shape", list(spec.shape), allowed)
+            yield refusal(f"{where}.{kind}[0].shape", list(spec.shape), allowed)
 
 
 def _of_conditioning(manifest: Manifest) -> Iterator[DecodeError]:
@@ -353,28 +396,41 @@ def _of_conditioning(manifest: Manifest) -> Iterator[DecodeError]:
         where = f"conditioning.encoders[{i}]"
         if encoder.component not in components:
             yield refusal(f"{where}.component", encoder.component, f"one of components: {', '.join(components)}")
-        elif encoder.output not in {spec.name for spec in components[encoder.component].outputs}:
+        elif encoder.join != "none" and encoder.output not in _outputs(components[encoder.component]):
             yield refusal(f"{where}.output", encoder.output, f"an output of {encoder.component}")
         if encoder.tokenizer not in manifest.tokenizers:
             allowed = f"one of tokenizers: {', '.join(manifest.tokenizers)}"
             yield refusal(f"{where}.tokenizer", encoder.tokenizer, allowed)
-    known = [encoder.tokenizer for encoder in conditioning.encoders if encoder.tokenizer in manifest.tokenizers]
+    beside = [encoder.tokenizer for encoder in conditioning.encoders if encoder.join == "features"]
+    known = [name for name in beside if name in manifest.tokenizers]
     for name in known:
         length, first = (manifest.tokenizers[n].max_length for n in (name, known[0]))
         if length != first:
             yield refusal(f"{within('tokenizers', name)}.max_length", length, f"{first}, as that of {known[0]}")
+    joins = {encoder.join for encoder in conditioning.encoders}
+    if "tokens" in joins and not conditioning.sequence:
+        yield refusal("conditioning.sequence", 0, "1 or more, where an encoder joins tokens")
+    if joins == {"none"} and not conditioning.sequence:
+        yield refusal("conditioning.encoders[0].join", "none", "features or tokens: the denoiser takes a text")
     names = [encoder.component for encoder in conditioning.encoders]
-    if conditioning.pooled is not None and conditioning.pooled not in names:
-        yield refusal("conditioning.pooled", conditioning.pooled, f"null, or one of the encoders: {', '.join(names)}")
+    for name in conditioning.pooling:
+        if name not in names:
+            yield refusal("conditioning.pooled", name, f"null, or one of the encoders: {', '.join(names)}")
+        elif name in components and "text_embeds" not in _outputs(components[name]):
+            yield refusal("conditioning.pooled", name, "an encoder that gives text_embeds")
     for name in names:
         yield from _of_encoder(name, components.get(name))
+
+
+def _outputs(component: ComponentEntry) -> set[str]:
+    return {spec.name for spec in component.outputs}
 
 
 def _of_tokenizers(manifest: Manifest) -> Iterator[DecodeError]:
     for name, tokenizer in manifest.tokenizers.items():
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value, size = getattr(tokenizer, key), tokenizer.vocab_size
-            if size is not None and value >= size:
+            if size is not None and value is not None and value >= size:
                 yield refusal(f"{within('tokenizers', name)}.{key}", value, f"a number below its vocab_size, {size}")
 
 

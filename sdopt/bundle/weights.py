@@ -18,6 +18,7 @@ import numpy as np
 
 from sdopt.bundle.disk import read_plain
 from sdopt.bundle.files import Component
+from sdopt.bundle.format import DENOISERS
 from sdopt.bundle.graphs import MAX_GRAPH_BYTES, Initializer, initializers
 from sdopt.bundle.specs import Array, Float32
 from sdopt.bundle.weight_names import Weight, parse
@@ -68,8 +69,8 @@ def rounded(numbers: Float32, kind: int, parameter: str) -> Array:
 
 
 def takes_overlay(component: str) -> bool:
-    """Whether an overlay may change the weights of a bundle's component: the UNet and the text encoders."""
-    return component == "unet" or component.startswith("text_encoder")
+    """Whether an overlay may change the weights of a bundle's component: the denoiser and the text encoders."""
+    return component in DENOISERS or component.startswith("text_encoder")
 
 
 @dataclass(frozen=True, eq=False)

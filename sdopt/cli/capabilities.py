@@ -21,19 +21,20 @@ def capabilities(bundle: Bundle) -> dict[str, Any]:
     """
     manifest = bundle.manifest
     encoders, preview = manifest.conditioning.encoders, manifest.preview
+    beside = [encoder for encoder in encoders if encoder.join == "features"]
     tasks, inpaint = _tasks(bundle)
     return {
         "family": manifest.family,
         "tasks": tasks,
         "inpaint": inpaint,
         "defaults": encode(manifest.defaults),
-        "size_multiple": manifest.latents.factor,
-        "max_size": MAX_SIZE,
+        "size_multiple": manifest.latents.pixels,
+        "max_size": min(MAX_SIZE, manifest.latents.most * manifest.latents.factor or MAX_SIZE),
         "max_images": MAX_IMAGES,
         "tokens_per_chunk": min(manifest.tokenizers[encoder.tokenizer].max_length - 2 for encoder in encoders),
-        "max_clip_skip": min(_skippable_layers(bundle, encoder.component) - encoder.skip for encoder in encoders),
+        "max_clip_skip": min((_skippable_layers(bundle, one.component) - one.skip for one in beside), default=0),
         "samplers": _samplers(bundle),
-        "embeddings": extra_widths(bundle),
+        "embeddings": {} if manifest.conditioning.sequence else extra_widths(bundle),
         "preview": {"r2": preview.r2, "psnr_db": preview.psnr_db} if preview else None,
         "float16_unsafe": list(manifest.float16_unsafe),
         "controlnets": CONTROLLED in bundle.components,
@@ -47,7 +48,7 @@ def _tasks(bundle: Bundle) -> tuple[list[str], str | None]:
     if "vae_encoder" not in bundle.components:
         return ["txt2img"], None
     latent_channels = bundle.manifest.latents.channels
-    unet_channels = bundle.component("unet").inputs[0].shape[1]
+    unet_channels = bundle.denoiser.inputs[0].shape[1]
     if unet_channels == latent_channels:
         return ["txt2img", "img2img", "inpaint"], f"{latent_channels} channels, blended after each step"
     return ["inpaint"], f"{unet_channels} channels, with the mask and the masked picture"

@@ -233,7 +233,7 @@ def _typed(args: Any, ways: Any = None) -> dict[str, Any]:
     from sdopt.cli import flags
 
     typed = flags.given(args, ways)
-    for name in ("negative_prompt", "prompt_2", "negative_prompt_2"):
+    for name in ("negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3"):
         if name in typed:
             check_text(flags.flag_names({name: None})[0], typed[name])
     return typed

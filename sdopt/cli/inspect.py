@@ -115,14 +115,27 @@ def _capability_lines(abilities: dict[str, Any]) -> list[str]:
 
 
 def _component_lines(bundle: Any) -> list[str]:
-    lines = [f"{'component':<16}{'MB':>7}{'parity dB':>11}  inputs -> outputs"]
+    manifest = bundle.manifest
+    latents, roles = manifest.latents, _roles(manifest)
+    lines = [f"{'component':<16}{'role':<15}{'MB':>7}{'parity dB':>11}  inputs -> outputs"]
+    noise = f"noise float32 [images, {latents.channels}, latent_height, latent_width]"
+    lines.append(f"{'':<16}{'noise':<15}{'':>18}  {noise}")
     for name in bundle.components:
         component = bundle.component(name)
         lowest_db = min((entry.psnr_db for entry in component.parity), default=None)
         parity = "unverified" if lowest_db is None else f"{lowest_db:.1f}"
         signature = f"{'; '.join(map(str, component.inputs))} -> {'; '.join(map(str, component.outputs))}"
-        lines.append(f"{name:<16}{bundle.nbytes(name) / 1e6:>7.1f}{parity:>11}  {signature}")
+        size = f"{bundle.nbytes(name) / 1e6:>7.1f}"
+        lines.append(f"{name:<16}{roles.get(name, ''):<15}{size}{parity:>11}  {signature}")
     return lines
+
+
+def _roles(manifest: Any) -> dict[str, str]:
+    """What each component does on the way from a text to a picture."""
+    from sdopt.bundle.adapter import DECODER, ENCODER
+
+    encoders = {encoder.component: "text encoder" for encoder in manifest.conditioning.encoders}
+    return {**encoders, ENCODER: "image encoder", manifest.denoiser: "denoiser", DECODER: "decoder"}
 
 
 def _preview_fit(preview: dict[str, Any] | None) -> str:
@@ -130,7 +143,7 @@ def _preview_fit(preview: dict[str, Any] | None) -> str:
 
 
 def _embedding_shapes(widths: dict[str, int]) -> str:
-    return ", ".join(f"{name} [n, {width}]" for name, width in widths.items()) or "none: export it again to use them"
+    return ", ".join(f"{name} [n, {width}]" for name, width in widths.items()) or "none"
 
 
 def _pairs(entry: dict[str, Any]) -> str:

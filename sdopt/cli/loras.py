@@ -97,7 +97,9 @@ def file_and_weight(text: str, components: tuple[str, ...]) -> tuple[Path, Weigh
         return Path(text), 1.0
     if len(numbers) == 1:
         return Path(file), numbers[0]
-    return Path(file), {name: numbers[1] if name == "unet" else numbers[0] for name in components}
+    from sdopt.bundle.format import DENOISERS
+
+    return Path(file), {name: numbers[1] if name in DENOISERS else numbers[0] for name in components}
 
 
 def overlay_of(bundle: Bundle, files: list[str]) -> Overlay:
@@ -130,6 +132,8 @@ def _keys(loras: list[dict[str, Any]]) -> list[Any]:
 
 def _weight_text(weights: dict[str, float]) -> str:
     """The weights as `--lora` takes them."""
-    unet = weights.get("unet", 1.0)
-    text_encoder = next((weight for name, weight in weights.items() if name != "unet"), unet)
+    from sdopt.bundle.format import DENOISERS
+
+    unet = next((weight for name, weight in weights.items() if name in DENOISERS), 1.0)
+    text_encoder = next((weight for name, weight in weights.items() if name not in DENOISERS), unet)
     return f"{unet:g}" if text_encoder == unet else f"{text_encoder:g}:{unet:g}"

@@ -119,7 +119,7 @@ def _table(args: argparse.Namespace, name: str) -> SamplerTable:
     sampler, _ = find_sampler(name)
     config = _config(args.config)
     if args.config is None and sampler.family != "diffusion":  # the default config is one of a diffusion model
-        config = {"_class_name": sampler.diffusers}
+        config = {"_class_name": "FlowMatchEulerDiscreteScheduler" if sampler.family == "flow" else sampler.diffusers}
     strength = 1.0 if args.strength is None else args.strength
     return sampler_table(config, args.steps, sampler=name, schedule=args.schedule, strength=strength, eta=args.eta)
 

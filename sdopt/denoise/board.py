@@ -59,16 +59,18 @@ class HostBoard:
         self, program: Program, engines: Mapping[str, Engine], canvas: Canvas, conditions: Conditions, draw: Draw
     ) -> None:
         self.program, self.canvas, self.conditions, self._draw = program, canvas, conditions, draw
-        table = program.table
+        table, images = program.table, program.images
         self._c_in: list[Scalar] = table.c_in.tolist()
         self._calls = [
-            Call(np.full(program.images, timestep, np.float32), (scale,) * program.images, conditions, controls)
-            for timestep, scale, controls in zip(table.timestep, program.scales, program.controls, strict=True)
+            Call(np.full(images, timestep, np.float32), (scale,) * images, conditions, controls, told * images)
+            for timestep, scale, controls, told in zip(
+                table.timestep, program.scales, program.controls, program.told_scales, strict=True
+            )
         ]
         self.sample, self.denoised, self.prediction = canvas.sample, canvas.sample, canvas.sample
         self._history = tuple[Float32, ...]()
         self.deep: Float32 | None = None  # of the latest full call of a feature cache; see `Call`
-        self._where = [f"unet, step {k + 1} of {len(table)}" for k in range(len(table))]
+        self._where = [f"{program.denoiser}, step {k + 1} of {len(table)}" for k in range(len(table))]
         self._engines = engines
         # Functions and not methods of this board, which would keep it and its engine alive in a cycle.
         after: dict[Launch, Callable[[HostBoard, int], None]] = {

@@ -69,13 +69,17 @@ def _stacked(parts: Sequence[Mapping[str, Float32]]) -> dict[str, Float32]:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What one call of the model is told of every image: its timestep, its guidance scale, its conditions."""
+    """What one call of the model is told of every image: its timestep, its guidance scale, its conditions.
+
+    `told`: the guidance scale of each image that the denoiser takes as an input; empty for one that takes none.
+    """
 
     timestep: Float32  # [images]
     scales: tuple[float, ...]  # [images]
     conditions: Conditions
     # what ControlNets are told in this call, [images, width], by their names and those of their inputs
     controls: Mapping[str, Mapping[str, Float32]] = field(default_factory=dict[str, Mapping[str, Float32]])
+    told: tuple[float, ...] = ()  # [images]
     deep: Float32 | None = None  # what a shallow call takes, [halves of guidance, images, channels, h, w]
 
     @cached_property
@@ -94,5 +98,6 @@ class Call:
         nets = [net for net in parts[0].controls if all(net in part.controls for part in parts)]
         controls = {net: _stacked([part.controls[net] for part in parts]) for net in nets}
         deep = [part.deep for part in parts if part.deep is not None]
+        told = tuple(scale for part in parts for scale in part.told)
         timesteps = np.concatenate([part.timestep for part in parts])
-        return Call(timesteps, scales, conditions, controls, np.concatenate(deep, 1) if deep else None)
+        return Call(timesteps, scales, conditions, controls, told, np.concatenate(deep, 1) if deep else None)

@@ -11,10 +11,12 @@ Ref: Ho & Salimans 2022, arXiv:2207.12598.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from sdopt.bundle.adapter import CONTROLLED, IMAGE_PROMPTED
+from sdopt.bundle.format import UNET
 from sdopt.bundle.specs import Array, Float32, Scalar
 from sdopt.dataclass import dataclass
 from sdopt.denoise.cache import Cached, Keep, full, shallow, with_deep
@@ -28,9 +30,9 @@ class Predict:
     """How a call asks the UNet: with guidance or with the prompt alone, and what else is wrapped around it.
 
     `together`: both halves of guidance are one call of the UNet, else two. `rescale`: see `rescaled`. `embedding`: the
-    width of the guidance scale as an input of the UNet, 0 without it. `joins`: further channels beside the sample.
+    width of the guidance scale as an input of the denoiser, 0 without it. `joins`: further channels beside the sample.
     `control`: how ControlNets are used, if they are. `pictured`: the UNet takes image prompts. `cached`: what it does
-    with deep features, if a feature cache is in use.
+    with deep features, if a feature cache is in use. `denoiser`: the component that predicts.
     """
 
     guided: bool
@@ -41,6 +43,7 @@ class Predict:
     control: Control | None = None
     pictured: bool = False
     cached: Cached | None = None
+    denoiser: str = UNET
 
     @property
     def engines(self) -> tuple[str, ...]:
@@ -50,20 +53,20 @@ class Predict:
         nets = () if self.control is None else tuple(map(net_engine, self.control.nets))
         if self.pictured:
             return (IMAGE_PROMPTED, *nets)
-        return ("unet",) if self.control is None else (CONTROLLED, *nets)
+        return (self.denoiser,) if self.control is None else (CONTROLLED, *nets)
 
     def model(self, engines: Mapping[str, Engine], keep: Keep = lambda deep: None) -> Model:
         """The UNet in its wrappers. `keep`: takes the deep features of a full call, those of each half in turn."""
         engine = engines[self.engines[0]]
         network = self._network(engine, keep)
-        if self.embedding:
-            model = told_scale(network, self.embedding)
-        elif not self.guided:
+        if not self.guided:
             model = conditional(network)
         elif self.together:
             model = guided(network, repeats_inside(engine), self.rescale)
         else:
             model = guided_in_two(network, self.rescale)
+        if self.embedding:
+            model = told_scale(model, self.embedding)
         if self.cached is not None and self.cached.takes:
             model = with_deep(model, self.guided and self.together)
         if self.joins:
@@ -132,14 +135,15 @@ def guided_in_two(network: Network, rescale: float = 0.0) -> Model:
     return model
 
 
-def told_scale(network: Network, width: int) -> Model:
-    """A UNet that was distilled with guidance: it takes the scale as a vector, and has no negative half."""
+def told_scale(model: Model, width: int) -> Model:
+    """A denoiser that was distilled with guidance: it takes the scale as a vector, in both halves if there are two."""
 
-    def model(sample: Float32, call: Call) -> Float32:
-        rows = np.stack([scale_embedding(scale - 1, width) for scale in call.scales])
-        return network(sample, call.timestep, {**call.conditions.cond, "timestep_cond": rows})
+    def wrapped(sample: Float32, call: Call) -> Float32:
+        rows = {"timestep_cond": np.stack([scale_embedding(scale - 1, width) for scale in call.told])}
+        both = None if call.conditions.negative is None else {name: np.concatenate([a, a]) for name, a in rows.items()}
+        return model(sample, replace(call, conditions=call.conditions.beside(rows, rows, both)))
 
-    return model
+    return wrapped
 
 
 def joined(model: Model) -> Model:
@@ -165,9 +169,12 @@ def pushed(uncond: Float32, cond: Float32, scale: Scalar | Float32, rescale: flo
 def scale_embedding(w: float, width: int) -> Float32:
     """The guidance scale w as [width]: sines and cosines of 1000 w at falling frequencies, as timesteps are embedded.
 
+    Of width 1 it is the scale itself, w + 1, for a denoiser that embeds it inside.
     In float32 throughout, where diffusers is: the angles reach thousands.
     Ref: Meng et al. 2023, arXiv:2210.03142; Luo et al. 2023, arXiv:2310.04378, section 4.2.
     """
+    if width == 1:
+        return np.array([w + 1], np.float32)
     half = width // 2
     step = np.log(np.float32(10000)) / np.float32(half - 1)
     frequencies: Float32 = np.exp(np.arange(half, dtype=np.float32) * -step)

@@ -22,6 +22,7 @@ from functools import cached_property
 import numpy as np
 
 from sdopt.bundle.adapter import IMAGE_ENCODER, IMAGE_PROJECTION, IP_ADAPTER, T2I_ADAPTER, adapter_component
+from sdopt.bundle.format import UNET
 from sdopt.bundle.joined import FEATURE_SCALE, PLAIN, SCALE, Steering, engine_of, scale_input
 from sdopt.bundle.specs import Array, Float32
 from sdopt.dataclass import dataclass
@@ -62,7 +63,8 @@ Launch = Predict | Advance | Restore | Fused
 class Program:
     """What a request launches, call by call; `images` is the number of its images.
 
-    `scales` [calls]: the guidance scale. `rescale` and `embedding` are those of `Predict`.
+    `scales` [calls]: the guidance scale between the halves; `told` [calls]: the one that the denoiser takes, empty if
+    it takes none. `rescale`, `embedding` and `denoiser` are those of `Predict`.
     """
 
     table: SamplerTable
@@ -74,6 +76,8 @@ class Program:
     # what ControlNets are told, [calls, width], by their names and those of their inputs
     inputs_of_controls: Mapping[str, Mapping[str, Float32]] = field(default_factory=dict[str, Mapping[str, Float32]])
     guess_mode: bool = False
+    told: tuple[float, ...] = ()
+    denoiser: str = UNET
     feature_calls: int = 0  # in so many calls, from the first on, the features of T2I-Adapters are added
 
     @cached_property
@@ -87,6 +91,11 @@ class Program:
             }
             for k in range(len(self.table))
         ]
+
+    @property
+    def told_scales(self) -> list[tuple[float, ...]]:
+        """The scale that the denoiser takes in each call, alone or not at all."""
+        return [(scale,) for scale in self.told] if self.told else [()] * len(self.table)
 
     @cached_property
     def levels(self) -> list[tuple[float, float]]:
@@ -107,10 +116,10 @@ class Program:
     def tables(self) -> dict[str, Array]:
         """What fused engines are told in each call, [calls, images, width]."""
         guided = any(engine_of(name) == STEP for name in self.engines)
-        scales = [max(1.0, scale) if guided and not self.embedding else 1.0 for scale in self.scales]
+        scales = [max(1.0, scale) if guided else 1.0 for scale in self.scales]
         tables = {"row": packed(self.table, scales, self.rescale)}
         if self.embedding:
-            tables["timestep_cond"] = np.stack([scale_embedding(s - 1, self.embedding) for s in self.scales])
+            tables["timestep_cond"] = np.stack([scale_embedding(s - 1, self.embedding) for s in self.told])
         for name, own in self.inputs_of_controls.items():
             tables[scale_input(name)] = own[SCALE]
             tables[f"negative_{scale_input(name)}"] = own[SCALE] * np.float32(not self.guess_mode)
@@ -141,7 +150,8 @@ def compile_program(
         )
     steering = _steering(plan, controls)
     cached = _cached(plan, calls)
-    fused = None if unions else fused_component(guided, built, needs_built, steering)
+    only_host = bool(unions) or plan.denoiser != UNET  # no engine makes whole steps of these
+    fused = None if only_host else fused_component(guided, built, needs_built, steering)
     if plan.cache is not None:
         fused = cached_step(guided, built, plan.cache.depth, needs_built)
     launches: list[tuple[Launch, ...]] = []
@@ -165,6 +175,8 @@ def compile_program(
         plan.guidance_embedding,
         {control.name: control.inputs for control in controls},
         plan.guess_mode,
+        plan.guidance_input,
+        plan.denoiser,
         max((one.calls for one in plan.features), default=0),
     )
 
@@ -208,11 +220,13 @@ def _predict(
         nets = tuple(control.name for control in controls if control.scales[k].any())
         control = Control(nets, plan.guess_mode, tuple(one.name for one in plan.features if k < one.calls))
     pictured = bool(plan.image_prompts)
+    embedding, name = plan.guidance_embedding, plan.denoiser
     if not guided:
-        embedding = plan.guidance_embedding
-        return Predict(False, embedding=embedding, joins=joins, control=control, pictured=pictured, cached=cached)
-    together = plan.guidance_batch == 2
-    return Predict(True, together, plan.guidance_rescale, plan.guidance_embedding, joins, control, pictured, cached)
+        return Predict(
+            False, embedding=embedding, joins=joins, control=control, pictured=pictured, cached=cached, denoiser=name
+        )
+    together, rescale = plan.guidance_batch == 2, plan.guidance_rescale
+    return Predict(True, together, rescale, embedding, joins, control, pictured, cached, name)
 
 
 def _step_of(fused: str, guided: bool, built: Collection[str]) -> str:

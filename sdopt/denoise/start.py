@@ -58,7 +58,7 @@ class Canvas:
 
 def has_mask_channels(bundle: Bundle) -> bool:
     """Whether the UNet takes more channels than the latents have: a mask and a masked picture beside them."""
-    return bundle.component("unet").inputs[0].shape[1] != bundle.manifest.latents.channels
+    return bundle.denoiser.inputs[0].shape[1] != bundle.manifest.latents.channels
 
 
 def prepare_canvas(plan: Plan, mask_channels: bool, draw: Draw, encode: Encode) -> Canvas:

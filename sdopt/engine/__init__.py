@@ -133,8 +133,8 @@ BACKENDS = {  # best first
 ON_ITS_OWN = {word for entry in BACKENDS.values() for word in entry.precisions}  # without `sdopt build`
 MAX_THREADS = 1024  # of one engine
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8", "fp8")
-# the components that run as the UNet; the first one built is used
-UNETS = ("unet_step", "unet_step_alone", "unet", "unet_controlled", "unet_ip_adapter")
+# the components that run as the denoiser; the first one built is used
+UNETS = ("unet_step", "unet_step_alone", "unet", "unet_controlled", "unet_ip_adapter", "transformer")
 IN_FP32 = ("text_encoder", "text_encoder_2")  # they run once a prompt: nothing to gain, and every step sees the loss
 
 

@@ -197,7 +197,9 @@ def _check_signature(component: Component, compiled: Any) -> None:
         ("output", component.outputs, compiled.outputs),
     ):
         wanted = {s.name: len(s.shape) for s in specs}
-        actual = {port.get_any_name(): len(port.get_partial_shape()) for port in ports}
+        # a port also has the names of tensors that OpenVINO found to be equal to it
+        names = [next(iter(wanted.keys() & port.get_names()), port.get_any_name()) for port in ports]
+        actual = {name: len(port.get_partial_shape()) for name, port in zip(names, ports, strict=True)}
         if wanted != actual:
             raise BundleError(
                 f"{component.graph}: its {kind}s are {actual}, the manifest says {wanted}; export it again"

@@ -104,8 +104,8 @@ class Checkpoint:
         Raises: CheckpointError if its class cannot read the configuration.
         """
         model = self.skeleton(component)
-        # published text encoders have a wrapper around all but their projection; transformers from 5.6 on drops it
-        is_bare = self.classes[component].startswith("transformers.") and not hasattr(model, "text_model")
+        # published CLIP encoders have a wrapper around all but their projection; transformers from 5.6 on drops it
+        is_bare = self.classes[component].startswith("transformers.CLIP") and not hasattr(model, "text_model")
         prefix = "text_model." if is_bare else ""
         return {prefix + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 

@@ -30,7 +30,7 @@ from sdopt.bundle.adapter import (
     check_name,
 )
 from sdopt.bundle.files import Bundle
-from sdopt.bundle.format import ComponentEntry
+from sdopt.bundle.format import UNET, ComponentEntry
 from sdopt.bundle.write import check_target, new_folder, require_space, write_manifest
 from sdopt.dataclass import dataclass
 from sdopt.engine import choose_backend
@@ -104,7 +104,8 @@ def add_adapter(
     refuse_no_switch(offline=offline, verify=verify, force=force)
     check_name(name)
     bundle = onto if isinstance(onto, Bundle) else Bundle.open(onto)
-    if CONTROLLED not in bundle.components:
+    is_unet = bundle.manifest.denoiser == UNET
+    if is_unet and CONTROLLED not in bundle.components:
         raise BundleError(
             f"{bundle.path} has no component {CONTROLLED}: an earlier sdopt has written it. Export it again: "
             f"`sdopt export CHECKPOINT -o {bundle.path} --force`"
@@ -123,10 +124,15 @@ def add_adapter(
     ):
         require_space(folder.parent, checkpoint.nbytes)
         kind = KINDS[checkpoint.classes[MODEL].rpartition(".")[2]] if isinstance(checkpoint, Checkpoint) else OF_FILES
+        if not is_unet and kind.name != TINY_VAE:
+            raise CheckpointError(
+                f"{source} is a {kind.name}: it steers a UNet, and {bundle.path} is {bundle.manifest.family}, whose "
+                "transformer takes none; allowed is a tiny autoencoder"
+            )
         phase = Phases(progress, len(COMPONENTS[kind.name]))
         phase("reading the weights")
         own = kind.described(checkpoint, bundle)
-        opset, components = bundle.manifest.components["unet"].opset, dict[str, ComponentEntry]()
+        opset, components = bundle.manifest.components[bundle.manifest.denoiser].opset, dict[str, ComponentEntry]()
         for part in kind.parts(checkpoint, bundle):
             if not components:
                 report(component.HEADER)

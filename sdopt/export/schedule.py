@@ -52,7 +52,8 @@ def manifest_entries(
     if is_known:
         stated = {key: value for key, value in complete.items() if key != "_use_default_values"}
         try:  # with the defaults of absent keys, which decide too whether a table can express the scheduler
-            sampler_table({**stated, **scheduler}, defaults.num_inference_steps)
+            mu = 0.0 if complete.get("use_dynamic_shifting") else None  # any: it depends on the size of the picture
+            sampler_table({**stated, **scheduler}, defaults.num_inference_steps, mu=mu)
         except UsageError as error:
             raise CheckpointError(f"{where}: {error}") from error
         return entries

@@ -228,5 +228,5 @@ def _copy_configurations(config: str, folder: Path, offline: bool) -> None:
         (folder / part).mkdir(parents=True, exist_ok=True)
         for path in (source / part).glob("*"):
             is_shards = path.name.endswith(".index.json")  # of weights that are not read
-            if path.suffix in (".json", ".txt") and not is_shards:
+            if path.suffix in (".json", ".txt", ".model") and not is_shards:
                 shutil.copyfile(path, folder / part / path.name)

@@ -10,12 +10,13 @@ from typing import Any
 
 from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
 
-from sdopt.bundle.format import Encoder, TokenizerEntry
+from sdopt.bundle.format import MAX_SEQUENCE, Encoder, TokenizerEntry
 from sdopt.errors import BundleError, CheckpointError
 from sdopt.export.checkpoint import Checkpoint
 from sdopt.text.tokenizer import Tokenizer
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+FILES = ("tokenizer.json", "vocab.json", "spiece.model")  # any of them
 SIDES = ("padding_side", "truncation_side")  # where a prompt is padded and where it is cut
 TEXTS = ("", "a photo of a cat", "A Red APPLE, 50% off!  it's ünïcödé 日本 🍎", "one two three " * 60)
 
@@ -23,10 +24,12 @@ TEXTS = ("", "a photo of a cat", "A Red APPLE, 50% off!  it's ünïcödé 日本
 def write_tokenizers(checkpoint: Checkpoint, folder: Path, encoders: Sequence[Encoder]) -> dict[str, TokenizerEntry]:
     """Write the tokenizer of each text encoder into `folder`. Returns their entries in the manifest.
 
-    Raises: CheckpointError as `write_tokenizer` does, and if they cut prompts at different lengths.
+    Raises: CheckpointError as `write_tokenizer` does, and if those that stand side by side cut prompts at different
+        lengths.
     """
     entries = {encoder.tokenizer: write_tokenizer(checkpoint, folder, encoder) for encoder in encoders}
-    lengths = {name: entry.max_length for name, entry in entries.items()}
+    beside = [encoder.tokenizer for encoder in encoders if encoder.join == "features"]
+    lengths = {name: entries[name].max_length for name in beside}
     if len(set(lengths.values())) > 1:
         raise CheckpointError(
             f"{checkpoint.folder}: {lengths} tokens of a prompt are read (the smaller of model_max_length and "
@@ -36,15 +39,15 @@ def write_tokenizers(checkpoint: Checkpoint, folder: Path, encoders: Sequence[En
 
 
 def write_tokenizer(checkpoint: Checkpoint, folder: Path, encoder: Encoder) -> TokenizerEntry:
-    """Write NAME/tokenizer.json. If the checkpoint has only vocab.json and merges.txt, it is made from these.
+    """Write NAME/tokenizer.json. If the checkpoint has CLIP's vocabulary alone, or T5's pieces, it is made of them.
 
     Raises: CheckpointError if it cannot be read, or would be read otherwise than in diffusers.
     """
     name = encoder.tokenizer
     where = checkpoint.folder / name
     # without these files transformers makes up a tokenizer that knows no words
-    if not any((where / file).is_file() for file in ("tokenizer.json", "vocab.json")):
-        raise CheckpointError(f"{where}: has neither tokenizer.json nor vocab.json")
+    if not any((where / file).is_file() for file in FILES):
+        raise CheckpointError(f"{where}: has neither {' nor '.join(FILES)}")
     try:
         tokenizer = checkpoint.tokenizer(name)
         content = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -76,11 +79,14 @@ def _entry(where: Path, tokenizer: Any, config: Any, file: str) -> TokenizerEntr
     rows: int = config["vocab_size"]
     ids: dict[str, Any] = {key: getattr(tokenizer, key) for key in SPECIAL}
     for key, value in ids.items():
+        if value is None and key == "bos_token_id" and config["model_type"] == "t5":
+            continue
         if value is None or value >= rows:
             raise CheckpointError(
                 f"{where}: {key} is {value}; it must be a row of its text encoder, which has {rows} (vocab_size)"
             )
-    return TokenizerEntry(file, int(min(length, config["max_position_embeddings"])), vocab_size=rows, **ids)
+    most = config.get("max_position_embeddings", MAX_SEQUENCE)
+    return TokenizerEntry(file, int(min(length, most)), vocab_size=rows, **ids)
 
 
 def _prove(where: Path, theirs: Any, ours: Tokenizer) -> None:
@@ -98,7 +104,8 @@ def _prove(where: Path, theirs: Any, ours: Tokenizer) -> None:
             if found != expected:
                 raise CheckpointError(
                     f"{where}: transformers reads {text[:40]!r} as {expected[:8]}, sdopt as {found[:8]}; what is "
-                    "exported begins a prompt with bos_token, ends it with eos_token and pads it with pad_token"
+                    "exported begins a prompt with bos_token if there is one, ends it with eos_token and pads it with "
+                    "pad_token"
                 )
 
 

@@ -20,6 +20,7 @@ from sdopt.export import weights
 from sdopt.export.guidance_prefix import share_guidance_prefix
 from sdopt.export.part import Part
 from sdopt.graph.linears import split_linears
+from sdopt.graph.permutations import transpose_permutations
 
 OPSETS = (18, 19, 20, 21, 22, 23)
 NARROW_ABOVE = 1024  # elements; a smaller tensor is not worth a Cast
@@ -58,6 +59,7 @@ def trace(part: Part, opset: int = 23) -> ir.Model:
     if part.shared:
         share_guidance_prefix(model, part.shared, part.name)
     split_linears(model)
+    transpose_permutations(model)
     return model
 
 

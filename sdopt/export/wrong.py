@@ -35,8 +35,8 @@ TENSORS: dict[str, tuple[str, str]] = {
         "add its folder to a bundle: sdopt export FOLDER --onto BUNDLE --name a",
     ),
     "an IP-Adapter": (r"^(image_proj|ip_adapter)\.", f"{ONTO} --name face"),
-    "Flux, a model without a UNet": (r"(^|\.)double_blocks\.", "sdopt exports models with a UNet"),
-    "Stable Diffusion 3, a model without a UNet": (r"(^|\.)joint_blocks\.", "sdopt exports models with a UNet"),
+    "the transformer of Flux alone": (r"^double_blocks\.", FOLDER),
+    "the transformer of Stable Diffusion 3 alone": (r"^joint_blocks\.", FOLDER),
     "a textual inversion": (
         r"^(emb_params|clip_[lg]|string_to_param.*|<[^>]+>)$",
         "give it beside a bundle: sdopt generate --embedding FILE, or pipe.load_embedding(FILE)",

@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from sdopt.bundle.format import DENOISERS
+
 NEGATIVE = "Negative prompt:"
 PAIR = re.compile(r'\s*([\w ()/-]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 FEWEST_PAIRS = 3  # of the last line; with fewer it belongs to a prompt
@@ -81,10 +83,10 @@ def _pairs(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tag(lora: Mapping[str, Any]) -> str:
-    """The web UI names its LoRAs in the prompt: the weight of the text encoders, then that of the UNet."""
+    """The web UI names its LoRAs in the prompt: the weight of the text encoders, then that of the denoiser."""
     weights: Mapping[str, float] = lora["weights"]
-    unet = weights["unet"]
-    text_encoder = next((weight for name, weight in weights.items() if name != "unet"), unet)
+    unet = next(weight for name, weight in weights.items() if name in DENOISERS)
+    text_encoder = next((weight for name, weight in weights.items() if name not in DENOISERS), unet)
     both = f"{unet:g}" if text_encoder == unet else f"{text_encoder:g}:{unet:g}"
     return f"<lora:{lora['name']}:{both}>"
 

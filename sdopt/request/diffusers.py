@@ -11,6 +11,7 @@ _NO_CHECKER = "sdopt has no safety checker; leave it out, and check result.image
 _EXPORTED = "the bundle decides it; export a checkpoint that has another one: sdopt export"
 _HIRES = "use hires=2.0, with hires_strength= and hires_steps="
 _LOADED = "sdopt.load decides it: sdopt.load(path, backend=..., precision=...)"
+_NO_SKIP = "sdopt calls the whole transformer; leave it out, and guide with guidance_scale and guidance_interval"
 _SAMPLER = 'use sampler= and schedule=, e.g. pipe(prompt, sampler="euler", schedule="karras")'
 _SCALE = "sdopt has no attention processors; use lora_scale=0.8, or pipe.set_adapters(name, 0.8)"
 
@@ -32,6 +33,10 @@ INSTEAD = {
     "hr_upscaler": 'hires= enlarges latents, as the upscaler "Latent" does; leave it out',
     "hr_second_pass_steps": "use hires_steps=",
     "denoising_strength": "use strength=, or with hires= hires_strength=",
+    "skip_guidance_layers": _NO_SKIP,
+    "skip_layer_guidance_scale": _NO_SKIP,
+    "skip_layer_guidance_start": _NO_SKIP,
+    "skip_layer_guidance_stop": _NO_SKIP,
     "safety_checker": _NO_CHECKER,
     "requires_safety_checker": _NO_CHECKER,
     "safety_concept": _NO_CHECKER,
@@ -47,6 +52,9 @@ ATTRIBUTES = {
     **INSTEAD,
     "controlnet": "add one to the bundle, sdopt export CONTROLNET --onto BUNDLE --name canny, and give control_image=",
     "unet": _EXPORTED,
+    "transformer": _EXPORTED,
+    "text_encoder_3": _EXPORTED,
+    "tokenizer_3": _EXPORTED,
     "vae": 'add a tiny one to the bundle, sdopt export TAESD --onto BUNDLE --name tiny, and give vae="tiny"',
     "text_encoder": _EXPORTED,
     "text_encoder_2": _EXPORTED,

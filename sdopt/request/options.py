@@ -70,8 +70,11 @@ class Options(ControlOptions, PictureOptions, TextOptions, CacheOptions, total=F
     hires_strength: how much of the enlarged picture is replaced, 0 to 1 (default: 0.7)
     hires_steps: num_inference_steps of the second pass (default: the same)
     negative_prompt: what to steer away from (default: nothing)
-    prompt_2: SDXL: the prompt of its second text encoder (default: prompt)
-    negative_prompt_2: SDXL: the negative prompt of its second text encoder (default: the negative prompt)
+    prompt_2: the prompt of the second text encoder (default: prompt)
+    negative_prompt_2: the negative prompt of the second text encoder (default: the negative prompt)
+    prompt_3: SD3: the prompt of T5 (default: prompt)
+    negative_prompt_3: SD3: the negative prompt of T5 (default: the negative prompt)
+    max_sequence_length: SD3, Flux: how many tokens T5 reads (default: the bundle's)
     original_size: SDXL: the size that the picture seems to come from (default: the picture's)
     crops_coords_top_left: SDXL: where the picture seems to be cut out (default: (0, 0))
     target_size: SDXL: the size that the picture seems to have (default: the picture's)
@@ -90,6 +93,7 @@ class Options(ControlOptions, PictureOptions, TextOptions, CacheOptions, total=F
         (default: 1)
     num_inference_steps: calls that the sampler is asked for (default: the bundle's)
     guidance_scale: guidance scale; 1 turns it off (default: the bundle's)
+    true_cfg_scale: Flux: guidance scale between the prompt and negative_prompt, in twice the time (default: 1.0)
     guidance_interval: guide only this part, e.g. 0.1 0.8 (default: all)
     guidance_rescale: how much of the guided output gets the spread of the conditional one, 0 to 1 (default: 0.0)
     guidance_batch: 2 runs both halves of guidance in one call, 1 halves its memory (default: 2)
@@ -137,6 +141,15 @@ class Options(ControlOptions, PictureOptions, TextOptions, CacheOptions, total=F
             otherwise="the bundle's",
             flag=Flag(("--guidance",)),
             record="always",
+        ),
+    ]
+    true_cfg_scale: Annotated[
+        float,
+        Keyword(
+            "Flux: guidance scale between the prompt and negative_prompt, in twice the time",
+            SCALE,
+            1.0,
+            flag=Flag(metavar="SCALE"),
         ),
     ]
     guidance_interval: Annotated[

@@ -5,15 +5,16 @@
 from collections.abc import Sequence
 from typing import Annotated, TypedDict
 
+from sdopt.bundle.format import MAX_SEQUENCE
 from sdopt.request.keyword import Flag, Keyword
-from sdopt.request.kinds import Number, Pair, Texts
+from sdopt.request.kinds import Integer, Number, Pair, Texts
 
 Text = str | Sequence[str] | None
 SCORE = Number(-1e3, 1e3, "finite numbers", example="6.0")
 
 
 class TextOptions(TypedDict, total=False):
-    """Negative prompts, the prompts of SDXL's second text encoder, its sizes, and its refiner's scores."""
+    """Negative prompts, the prompts of further text encoders, SDXL's sizes, and its refiner's scores."""
 
     negative_prompt: Annotated[
         Text,
@@ -27,17 +28,34 @@ class TextOptions(TypedDict, total=False):
     ]
     prompt_2: Annotated[
         Text,
-        Keyword(
-            "SDXL: the prompt of its second text encoder", Texts(), otherwise="PROMPT", flag=Flag(metavar="PROMPT")
-        ),
+        Keyword("the prompt of the second text encoder", Texts(), otherwise="PROMPT", flag=Flag(metavar="PROMPT")),
     ]
     negative_prompt_2: Annotated[
         Text,
         Keyword(
-            "SDXL: the negative prompt of its second text encoder",
+            "the negative prompt of the second text encoder",
             Texts(),
             otherwise="the negative prompt",
             flag=Flag(metavar="PROMPT"),
+        ),
+    ]
+    prompt_3: Annotated[
+        Text,
+        Keyword("SD3: the prompt of T5", Texts(), otherwise="PROMPT", flag=Flag(metavar="PROMPT")),
+    ]
+    negative_prompt_3: Annotated[
+        Text,
+        Keyword(
+            "SD3: the negative prompt of T5", Texts(), otherwise="the negative prompt", flag=Flag(metavar="PROMPT")
+        ),
+    ]
+    max_sequence_length: Annotated[
+        int | None,
+        Keyword(
+            "SD3, Flux: how many tokens T5 reads",
+            Integer(1, MAX_SEQUENCE, "256"),
+            otherwise="the bundle's",
+            flag=Flag(metavar="TOKENS"),
         ),
     ]
     original_size: Annotated[

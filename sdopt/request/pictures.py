@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from sdopt.bundle.format import Defaults
+from sdopt.bundle.format import Defaults, Latents
 from sdopt.bundle.specs import Array, Float32
 from sdopt.errors import UsageError
 from sdopt.image import masks
@@ -90,26 +90,27 @@ def latents_of(image: Array, shape: tuple[int, ...], each: int) -> Array:
     return np.repeat(image, shape[0] // len(image), 0)
 
 
-def pixels(options: Mapping[str, Any], defaults: Defaults, factor: int) -> tuple[int, int]:
+def pixels(options: Mapping[str, Any], defaults: Defaults, latents: Latents) -> tuple[int, int]:
     """Height and width in pixels: as given, else from the image, else the bundle's.
 
     Latents, and pictures without a mask, give their own size, rounded down to what the model makes.
     """
-    own = (defaults.height, defaults.width)
+    own, multiple = (defaults.height, defaults.width), latents.pixels
+    most = latents.most * latents.factor or MAX_SIZE
     image = options["image"]
     _refuse_unlike(options)
     if image is not None and (options["mask_image"] is None or images.is_latents(image)):
-        height, width = images.size_of(image, factor=factor)
-        own = (height // factor * factor, width // factor * factor)
-        if None in (options["height"], options["width"]) and not all(factor <= side <= MAX_SIZE for side in own):
+        height, width = images.size_of(image, factor=latents.factor)
+        own = (height // multiple * multiple, width // multiple * multiple)
+        if None in (options["height"], options["width"]) and not all(multiple <= side <= most for side in own):
             raise UsageError(
-                f"image is {width}x{height} pixels; allowed are {factor} to {MAX_SIZE} a side: give height= "
+                f"image is {width}x{height} pixels; allowed are {multiple} to {most} a side: give height= "
                 "and width=, to which it is resized",
                 "image",
             )
     height, width = given_or(options["height"], own[0]), given_or(options["width"], own[1])
     for name, size in (("height", height), ("width", width)):
-        _check_size(name, size, factor)
+        _check_size(name, size, multiple, min(most, MAX_SIZE))
     if height * width > MAX_PIXELS:
         raise UsageError(
             f"height = {height} and width = {width}: {height * width:,} pixels; allowed are {MAX_PIXELS:,} in all",
@@ -137,8 +138,8 @@ def _refuse_unlike(options: Mapping[str, Any]) -> None:
                 )
 
 
-def _check_size(name: str, size: int, factor: int) -> None:
-    low, high = factor, MAX_SIZE
+def _check_size(name: str, size: int, factor: int, most: int) -> None:
+    low, high = factor, most
     if not low <= size <= high:
         raise UsageError(f"{name} = {size}; allowed are whole numbers from {low} to {high}", name)
     if size % factor:

@@ -7,11 +7,13 @@ from dataclasses import fields, replace
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
+
 from sdopt.bundle import adapter
 from sdopt.bundle.adapter import Adapter
 from sdopt.bundle.disk import parse_json, read_plain
 from sdopt.bundle.files import MAX_TABLE_BYTES, Bundle
-from sdopt.bundle.format import Defaults
+from sdopt.bundle.format import UNET, Defaults
 from sdopt.bundle.joined import PICTURES
 from sdopt.bundle.presets import Preset
 from sdopt.bundle.specs import Array
@@ -32,6 +34,7 @@ from sdopt.request.together import Sizes
 from sdopt.samplers import SamplerTable, sampler_table
 from sdopt.samplers.flow import dynamic_mu
 from sdopt.samplers.labels import Labels, labels_of
+from sdopt.samplers.resolve import shifts_by_size, takes_even_sigmas
 
 
 @dataclass(frozen=True)
@@ -41,20 +44,26 @@ class Plan:
     A field with the name of a keyword holds its value. `options` are all keywords as they were given. `resolved` has
     the values that some of them took on this bundle. `second` is the second pass of hires fix, whose `image_latents`
     the first pass makes. `autoencoder`: the tiny one that `vae` names. `remarks` are sentences about keywords that have
-    no effect. `measured`: the preset.
+    no effect. `measured`: the preset. `denoiser`: the component that predicts. `guidance` is the scale of each call
+    between its two halves, `guidance_input` the scale that the denoiser is told, empty for one that takes none.
+    `sequence`: the tokens of the text encoder that reads one sequence, 0 without one.
     """
 
     prompts: tuple[str, ...]
     negative_prompts: tuple[str, ...]
     prompts_2: tuple[str, ...]
     negative_prompts_2: tuple[str, ...]
+    prompts_3: tuple[str, ...]
+    negative_prompts_3: tuple[str, ...]
     negative_given: bool
     sizes: Sizes
     negative_sizes: Sizes
     seeds: tuple[int, ...]
     height: int
     width: int
+    denoiser: str
     guidance: tuple[float, ...]
+    guidance_input: tuple[float, ...]
     guidance_embedding: int
     guidance_rescale: float
     guidance_batch: int
@@ -69,6 +78,7 @@ class Plan:
     negative_pooled_prompt_embeds: Array | None
     prompt_style: str
     clip_skip: int
+    sequence: int
     vae: str | None
     vae_tile: int | None
     vae_slice: bool
@@ -103,7 +113,17 @@ class Plan:
     @property
     def guided(self) -> bool:
         """Whether the unconditional half ever runs. Ref: Ho & Salimans 2022, arXiv:2207.12598, section 3.2."""
-        return max(self.guidance) > 1 and not self.guidance_embedding
+        return max(self.guidance) > 1
+
+    @property
+    def texts(self) -> list[tuple[str, ...]]:
+        """The texts of every image, one for each text encoder."""
+        return list(zip(self.prompts, self.prompts_2, self.prompts_3, strict=True))
+
+    @property
+    def negative_texts(self) -> list[tuple[str, ...]]:
+        """The negative ones."""
+        return list(zip(self.negative_prompts, self.negative_prompts_2, self.negative_prompts_3, strict=True))
 
     @property
     def continues(self) -> bool:
@@ -115,12 +135,12 @@ class Plan:
         own: dict[str, Any] = {
             "prompt": self.prompts[image],
             "negative_prompt": self.negative_prompts[image] if self.negative_given else None,
-            "prompt_2": self.prompts_2[image] if self.prompts_2 != self.prompts else None,
-            "negative_prompt_2": (
-                self.negative_prompts_2[image] if self.negative_prompts_2 != self.negative_prompts else None
-            ),
             "seed": self.seeds[image],
         }
+        for n in (2, 3):
+            for name in (f"prompt_{n}", f"negative_prompt_{n}"):
+                texts, first = (getattr(self, key.replace("prompt", "prompts")) for key in (name, name[:-2]))
+                own[name] = texts[image] if texts != first else None
         sampled_by = {"sampled_by": self.labels.sampler, "schedule_type": self.labels.schedule}
         second = {} if self.second is None else {"hires_calls": len(self.second.table)}
         seen = [one.described(image) for one in (*self.controls, *self.features)]
@@ -204,7 +224,7 @@ def _make_plan(
 def _with_second_pass(bundle: Bundle, given: Mapping[str, Any], first: Plan, opens: OpenAdapter) -> Plan:
     """A plan and the second pass of its hires fix."""
     latents, images = bundle.manifest.latents, len(first.seeds)
-    height, width = hires.size(given["hires"], first.height, first.width, latents.factor)
+    height, width = hires.size(given["hires"], first.height, first.width, latents.pixels)
     shape = (images, latents.channels, height // latents.factor, width // latents.factor)
     try:
         second = _plan(bundle, hires.second_pass(given, first.seeds, height, width, shape), first.adapters, opens)
@@ -227,29 +247,40 @@ def _plan(bundle: Bundle, given: Mapping[str, Any], adapters: Overlay | None, op
     prompts = together.prompts(given, each)
     count = len(prompts)
     negatives = together.texts_beside(given, "negative_prompt", ("",) * count, each)
-    if embedding and (any(negatives) or given["negative_prompt_2"]):
+    if not conditioning.has_halves and (any(negatives) or given["negative_prompt_2"]):
         raise UsageError(
             "negative_prompt: this model takes the guidance scale as an input, and has no negative half; leave it out",
             "negative_prompt",
         )
-    embeds = together.embeddings(given, count, each, bool(conditioning.pooled), not embedding)
+    embeds = together.embeddings(given, count, each, bool(conditioning.pooling), conditioning.has_halves)
     _check_widths(bundle, embeds)
 
     strength = pictures.picture(given, defaults)
-    height, width = pictures.pixels(given, defaults, factor)
+    height, width = pictures.pixels(given, defaults, manifest.latents)
     shape = (count, manifest.latents.channels, height // factor, width // factor)
     sampling = together.sampling(given, defaults.num_inference_steps)
     table = make_table(bundle, sampling, strength, shape[2:], masked=given["mask_image"] is not None)
     labels = make_labels(bundle, sampling)
     sampling["num_inference_steps"] = labels.steps
-    guidance, scale = together.guidance(given, defaults.guidance_scale, len(table))
+    negative_given = given["negative_prompt"] is not None or any(given[f"negative_prompt_{n}"] for n in (2, 3))
+    has_negative = negative_given or given["negative_prompt_embeds"] is not None
+    guidance, told, scale = together.scales(given, defaults.guidance_scale, len(table), conditioning, has_negative)
+    sequence = together.sequence(given, bundle)
     pictured = given["image"] is not None
     scored = "aesthetic_score" in conditioning.time_ids
     sizes, negative_sizes, sizes_record = together.sizes(given, (height, width), pictured, scored)
     resolved = {"height": height, "width": width, "guidance_scale": scale, **sampling, **sizes_record}
+    if sequence:
+        resolved["max_sequence_length"] = sequence
     if pictured:
         resolved["strength"] = strength
     cache = feature_cache(given, len(table))
+    if cache is not None and manifest.denoiser != UNET:
+        keyword = "cache_schedule" if given["cache_schedule"] is not None else "cache_interval"
+        text = (
+            "a feature cache keeps what the deep layers of a UNet give, and this model has a transformer; leave it out"
+        )
+        raise UsageError(f"{keyword}: {text}", keyword)
     if cache is not None:
         resolved["cache_depth"] = cache.depth
     values: dict[str, Any] = {field.name: given[field.name] for field in fields(Plan) if field.name in given}
@@ -257,19 +288,24 @@ def _plan(bundle: Bundle, given: Mapping[str, Any], adapters: Overlay | None, op
     values |= pictures.prepare_start(given, height, width, shape, each)
     values["latents"] = pictures.given_latents(given, shape)
     values |= steering(given, bundle, opens, (height, width), count, len(table), values["overlays"])
-    values["image_prompts"] = image_prompts(given, bundle, opens, max(guidance) > 1 and not embedding)
+    values["image_prompts"] = image_prompts(given, bundle, opens, max(guidance) > 1)
     return Plan(
         **values,
         prompts=prompts,
         negative_prompts=negatives,
         prompts_2=together.texts_beside(given, "prompt_2", prompts, each),
         negative_prompts_2=together.texts_beside(given, "negative_prompt_2", negatives, each),
-        negative_given=given["negative_prompt"] is not None or bool(given["negative_prompt_2"]),
+        prompts_3=together.texts_beside(given, "prompt_3", prompts, each),
+        negative_prompts_3=together.texts_beside(given, "negative_prompt_3", negatives, each),
+        negative_given=negative_given,
         sizes=sizes,
         negative_sizes=negative_sizes,
         seeds=together.seeds(given["seed"], count),
+        denoiser=manifest.denoiser,
         guidance=guidance,
+        guidance_input=told,
         guidance_embedding=embedding,
+        sequence=sequence,
         sampling=sampling,
         table=table,
         labels=labels,
@@ -294,7 +330,7 @@ def _scaled(adapters: Overlay | None, scale: float) -> Overlay | None:
 
 def _check_widths(bundle: Bundle, embeds: Mapping[str, Any]) -> None:
     """Raises: UsageError for embeddings whose width is not the one that the UNet takes."""
-    inputs = {spec.name: spec for spec in bundle.component("unet").inputs}
+    inputs = {spec.name: spec for spec in bundle.denoiser.inputs}
     for name, array in embeds.items():
         tensor = "text_embeds" if "pooled" in name else "encoder_hidden_states"
         width = inputs[tensor].shape[-1] if tensor in inputs else None
@@ -324,11 +360,15 @@ def make_table(
         scheduler = {**scheduler, "skip_prk_steps": True}
     if probed is None or options.get("sampler") is not None:
         cuts = bundle.manifest.defaults.strength_cuts
-        if scheduler.get("use_dynamic_shifting"):
+        if scheduler.get("use_dynamic_shifting") and shifts_by_size(scheduler, options):
             options.setdefault("mu", _mu(bundle, size))
         elif "mu" in options:
-            text = "mu: the noise levels of this model do not depend on the size of the picture; leave it out"
+            text = (
+                "mu: these noise levels do not depend on the size of the picture; leave it out, or name another sampler"
+            )
             raise UsageError(text, "mu")
+        if bundle.manifest.even_sigmas and takes_even_sigmas(scheduler, options):
+            options["sigmas"] = np.linspace(1.0, 1 / steps, steps).tolist()
         return sampler_table(scheduler, steps, strength=strength, strength_cuts=cuts, **options)
     tables = _tables(bundle, probed)
     name = scheduler["_class_name"]

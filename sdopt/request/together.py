@@ -11,6 +11,8 @@ from typing import Any, cast
 
 import numpy as np
 
+from sdopt.bundle.files import Bundle
+from sdopt.bundle.format import MAX_SEQUENCE, Conditioning
 from sdopt.bundle.specs import Array
 from sdopt.errors import UsageError
 from sdopt.request.kinds import MAX_IMAGES
@@ -37,7 +39,7 @@ def prompts(options: Mapping[str, Any], each: int) -> tuple[str, ...]:
     """The prompt of every image; empty ones where embeddings take its place."""
     prompt, embeds = options["prompt"], options["prompt_embeds"]
     if embeds is not None:
-        for name in ("prompt", "prompt_2"):
+        for name in ("prompt", "prompt_2", "prompt_3"):
             if options[name]:
                 raise UsageError(
                     f"{name} and prompt_embeds: give one of the two, as of negative_prompt and negative_prompt_embeds",
@@ -106,7 +108,7 @@ def _refuse_negatives(options: Mapping[str, Any], negatives: bool) -> None:
     name = "negative_prompt_embeds"
     if not negatives:
         raise UsageError(f"{name}: this model takes the guidance scale as an input; leave it out", name)
-    for text in ("negative_prompt", "negative_prompt_2"):
+    for text in ("negative_prompt", "negative_prompt_2", "negative_prompt_3"):
         if options[text]:
             raise UsageError(f"{text} and {name}: give one of the two", name)
 
@@ -181,6 +183,42 @@ def guidance(options: Mapping[str, Any], default: float, calls: int) -> tuple[tu
     low, high = given_or(options["guidance_interval"], (0.0, 1.0))
     guided = tuple(scale if low <= k / calls < high else 1.0 for k, scale in enumerate(per_call))
     return guided, record
+
+
+def scales(
+    options: Mapping[str, Any], default: float, calls: int, entry: Conditioning, has_negative: bool
+) -> tuple[tuple[float, ...], tuple[float, ...], float | list[float]]:
+    """The scale of every call between its two halves, the one that the denoiser is told, and what is recorded.
+
+    `entry`: what the denoiser takes. `has_negative`: the caller gave a negative text. A model that is told the scale
+    has no halves, or has them by `true_cfg_scale` where there is a negative text.
+    """
+    guided, record = guidance(options, default, calls)
+    if entry.true_guidance:
+        scale = float(options["true_cfg_scale"]) if has_negative else 1.0
+        low, high = given_or(options["guidance_interval"], (0.0, 1.0))
+        halves = tuple(scale if low <= k / calls < high else 1.0 for k in range(calls))
+        told, _ = guidance({**options, "guidance_interval": None}, default, calls)
+        return halves, told if entry.guidance_embedding else (), record
+    if entry.guidance_embedding:
+        return (1.0,) * calls, guided, record
+    return guided, (), record
+
+
+def sequence(options: Mapping[str, Any], bundle: Bundle) -> int:
+    """The tokens of the text encoder that reads one sequence, 0 where the bundle has none of its kind.
+
+    Raises: UsageError for more tokens than it reads.
+    """
+    manifest, given = bundle.manifest, options["max_sequence_length"]
+    if given is None or not manifest.sequence:
+        return manifest.sequence
+    encoders = [encoder for encoder in manifest.conditioning.encoders if encoder.join == "tokens"]
+    most = min((manifest.tokenizers[encoder.tokenizer].max_length for encoder in encoders), default=MAX_SEQUENCE)
+    if given > most:
+        text = f"max_sequence_length = {given}; this model's text encoder reads up to {most} tokens"
+        raise UsageError(text, "max_sequence_length")
+    return given
 
 
 def seeds(value: int | list[int] | None, images: int) -> tuple[int, ...]:

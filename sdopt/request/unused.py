@@ -25,7 +25,7 @@ class UnusedError(UsageError):
 class Reads:
     """What of the keywords is read on a bundle.
 
-    `given`: the keywords, checked. `entry`: what the UNet takes. `size`: height and width in pixels. `steps` and
+    `given`: the keywords, checked. `entry`: what the denoiser takes. `size`: height and width in pixels. `steps` and
     `scales` as they were resolved. `guided`: any call has a negative half. `stochastic`: the steps draw noise.
     """
 
@@ -40,6 +40,8 @@ class Reads:
     @property
     def scaled(self) -> bool:
         """Whether guidance would be on without an interval."""
+        if self.entry.true_guidance:
+            return self.guided or self.given["true_cfg_scale"] > 1
         return bool(self.entry.guidance_embedding) or max(self.scales) > 1
 
     @property
@@ -68,6 +70,9 @@ class Reads:
         same: dict[str, Any] = {
             "prompt_2": self.given["prompt"],
             "negative_prompt_2": self.given["negative_prompt"],
+            "prompt_3": self.given["prompt"],
+            "negative_prompt_3": self.given["negative_prompt"],
+            "max_sequence_length": self.entry.sequence,
             "original_size": own,
             "target_size": own,
             "negative_original_size": own,
@@ -105,11 +110,48 @@ def _numbered(*names: str) -> tuple[Rule, ...]:
 
 
 _OFF = "guidance is off, so that there is no negative half; give guidance_scale=7.5, or leave it out"
+_NEGATIVE = (
+    "negative_prompt", "negative_prompt_2", "negative_prompt_3", "negative_prompt_embeds",
+    "negative_pooled_prompt_embeds", "negative_original_size", "negative_crops_coords_top_left",
+    "negative_target_size", "negative_aesthetic_score", "guidance_rescale", "guidance_batch",
+)  # fmt: skip
 RULES = (
     Rule(
         ("prompt_2", "negative_prompt_2"),
         lambda reads: len(reads.entry.encoders) > 1,
         "this model has one text encoder; leave it out, and write all into prompt or negative_prompt",
+    ),
+    Rule(
+        ("prompt_3", "negative_prompt_3"),
+        lambda reads: len(reads.entry.encoders) > 2,
+        "this model has no third text encoder; leave it out, and write all into prompt or negative_prompt",
+    ),
+    Rule(
+        ("max_sequence_length",),
+        lambda reads: reads.entry.sequence > 0,
+        "this model has no T5, which SD3 and Flux have; leave it out",
+    ),
+    Rule(
+        ("max_sequence_length",),
+        lambda reads: reads.prompt or reads.negative_text,
+        "the embeddings that are given have their tokens; leave it out",
+    ),
+    Rule(
+        ("true_cfg_scale",),
+        lambda reads: reads.entry.true_guidance,
+        "this model is guided by guidance_scale; give that in its place",
+    ),
+    Rule(
+        ("true_cfg_scale",),
+        lambda reads: reads.guided,
+        "there is no negative half without a negative prompt; give negative_prompt, or leave it out",
+        remark=True,
+    ),
+    Rule(
+        ("guidance_scale",),
+        lambda reads: bool(reads.entry.guidance_embedding) or not reads.entry.true_guidance,
+        "this model was distilled without a guidance scale; leave it out, or give negative_prompt and true_cfg_scale=4",
+        remark=True,
     ),
     *_numbered("original_size", "crops_coords_top_left", "target_size", "aesthetic_score"),
     Rule(
@@ -119,7 +161,7 @@ RULES = (
     ),
     Rule(
         ("guidance_rescale",),
-        lambda reads: not reads.entry.guidance_embedding,
+        lambda reads: reads.entry.has_halves,
         "this model takes the guidance scale as an input, and has no second half to compare with; leave it out",
     ),
     Rule(
@@ -131,6 +173,11 @@ RULES = (
         ("clip_skip",),
         lambda reads: reads.prompt or (reads.given["prompt_style"] == "a1111" and reads.negative_text),
         "prompt_embeds are encoded already; leave it out, and encode with it: pipe.encode(prompts, clip_skip=1)",
+    ),
+    Rule(
+        ("clip_skip",),
+        lambda reads: any(encoder.join == "features" for encoder in reads.entry.encoders),
+        "this model reads no layer of CLIP, but its pooled text; leave it out",
     ),
     Rule(
         ("cache_depth",),
@@ -148,11 +195,15 @@ RULES = (
         "timesteps and sigmas decide the number of steps; leave out num_inference_steps",
     ),
     Rule(
-        ("negative_prompt", "negative_prompt_2", "negative_prompt_embeds", "negative_pooled_prompt_embeds",
-         "negative_original_size", "negative_crops_coords_top_left", "negative_target_size",
-         "negative_aesthetic_score", "guidance_rescale", "guidance_batch"),
-        lambda reads: reads.guided,
+        _NEGATIVE,
+        lambda reads: reads.guided or reads.entry.true_guidance,
         _OFF,
+        remark=True,
+    ),
+    Rule(
+        _NEGATIVE,
+        lambda reads: reads.guided or not reads.entry.true_guidance,
+        "there is no negative half; give negative_prompt and true_cfg_scale=4.0, or leave it out",
         remark=True,
     ),
     Rule(

@@ -11,7 +11,7 @@ from typing import Literal
 SamplerName = Literal[
     "ddim", "ddpm", "pndm", "lms", "euler", "euler_a", "heun", "dpm2", "dpm2_a", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde",
     "dpmpp_3m_sde", "dpmpp_2s", "dpmpp_3s", "unipc", "deis", "ipndm", "lcm", "tcd", "edm_euler", "edm_dpmpp_2m",
-    "flow_euler",
+    "flow_euler", "flow_heun", "flow_dpmpp_2m", "flow_dpmpp_2m_sde",
 ]  # fmt: skip
 ScheduleName = Literal[
     "karras", "exponential", "beta", "lu", "normal", "sgm_uniform", "simple", "leading", "linspace", "trailing"

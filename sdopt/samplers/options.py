@@ -85,6 +85,9 @@ FLOW_EULER: Options = {
     "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False, "invert_sigmas": False,
     "shift_terminal": None, "time_shift_type": "exponential", "stochastic_sampling": False,
 }  # fmt: skip
+FLOW_HEUN: Options = {"num_train_timesteps": 1000, "shift": 1.0}
+_OF_DIFFUSION = {*SIGMAS, "use_lu_lambdas", "timestep_spacing"}  # schedules of levels that are no flow's
+FLOW_DPM: Options = {name: default for name, default in DPM.items() if name not in _OF_DIFFUSION}
 
 
 def checked_config(config: Any) -> Mapping[str, Any]:

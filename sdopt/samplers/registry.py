@@ -16,7 +16,7 @@ from sdopt.samplers.dpm import dpm_multistep
 from sdopt.samplers.dpm_single import dpm_singlestep
 from sdopt.samplers.edm import edm_dpm, edm_euler
 from sdopt.samplers.euler import euler, euler_a, lms
-from sdopt.samplers.flow import flow_euler
+from sdopt.samplers.flow import flow_euler, flow_heun
 from sdopt.samplers.grids import SCHEDULE_FLAGS
 from sdopt.samplers.heun import dpm2, dpm2_a, heun
 from sdopt.samplers.options import Options
@@ -48,6 +48,8 @@ class Sampler:
     @property
     def family(self) -> str:
         """What kind of trained model it samples: diffusion, edm, flow, or ipndm's own."""
+        if self.forced.get("use_flow_sigmas"):
+            return "flow"
         marks = {"beta_schedule": "diffusion", "sigma_data": "edm", "shift": "flow"}
         return next((family for option, family in marks.items() if option in self.defaults), self.name)
 
@@ -55,6 +57,7 @@ class Sampler:
 _DPM, _DPM_SINGLE = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
 _PLUS: Mapping[str, Any] = {"algorithm_type": "dpmsolver++"}
 _SDE: Mapping[str, Any] = {"algorithm_type": "sde-dpmsolver++"}
+_FLOW: Mapping[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 
 def _twice(n: int) -> int:
@@ -104,6 +107,12 @@ _ALL = (
             "arXiv:2211.01095", {**_PLUS, "solver_order": 2}),
     Sampler("flow_euler", "Flow Euler", flow_euler, "FlowMatchEulerDiscreteScheduler", defaults_of.FLOW_EULER, 1,
             "arXiv:2210.02747", custom=("timesteps", "sigmas")),
+    Sampler("flow_heun", "Flow Heun", flow_heun, "FlowMatchHeunDiscreteScheduler", defaults_of.FLOW_HEUN, 2,
+            "arXiv:2206.00364", calls=_twice, rows_per_step=2),
+    Sampler("flow_dpmpp_2m", "Flow DPM++ 2M", dpm_multistep, _DPM, defaults_of.FLOW_DPM, 2, "arXiv:2211.01095",
+            {**_PLUS, **_FLOW, "solver_order": 2}),
+    Sampler("flow_dpmpp_2m_sde", "Flow DPM++ 2M SDE", dpm_multistep, _DPM, defaults_of.FLOW_DPM, 2,
+            "arXiv:2211.01095", {**_SDE, **_FLOW, "solver_order": 2}, stochastic=True),
 )  # fmt: skip
 
 SAMPLERS: dict[str, Sampler] = {sampler.name: sampler for sampler in _ALL}

@@ -36,11 +36,12 @@ def sampler_table(
     """The table of a checkpoint's sampler, from its scheduler_config.json, for a number of steps.
 
     `sampler` and `schedule` replace the checkpoint's (see `find_sampler` and SCHEDULES). A `strength` below 1 is for
-    image to image: it leaves out the first steps. For a distilled model and `strength_cuts="schedule"` it keeps their
-    number, and takes them from a smaller part of the schedule. `denoising_start` and `denoising_end` are fractions of
-    the way; the steps between them are kept. `timesteps` or `sigmas` replace the spacing, and decide the number of
-    steps. `eta` is the noise of DDIM and TCD; as in diffusers' pipelines it is 0 unless given. `mu` is the logarithm of
-    the flow shift, which depends on the size of the image.
+    image to image: it leaves out the first steps. With `strength_cuts="steps_up"` a part of a step is done too. For a
+    distilled model and `strength_cuts="schedule"` it keeps their number, and takes them from a smaller part of the
+    schedule. `denoising_start` and `denoising_end` are fractions of the way; the steps between them are kept.
+    `timesteps` or `sigmas` replace the spacing, and decide the number of steps. `eta` is the noise of DDIM and TCD; as
+    in diffusers' pipelines it is 0 unless given. `mu` is the logarithm of the flow shift, which depends on the size of
+    the image.
 
     Raises: UsageError for unknown names, options that no table can express, and numbers that make no schedule.
     """
@@ -58,7 +59,7 @@ def sampler_table(
     elif strength_cuts == "schedule" and distilled:
         request = replace(request, fraction=_checked(strength))
     else:
-        skipped = _skipped(steps, strength) * entry.rows_per_step
+        skipped = _skipped(steps, strength, strength_cuts == "steps_up") * entry.rows_per_step
     table = entry.function(replace(request, begin=skipped))
     if timesteps is not None or sigmas is not None:
         _refuse_unread_schedule(config, request, sampler, schedule)
@@ -80,8 +81,10 @@ def resolve(
     if not name:
         raise UsageError('the scheduler config has no "_class_name"; name a sampler: ' + ", ".join(SAMPLERS) + ".")
     entry, implied = find_sampler(str(name))
-    _check_family(entry, str(config.get("_class_name", "")))
+    _check_family(entry, config)
     options, notes = merged(entry.defaults, config)
+    if entry.family == "flow" and "flow_shift" in options and "flow_shift" not in config:
+        options["flow_shift"] = config.get("shift", options["flow_shift"])  # what flow matching calls it
     by_class = names_class(str(name), entry)
     if not by_class:
         options |= entry.forced
@@ -100,11 +103,14 @@ def resolve(
     return entry, options, notes
 
 
-def _check_family(entry: Sampler, own: str) -> None:
+def _check_family(entry: Sampler, config: Mapping[str, Any]) -> None:
     """Raises: UsageError when a sampler of one kind of model is asked to sample another kind."""
-    known = {sampler.diffusers: sampler for sampler in SAMPLERS.values()}
-    if own in known and known[own].family != entry.family:
-        fitting = [sampler.name for sampler in SAMPLERS.values() if sampler.family == known[own].family]
+    own = str(config.get("_class_name", ""))
+    families = {sampler.family for sampler in SAMPLERS.values() if sampler.diffusers == own}
+    if not config.get("use_flow_sigmas") and len(families) > 1:
+        families -= {"flow"}  # a solver of both, as this checkpoint's config has it
+    if families and entry.family not in families:
+        fitting = [sampler.name for sampler in SAMPLERS.values() if sampler.family in families]
         raise UsageError(
             f"{entry.name} cannot sample this checkpoint: its scheduler is {own}; use one of {', '.join(fitting)}.",
             "sampler",
@@ -137,10 +143,24 @@ def _check_eta(entry: Sampler, eta: float | None) -> None:
 
 def _named_by_options(entry: Sampler, options: Options) -> Sampler:
     """Among samplers of one class, the one whose name implies these options; else the class's first."""
-    for other in SAMPLERS.values():
-        if other.diffusers == entry.diffusers and other.forced.items() <= options.items():
-            return other
-    return entry
+    fitting = [
+        other
+        for other in SAMPLERS.values()
+        if other.diffusers == entry.diffusers and other.forced.items() <= options.items()
+    ]
+    return max(fitting, key=lambda other: len(other.forced), default=entry)  # the first of those that imply most
+
+
+def shifts_by_size(scheduler: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
+    """Whether the noise levels of these keywords' sampler may depend on the size of the picture, by `mu`."""
+    return "use_dynamic_shifting" in resolve(scheduler, options.get("sampler"))[0].defaults
+
+
+def takes_even_sigmas(scheduler: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
+    """Whether the sampler of these keywords takes noise levels, and the caller leaves them to the model's pipeline."""
+    entry = resolve(scheduler, options.get("sampler"))[0]
+    free = options.get("timesteps") is None and options.get("sigmas") is None
+    return free and entry.family == "flow" and "sigmas" in entry.custom
 
 
 def find_schedule(name: str) -> str:
@@ -263,12 +283,15 @@ def _checked(strength: float) -> float:
     return strength
 
 
-def _skipped(steps: int, strength: float) -> int:
+def _skipped(steps: int, strength: float, rounds_up: bool = False) -> int:
     """How many steps image to image skips: strength 0.6 of 50 does the last 30.
 
+    `rounds_up`: a part of a step is done, as in the pipelines of SD3 and Flux.
     Raises: UsageError when strength is outside 0..1 or leaves nothing to do.
     """
     done = min(int(steps * _checked(strength)), steps)
+    if rounds_up:
+        done = steps - int(max(steps - min(steps * strength, steps), 0))  # as diffusers computes it
     if done < 1:
         more = f", or {math.ceil(1 / strength)} steps or more" if strength > 1e-6 else ""
         raise UsageError(

@@ -144,7 +144,7 @@ def _limit(options: Mapping[str, Any], settings: Settings) -> None:
         if len(options.get(name) or ()) > settings.max_steps:
             text = f"{name}: {len(options[name])} numbers; this server makes up to {settings.max_steps} steps"
             raise HttpError(400, text, name, "invalid_value")
-    for name in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"):
+    for name in (f"{sign}{own}" for own in ("prompt", "prompt_2", "prompt_3") for sign in ("", "negative_")):
         text = options.get(name)
         if text is not None and not isinstance(text, str):
             raise HttpError(400, f"{name} = {shown(text)}; allowed is one text. Send a request for each.", name)

@@ -66,7 +66,6 @@ class Model:
         """What clients may know of it, as JSON."""
         manifest = self.pipe.bundle.manifest
         defaults = manifest.defaults
-        unet = self.pipe.bundle.component("unet")
         return {
             "name": self.name,
             "family": manifest.family,
@@ -81,7 +80,8 @@ class Model:
                 "guidance_scale": defaults.guidance_scale,
             },
             "scheduler": manifest.scheduler.get("_class_name", ""),
-            "needs_mask": unet.inputs[0].shape[1] != manifest.latents.channels,
+            "needs_mask": self.pipe.bundle.denoiser.inputs[0].shape[1] != manifest.latents.channels,
+            "denoiser": manifest.denoiser,
             "text_encoders": sum(name.startswith("text_encoder") for name in self.pipe.bundle.components),
             "has_previews": manifest.preview is not None,
             "without_effect": sorted(without_effect(manifest.conditioning)),

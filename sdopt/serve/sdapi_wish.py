@@ -233,7 +233,7 @@ def _loras(fields: Mapping[str, Any], described: Mapping[str, Any]) -> tuple[str
     except UsageError as error:
         raise refuse("prompt", str(error)) from error
     count = int(described["text_encoders"])
-    parts = ("unet", *(f"text_encoder{'' if i == 0 else f'_{i + 1}'}" for i in range(count)))
+    parts = (described["denoiser"], *(f"text_encoder{'' if i == 0 else f'_{i + 1}'}" for i in range(count)))
     weights: dict[str, Any] = {}
     for tag in tags:
         if tag.name not in described["loras"]:

@@ -1,12 +1,12 @@
-"""The inputs of the UNet that come from the prompts.
+"""The inputs of the denoiser that come from the prompts.
 
-    encoder_hidden_states   [images, tokens, features]    of one text encoder, or of two side by side
-    text_embeds             [images, features]            SDXL: the pooled text of its second encoder
+    encoder_hidden_states   [images, tokens, features]    of one text encoder, of two side by side, of T5 behind them
+    text_embeds             [images, features]            the pooled text: of one encoder, or of two side by side
     time_ids                [images, 6]                   SDXL: original size, crop and target size, each height first;
                             [images, 5]                   its refiner: original size, crop and aesthetic score
 
-`conditioning` in the manifest says which of them a UNet takes, and from which encoders.
-Ref: Podell et al. 2023, arXiv:2307.01952, sections 2.1 and 2.2.
+`conditioning` in the manifest says which of them a denoiser takes, and from which encoders.
+Ref: Podell et al. 2023, arXiv:2307.01952, sections 2.1 and 2.2; Esser et al. 2024, arXiv:2403.03206, section 4.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ from sdopt.engine.process import inherit
 from sdopt.engine.store import NoEnginesError
 from sdopt.errors import BackendError, NumericsError, UsageError
 from sdopt.request.plan import Plan, arguments_to_build
+from sdopt.text.sequence import Joined
 from sdopt.text.textual_inversion import Embedding, embedding
 from sdopt.text.tokenizer import Tokenizer
-from sdopt.text.weights import Chunks, chunks, parse, single, stacked, weighted
+from sdopt.text.weights import Chunks, chunks, first, parse, sequence, single, stacked, weighted
 
+PROMPTS = ("prompt", "prompt_2", "prompt_3")
 Condition = dict[str, Float32]  # by the name of the UNet's input
 Encoded = tuple[Float32, "Float32 | None"]  # embeddings [images, tokens, features]; pooled text [images, features]
 Texts = tuple[Encoded, "Encoded | None"]  # of the prompts, and of the negative ones
@@ -64,6 +66,11 @@ class TextEncoders:
     def add(self, source: str | os.PathLike[str] | Array | Mapping[str, Array], token: str | None) -> str:
         """Add an embedding, and return the token that prompts may use for it; see `Pipeline.load_embedding`."""
         encoders = self._entry.encoders
+        if self._entry.sequence:
+            raise UsageError(
+                f"{self._bundle.path} is {self._bundle.manifest.family}: its text encoders read a text in different "
+                "ways, and no embedding is for all of them; write what it stands for into the prompt"
+            )
         if not self._extra or set(self._extra) != {encoder.component for encoder in encoders}:
             raise UsageError(
                 f"{self._bundle.path} was exported before text encoders took further embeddings; export it again"
@@ -114,19 +121,18 @@ class TextEncoders:
         reads_negative = plan.guided and negative is None and not zeros
         # diffusers applies clip_skip to the prompt alone, AUTOMATIC1111 to both
         negative_skip = plan.clip_skip if plan.prompt_style == "a1111" else 0
-        chunks = max(1 if given is None else self._chunks(given[0]) for given in (positive, negative))
+        chunks = max(1 if given is None else self._chunks(given[0], plan.sequence) for given in (positive, negative))
+        how: dict[str, Any] = {"min_chunks": chunks, "adapters": plan.adapters, "sequence": plan.sequence}
+        texts, negatives = plan.texts, plan.negative_texts
         if positive is None and reads_negative and plan.clip_skip == negative_skip:
-            n = len(plan.prompts)  # both at once, so that they have as many chunks
-            firsts, seconds = plan.prompts + plan.negative_prompts, plan.prompts_2 + plan.negative_prompts_2
-            hidden, pooled = self.encode(firsts, seconds, plan.prompt_style, plan.clip_skip, adapters=plan.adapters)
+            n = len(texts)  # both at once, so that they have as many chunks
+            hidden, pooled = self.encode([*texts, *negatives], plan.prompt_style, plan.clip_skip, **how)
             positive = hidden[:n], None if pooled is None else pooled[:n]
             negative = hidden[n:], None if pooled is None else pooled[n:]
         if positive is None:
-            texts = plan.prompts, plan.prompts_2
-            positive = self.encode(*texts, plan.prompt_style, plan.clip_skip, chunks, plan.adapters)
+            positive = self.encode(texts, plan.prompt_style, plan.clip_skip, **how)
         if reads_negative and negative is None:
-            texts = plan.negative_prompts, plan.negative_prompts_2
-            negative = self.encode(*texts, plan.prompt_style, negative_skip, chunks, plan.adapters)
+            negative = self.encode(negatives, plan.prompt_style, negative_skip, **how)
         if not plan.guided:
             return positive, None
         if negative is None:
@@ -143,53 +149,71 @@ class TextEncoders:
     def _check_weights(self, plan: Plan) -> None:
         """Raises: UsageError for a weight that is too large, naming the keyword of its prompt."""
         if plan.prompt_style == "a1111":
-            for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2"):
+            for name in (f"{sign}{own}" for own in PROMPTS for sign in ("", "negative_")):
                 texts: Sequence[str] = getattr(plan, name.replace("prompt", "prompts"))
                 for text in dict.fromkeys(texts):
                     parse(text, name)
 
-    def _chunks(self, embeds: Float32) -> int:
-        """The number of chunks that has as many tokens as given embeddings; 1 if there is none."""
-        tokenizer = self._bundle.manifest.tokenizers[self._entry.encoders[0].tokenizer]
-        count, rest = divmod(embeds.shape[1], tokenizer.max_length)
-        return 1 if rest else count
+    def _chunks(self, embeds: Float32, sequence: int) -> int:
+        """The number of chunks that has as many tokens as given embeddings; 1 if there is none.
+
+        `sequence`: how many of the tokens follow those of the chunks.
+        """
+        beside = [encoder for encoder in self._entry.encoders if encoder.join == "features"]
+        if not beside:
+            return 1
+        tokenizer = self._bundle.manifest.tokenizers[beside[0].tokenizer]
+        count, rest = divmod(embeds.shape[1] - sequence, tokenizer.max_length)
+        return 1 if rest else max(1, count)
 
     def encode(
         self,
-        prompts: Sequence[str],
-        prompts_2: Sequence[str],
+        texts: Sequence[tuple[str, ...]],
         prompt_style: str = "plain",
         clip_skip: int = 0,
+        *,
         min_chunks: int = 1,
+        sequence: int | None = None,
         adapters: Overlay | None = None,
     ) -> Encoded:
-        """(embeddings, pooled text or None) of prompts; `prompts_2` go to the second encoder. Equal prompts run once.
+        """(embeddings, pooled text or None) of texts, each with one for every encoder. Equal ones run once.
 
-        Shorter prompts are filled up with empty chunks to the longest one, or to `min_chunks`.
+        Shorter prompts are filled up with empty chunks to the longest one, or to `min_chunks`. `sequence`: the tokens
+        of the encoder that reads one sequence; by default the bundle's.
         `adapters`: other numbers for some of the encoders' weights.
         """
-        pairs = list(dict.fromkeys(zip(prompts, prompts_2, strict=True)))
-        encoders = self._entry.encoders
+        unique, encoders = list(dict.fromkeys(texts)), self._entry.encoders
+        length = self._bundle.manifest.sequence if sequence is None else sequence
         cut: list[list[Chunks]] = []  # for each encoder, the chunks of each text
         with self._lock:
             for i, encoder in enumerate(encoders):
-                cut.append(self._cut(encoder.tokenizer, [pair[i] for pair in pairs], prompt_style))
+                cut.append(self._cut(encoder, [text[i] for text in unique], prompt_style, length))
         most = max(min_chunks, *(len(text.ids) for of_encoder in cut for text in of_encoder))
-        parts: list[Float32] = []
-        pooled: Float32 | None = None
+        joined = Joined(len(unique))
         for encoder, of_encoder in zip(encoders, cut, strict=True):
-            all_chunks = stacked(self._tokenizer(encoder.tokenizer), of_encoder, most)
+            count = most if encoder.join == "features" else 1
+            all_chunks = stacked(self._tokenizer(encoder.tokenizer), of_encoder, count)
             with self._pool.using(encoder.component, adapters) as engine:
                 outputs = engine(**self._inputs(encoder.component, all_chunks))
-            state = weighted(_state(outputs, encoder, clip_skip), all_chunks.weights)
-            if not np.isfinite(state).all():
-                raise NumericsError(f"{encoder.component}: the output has NaN or infinity; its weights are damaged")
-            parts.append(state.reshape(len(pairs), -1, state.shape[-1]))
-            if encoder.component == self._entry.pooled:
-                pooled = outputs["text_embeds"].reshape(len(pairs), most, -1)[:, 0]  # that of the first chunk
-        rows = [pairs.index(pair) for pair in zip(prompts, prompts_2, strict=True)]
-        hidden = np.concatenate(parts, 2)[rows]
-        return hidden, None if pooled is None else pooled[rows]
+            if encoder.join != "none":
+                skip = clip_skip if encoder.join == "features" else 0
+                state = weighted(_state(outputs, encoder, skip), all_chunks.weights)
+                _refuse_nan(encoder.component, state)
+                joined.add(encoder.join, state)
+            if encoder.component in self._entry.pooling:
+                _refuse_nan(encoder.component, outputs["text_embeds"])
+                joined.pooled.append(outputs["text_embeds"].reshape(len(unique), count, -1)[:, 0])  # the first chunk's
+        place = {text: i for i, text in enumerate(unique)}
+        rows = [place[text] for text in texts]
+        hidden, pooled = joined.embeddings(self._width, length)[rows], joined.pooled
+        return hidden, np.concatenate(pooled, 1)[rows] if pooled else None
+
+    @property
+    def _width(self) -> int:
+        """The features of the text that the denoiser takes."""
+        inputs = {spec.name: spec.shape for spec in self._bundle.denoiser.inputs}
+        width = inputs["encoder_hidden_states"][-1]
+        return width if isinstance(width, int) else 0
 
     def _inputs(self, name: str, chunks: Chunks) -> dict[str, Array]:
         """What a text encoder takes: the ids, and those of its further inputs that it has."""
@@ -200,11 +224,18 @@ class TextEncoders:
             inputs["end_position"] = chunks.ends
         return inputs
 
-    def _cut(self, name: str, texts: Sequence[str], style: str) -> list[Chunks]:
-        """The chunks of each text: all that it needs or, in plain style, one; a longer text is cut with a warning."""
-        tokenizer = self._tokenizer(name)
+    def _cut(self, encoder: Encoder, texts: Sequence[str], style: str, length: int) -> list[Chunks]:
+        """The chunks of each text: all that it needs or, in plain style, one; a longer text is cut with a warning.
+
+        T5 reads one sequence of `length` tokens in either style, and of an encoder whose states are not used the first
+        chunk gives the pooled text.
+        """
+        tokenizer = self._tokenizer(encoder.tokenizer)
+        if encoder.join == "tokens":
+            return [sequence(tokenizer, text, length, style) for text in texts]
         if style == "a1111":
-            return [chunks(tokenizer, text) for text in texts]
+            cut = [chunks(tokenizer, text) for text in texts]
+            return cut if encoder.join == "features" else [first(of_text) for of_text in cut]
         return [single(tokenizer, tokenizer.cut(text)) for text in texts]
 
     def _tokenizer(self, name: str) -> Tokenizer:
@@ -216,7 +247,7 @@ class TextEncoders:
 
     def _given(self, plan: Plan, hidden: Float32, pooled: Float32 | None, positive: bool = True) -> Condition:
         condition: Condition = {"encoder_hidden_states": hidden}
-        if self._entry.pooled:
+        if self._entry.pooling:
             if pooled is None:
                 raise UsageError("prompt_embeds: this model also takes pooled_prompt_embeds", "pooled_prompt_embeds")
             condition["text_embeds"] = pooled
@@ -225,6 +256,11 @@ class TextEncoders:
             numbers = [number for name in self._entry.time_ids for number in sizes[name]]
             condition["time_ids"] = np.tile(np.array([numbers], np.float32), (len(hidden), 1))
         return condition
+
+
+def _refuse_nan(component: str, array: Float32) -> None:
+    if not np.isfinite(array).all():
+        raise NumericsError(f"{component}: the output has NaN or infinity; its weights are damaged")
 
 
 def _embeds(plan: Plan, prefix: str) -> Encoded | None:

@@ -1,4 +1,4 @@
-"""From a prompt to the token ids of a CLIP text encoder, over the `tokenizers` library."""
+"""From a prompt to the token ids of a text encoder, CLIP's or T5's, over the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from sdopt.text.tokenizer_file import read
 class Tokenizer:
     """A bundle's tokenizer: text in, `[len(prompts), max_length]` int32 ids out, begun, ended, cut and padded.
 
+    CLIP's begins a text with a token, T5's with the text. `first` is the place of a text's first id, `room` how many
+    ids it may have.
     Raises: BundleError if the file cannot be read; UsageError for a prompt over 8 KiB.
     """
 
@@ -28,6 +30,9 @@ class Tokenizer:
         self.bos = entry.bos_token_id
         self.eos = entry.eos_token_id
         self.pad = entry.pad_token_id
+        self._begin = [] if self.bos is None else [self.bos]
+        self.first = len(self._begin)
+        self.room = self.max_length - self.first - 1
         self._backend: Any = _guarded(f"{path} cannot be read", lambda: Backend.from_str(read(path)))
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -38,20 +43,29 @@ class Tokenizer:
     def __call__(self, prompts: Sequence[str]) -> Array:
         return np.stack([self.framed(self.cut(prompt)) for prompt in prompts])
 
-    def cut(self, prompt: str) -> list[int]:
-        """The first max_length - 2 ids of a prompt, neither begun nor ended. A warning quotes what is left out."""
+    def cut(
+        self, prompt: str, length: int | None = None, advice: str = "prompt_style='a1111' reads all of it"
+    ) -> list[int]:
+        """The ids of a prompt that fit into `length` tokens, neither begun nor ended; by default into max_length.
+
+        A warning quotes what is left out, and ends with `advice`.
+        """
         prompt = self._spelt_out(prompt)
         encoding = self._encoded(prompt)
         ids = self._ours(encoding.ids)
-        room = self.max_length - 2
+        room = self.room_in(length)
         if len(ids) > room:
-            kept = encoding.offsets[room - 1][1]
+            kept = encoding.offsets[room - 1][1] if room else 0
             warnings.warn(
                 f"the prompt has {len(ids)} tokens, the model reads {room}; left out: {prompt[kept:].strip()!r}. "
-                "prompt_style='a1111' reads all of it.",
+                f"{advice}.",
                 stacklevel=5,
             )
         return ids[:room]
+
+    def room_in(self, length: int | None = None) -> int:
+        """How many ids of a text fit into so many tokens; by default into max_length."""
+        return self.room if length is None else max(0, length - self.first - 1)
 
     def fragment(self, text: str) -> list[int]:
         """The ids of a piece of a prompt, neither begun nor ended."""
@@ -59,8 +73,8 @@ class Tokenizer:
 
     def refuse_taken(self, token: str, count: int) -> None:
         """Raises UsageError if `token` of `count` vectors cannot be added: it is there already, or too long."""
-        if count > self.max_length - 2:
-            raise UsageError(f"the embedding {token!r} has {count} vectors; a prompt has {self.max_length - 2} tokens")
+        if count > self.room:
+            raise UsageError(f"the embedding {token!r} has {count} vectors; a prompt has {self.room} tokens")
         for name in _names(token, max(count, 2)):
             if self._backend.token_to_id(name) is not None:
                 raise UsageError(f"token {name!r} is a word that this model has already; choose another with token=...")
@@ -112,10 +126,11 @@ class Tokenizer:
                 prompt = prompt.replace(token, " ".join(self._words[token]))
         return prompt
 
-    def framed(self, ids: Sequence[int]) -> Array:
-        """`[max_length]` int32: the beginning, at most max_length - 2 ids, the end, and padding."""
-        row = np.full(self.max_length, self.pad, np.int32)
-        row[: len(ids) + 2] = [self.bos, *ids, self.eos]
+    def framed(self, ids: Sequence[int], length: int | None = None) -> Array:
+        """`[length]` int32: the beginning, the ids, the end, and padding; by default of max_length."""
+        row = np.full(length or self.max_length, self.pad, np.int32)
+        framed = [*self._begin, *ids, self.eos]
+        row[: len(framed)] = framed
         return row
 
     def _encoded(self, prompt: str) -> Any:

@@ -1,11 +1,13 @@
 """A bundle's tokenizer.json, checked before the `tokenizers` library reads it.
 
 The library runs whatever the file says, also a regular expression that takes for ever. What an export writes is CLIP's
-tokenizer: byte pairs, after a few steps that each take time in proportion to the text. Anything else is refused.
+tokenizer, byte pairs, or T5's, pieces with scores; after a few steps that each take time in proportion to the text.
+Anything else is refused.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -20,9 +22,11 @@ MAX_ADDED = 1 << 16  # words beside the vocabulary
 MAX_STEPS = 16  # of the normalizer and of the pre-tokenizer
 # CLIP's, as transformers writes it: first as its converter does, then as its tokenizer
 SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-PATTERNS = (r"\s+", SPLIT, r"<\|startoftext\|>|<\|endoftext\|>|" + SPLIT)
-NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents", "Replace")
-PRE_TOKENIZERS = ("Split", "ByteLevel", "Whitespace", "WhitespaceSplit")
+SPACES = r" {2,}"  # as T5's is converted from SentencePiece
+PATTERNS = (r"\s+", SPLIT, r"<\|startoftext\|>|<\|endoftext\|>|" + SPLIT, SPACES)
+MAX_CHARSMAP = 1 << 20  # base64 of SentencePiece's table of characters; T5's has 300 KB
+NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents", "Replace", "Precompiled")
+PRE_TOKENIZERS = ("Split", "ByteLevel", "Whitespace", "WhitespaceSplit", "Metaspace")
 PROCESSORS = ("RobertaProcessing", "ByteLevel", "TemplateProcessing")
 
 
@@ -35,7 +39,7 @@ def read(path: Path) -> str:
     content = _object("the file", parse_json(text))
     _check_steps("normalizer", content.get("normalizer"), "normalizers", NORMALIZERS)
     _check_steps("pre_tokenizer", content.get("pre_tokenizer"), "pretokenizers", PRE_TOKENIZERS)
-    for name, types in (("post_processor", PROCESSORS), ("decoder", ("ByteLevel",))):
+    for name, types in (("post_processor", PROCESSORS), ("decoder", ("ByteLevel", "Metaspace"))):
         if content.get(name) is not None:
             _one_of(f"{name}.type", _object(name, content[name]).get("type"), types)
     _check_added(content.get("added_tokens", []))
@@ -44,7 +48,16 @@ def read(path: Path) -> str:
 
 
 def _check_model(model: Mapping[str, Any]) -> None:
-    _one_of("model.type", model.get("type"), ("BPE",))
+    _one_of("model.type", model.get("type"), ("BPE", "Unigram"))
+    if model["type"] == "Unigram":
+        pieces = _list("model.vocab", model.get("vocab"))
+        _check_pieces(pieces)
+        unknown = model.get("unk_id")
+        if unknown is not None and not (type(unknown) is int and 0 <= unknown < len(pieces)):
+            raise ValueError(
+                f"model.unk_id is {shown(unknown)}; allowed is null or a number from 0 below {len(pieces)}"
+            )
+        return
     if model.get("dropout") is not None:  # a prompt would have other tokens each time
         raise ValueError(f"model.dropout is {shown(model['dropout'])}; allowed is null")
     vocabulary, merges = _object("model.vocab", model.get("vocab")), _list("model.merges", model.get("merges"))
@@ -53,6 +66,18 @@ def _check_model(model: Mapping[str, Any]) -> None:
         raise ValueError(f"{text}; allowed are 1 to {MAX_ENTRIES:,} words, and as many merges")
     if max(map(len, vocabulary)) > MAX_WORD:
         raise ValueError(f"model.vocab has a word of more than {MAX_WORD} characters")
+
+
+def _check_pieces(pieces: Sequence[Any]) -> None:
+    """Raises: ValueError unless they are words of bounded size, each with a score."""
+    if not 0 < len(pieces) <= MAX_ENTRIES:
+        raise ValueError(f"model has {len(pieces):,} pieces; allowed are 1 to {MAX_ENTRIES:,}")
+    for i, piece in enumerate(pieces):
+        pair = _list(f"model.vocab[{i}]", piece)
+        is_pair = len(pair) == 2 and isinstance(pair[0], str) and type(pair[1]) in (int, float)
+        if not is_pair or len(pair[0]) > MAX_WORD or not abs(pair[1]) < math.inf:
+            allowed = f"a word of at most {MAX_WORD} characters and a finite score"
+            raise ValueError(f"model.vocab[{i}] is {shown(pair)}; allowed is {allowed}")
 
 
 def _check_added(added: Any) -> None:
@@ -80,6 +105,8 @@ def _check_steps(where: str, given: Any, key: str, types: tuple[str, ...]) -> No
     for i, step in enumerate(steps):
         own = _object(f"{where}[{i}]", step)
         _one_of(f"{where}[{i}].type", own.get("type"), types)
+        if own["type"] == "Precompiled" and len(str(own.get("precompiled_charsmap"))) > MAX_CHARSMAP:
+            raise ValueError(f"{where}[{i}].precompiled_charsmap has more than {MAX_CHARSMAP:,} characters")
         if "pattern" in own:
             _check_pattern(f"{where}[{i}]", own)
 

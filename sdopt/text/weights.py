@@ -14,6 +14,7 @@ multiplied by its weight, and the chunk is then scaled back to the mean that it 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -158,7 +159,7 @@ def chunks(tokenizer: Tokenizer, prompt: str) -> Chunks:
             if i:
                 sections.append([])
             sections[-1] += [(token, weight) for token in tokenizer.fragment(part)]
-    room = tokenizer.max_length - 2
+    room = tokenizer.room
     cut = [section[i : i + room] for section in sections for i in range(0, max(len(section), 1), room)]
     rows = [tokenizer.framed([token for token, _ in chunk]) for chunk in cut]
     weight_rows = np.ones((len(rows), tokenizer.max_length), np.float32)
@@ -171,6 +172,34 @@ def single(tokenizer: Tokenizer, tokens: Sequence[int]) -> Chunks:
     """One chunk of at most max_length - 2 token ids, all of weight 1."""
     ids = tokenizer.framed(tokens)[None]
     return Chunks(ids, np.ones(ids.shape, np.float32), _ends([len(tokens)]))
+
+
+def first(of_text: Chunks) -> Chunks:
+    """The first chunk of a text alone."""
+    return Chunks(*(array[:1] for array in of_text))
+
+
+def sequence(tokenizer: Tokenizer, prompt: str, length: int, style: str) -> Chunks:
+    """A prompt as one sequence of `length` tokens, as T5 reads it; what is longer is cut with a warning.
+
+    With `style` "a1111" its tokens have the weights of their brackets, and BREAK is left out.
+    """
+    advice = f"max_sequence_length={tokenizer.max_length} reads {tokenizer.max_length} tokens"
+    if length >= tokenizer.max_length:
+        advice = "write a shorter prompt"
+    if style != "a1111":
+        tokens = tokenizer.cut(prompt, length, advice)
+        weights = [1.0] * len(tokens)
+    else:
+        pieces = [(BREAK.sub(" ", text), weight) for text, weight in parse(prompt)]
+        pairs = [(token, weight) for text, weight in pieces for token in tokenizer.fragment(text)]
+        kept = pairs[: tokenizer.room_in(length)]
+        tokens, weights = [token for token, _ in kept], [weight for _, weight in kept]
+        if len(pairs) > len(tokens):
+            warnings.warn(f"the prompt has {len(pairs)} tokens, the model reads {len(tokens)}. {advice}.", stacklevel=5)
+    row = np.ones(length, np.float32)
+    row[tokenizer.first : tokenizer.first + len(weights)] = weights
+    return Chunks(tokenizer.framed(tokens, length)[None], row[None], _ends([len(tokens)]))
 
 
 def _ends(lengths: Iterable[int]) -> Array:

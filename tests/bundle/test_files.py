@@ -62,7 +62,7 @@ def minimal_bundle(folder: Path) -> Path:
 
 def test_the_format_is_this_text_to_the_byte(tmp_path: Path) -> None:
     text = (minimal_bundle(tmp_path) / "manifest.json").read_text()
-    assert text.startswith('{\n "format_version": 3,\n "family": "sd",\n')
+    assert text.startswith('{\n "format_version": 4,\n "family": "sd",\n')
     assert text.endswith(
         """ "files": {
   "text_encoder.onnx": {
@@ -134,13 +134,13 @@ def test_a_folder_without_a_manifest_is_no_bundle(bundle_copy: Path, tmp_path: P
 def test_an_older_format_version_is_exported_again(bundle_copy: Path, version: object) -> None:
     edit_manifest(bundle_copy, format_version=version)
     again = f"xport it again: `sdopt export CHECKPOINT -o {bundle_copy} --force`"
-    with pytest.raises(BundleError, match=f"format_version is .* this sdopt reads 2 and 3. .*{re.escape(again)}"):
+    with pytest.raises(BundleError, match=f"format_version is .* this sdopt reads 2 to 4. .*{re.escape(again)}"):
         Bundle.open(bundle_copy)
 
 
 def test_a_newer_format_version_needs_a_newer_sdopt(bundle_copy: Path) -> None:
-    edit_manifest(bundle_copy, format_version=4)
-    with pytest.raises(BundleError, match="format_version is 4; this sdopt reads 2 and 3. .*pgrade sdopt"):
+    edit_manifest(bundle_copy, format_version=5)
+    with pytest.raises(BundleError, match="format_version is 5; this sdopt reads 2 to 4. .*pgrade sdopt"):
         Bundle.open(bundle_copy)
 
 

@@ -34,6 +34,10 @@ WRONG: dict[type, list[Any]] = {
     type(None): [True, [], {}, {"a": 1}],
 }
 OPTIONAL = {("name",), ("random_weights",), ("sampler_tables",), ("preview",)}  # may be null
+LATER = {  # fields that earlier versions of the format lack
+    ("denoiser",), ("even_sigmas",), ("latents", "most"), ("conditioning", "sequence"),
+    ("conditioning", "true_guidance"), ("conditioning", "encoders", 0, "join"),
+}  # fmt: skip
 OWN_NAMES = {"files", "components", "tokenizers", "source", "versions", "graphs", "sizes"}  # objects of any names
 
 
@@ -74,7 +78,7 @@ def may_be(path: Path_, value: Any) -> bool:
     """Whether a value is allowed after all."""
     if path == ("conditioning", "guidance_embedding") or path[-1] in ("skip", "steps_offset", "bytes"):
         return False
-    if path[-1] in ("vocab_size", "pooled", "trained_betas", "weights_of") or path in OPTIONAL:
+    if path[-1] in ("vocab_size", "pooled", "trained_betas", "weights_of", "bos_token_id") or path in OPTIONAL:
         return value is None
     if path[0] == "scheduler" and path[-1] not in SETTINGS:  # any JSON
         return not (isinstance(value, float) or value in (10**400, "a\nb", "\ud800", "\x1b[2J"))
@@ -113,7 +117,7 @@ def test_a_wrong_value_is_refused_with_its_path_and_what_is_allowed() -> None:
 
 
 def test_a_missing_field_is_refused_with_its_path() -> None:
-    optional = {*OPTIONAL, ("latents", "patch"), ("scheduler",), ("tokenizers", "tokenizer", "vocab_size")}
+    optional = {*OPTIONAL, *LATER, ("latents", "patch"), ("scheduler",), ("tokenizers", "tokenizer", "vocab_size")}
     missed: list[object] = []
     for path, _ in FIELDS:
         named = path[-2:-1] and (path[-2] in OWN_NAMES or path[0] == "scheduler")
@@ -173,7 +177,7 @@ def test_a_key_that_is_not_of_the_format_is_refused_by_its_name() -> None:
         ("preview.matrix", [[1, 2, 3]], "preview.matrix is [1, 3]; allowed is [5, 3]"),
         ("defaults.height", 100, "defaults.height is 100; allowed is a multiple of latents.factor, 8"),
         ("defaults.strength", 1.5, "defaults.strength is 1.5; allowed is a number from 0 to 1"),
-        ("defaults.strength_cuts", "x", "defaults.strength_cuts is 'x'; allowed is one of steps, schedule"),
+        ("defaults.strength_cuts", "x", "defaults.strength_cuts is 'x'; allowed is one of steps, steps_up, schedule"),
         ("conditioning.encoders", [], "conditioning.encoders is []; allowed is a list of one encoder or more"),
         ("conditioning.encoders.0.component", "x", "conditioning.encoders[0].component is 'x'; allowed is one "),
         ("conditioning.encoders.0.tokenizer", "x", "conditioning.encoders[0].tokenizer is 'x'; allowed is one "),
@@ -184,6 +188,11 @@ def test_a_key_that_is_not_of_the_format_is_refused_by_its_name() -> None:
         ("scheduler.trained_betas", [0.1, "x"], "scheduler.trained_betas[1] is 'x'"),
         ("scheduler.num_train_timesteps", 10**12, "scheduler.num_train_timesteps is 1000000000000; allowed is "),
         ("scheduler.clip_sample", None, "scheduler.clip_sample is None; allowed is true or false"),
+        ("denoiser", "transformer", "components.transformer is missing; allowed is the component that predicts"),
+        ("latents.patch", 3, "defaults.height is 128; allowed is a multiple of latents.factor times latents.patch, 24"),
+        ("conditioning.encoders.0.join", "tokens", "conditioning.sequence is 0; allowed is 1 or more"),
+        ("conditioning.encoders.0.join", "none", "join is 'none'; allowed is features or tokens"),
+        ("conditioning.pooled", ["text_encoder"], "conditioning.pooled is 'text_encoder'; allowed is an encoder that"),
         (("files", "unet.onnx", "sha256"), "A" * 64, "files['unet.onnx'].sha256 is "),
     ],
     ids=str,

@@ -123,7 +123,7 @@ def test_a_damaged_bundle_ends_with_exit_code_3(bundle_copy: Path, tmp_path: Pat
     edit_manifest(bundle_copy, format_version=99)
     done = sdopt("generate", "a", "-m", bundle_copy, "-o", tmp_path / "a.png")
     assert done.returncode == 3
-    assert "format_version is 99; this sdopt reads 2 and 3. Upgrade sdopt" in done.stderr
+    assert "format_version is 99; this sdopt reads 2 to 4. Upgrade sdopt" in done.stderr
 
 
 def test_a_missing_engine_library_ends_with_exit_code_4(tmp_path: Path) -> None:

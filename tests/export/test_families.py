@@ -59,7 +59,7 @@ def test_what_a_family_says_of_itself_agrees(family: Family) -> None:
     )
     for layer in layers:
         assert set(layer) <= set(presets.KEYS)
-    assert set(family.defaults) == {*presets.KEYS} - {"height", "width"}
+    assert {*family.defaults, "height", "width"} == {*presets.KEYS}
 
 
 def test_no_two_families_read_the_same_pipeline() -> None:
@@ -118,11 +118,11 @@ def test_one_row_is_enough_for_a_new_family(invented: Family, copy: Path) -> Non
 
 
 def test_errors_name_what_the_registry_reads(invented: Family, copy: Path) -> None:
-    edit_index(copy, _class_name="OtherPipeline", transformer=["diffusers", "T"], text_encoder_3=["transformers", "T"])
-    message = r"its transformer, text_encoder_3 are not exported; what is read has a unet\); .*, PixArtAlphaPipeline$"
+    edit_index(copy, _class_name="OtherPipeline", prior=["diffusers", "T"], text_encoder_4=["transformers", "T"])
+    message = r"its prior, text_encoder_4 are not exported; .* has a transformer or a unet\); .*, PixArtAlphaPipeline$"
     with pytest.raises(CheckpointError, match=message):
         open_folder(copy, None, {})
-    edit_index(copy, _class_name="PixArtAlphaPipeline", transformer=None, text_encoder_3=None)
+    edit_index(copy, _class_name="PixArtAlphaPipeline", prior=None, text_encoder_4=None)
     edit_index(copy, image_encoder=["transformers", "T5Model"])
     message = "image_encoder is transformers.T5Model; sdopt reads transformers.CLIPVisionModel, and never runs"
     with pytest.raises(CheckpointError, match=message):

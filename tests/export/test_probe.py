@@ -63,7 +63,6 @@ def test_it_begins_where_image_to_image_begins(name: str) -> None:
 
 
 UNKNOWN = [
-    "FlowMatchHeunDiscreteScheduler",
     "FlowMatchLCMScheduler",
     "LTXEulerAncestralRFScheduler",
     "CogVideoXDDIMScheduler",

@@ -53,8 +53,8 @@ def test_a_folder_is_opened_and_loads_in_float32() -> None:
         ),
         ({"_class_name": ["custom", "Pipe"]}, "is not known"),
         (
-            {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]},
-            r"'StableDiffusion3Pipeline' is not known \(its transformer is not exported.*; known are StableDiffusionPi",
+            {"_class_name": "SanaPipeline", "prior": ["diffusers", "SanaTransformer2DModel"]},
+            r"'SanaPipeline' is not known \(its prior is not exported.*; known are StableDiffusionPi",
         ),
         (
             {"_class_name": "StableDiffusionControlNetPipeline", "controlnet": ["diffusers", "ControlNetModel"]},

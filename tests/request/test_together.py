@@ -76,7 +76,9 @@ def test_negative_embeddings_stand_beside_a_text(emoji: sdopt.Pipeline) -> None:
 
 @pytest.mark.parametrize("negatives", [True, False])
 def test_pooled_embeddings_are_repeated_too(negatives: bool, xl: sdopt.Pipeline) -> None:
-    (hidden, pooled), (against, none) = (xl._text.encode(t, t) for t in (["a cat", "a"], ["b", "c"]))
+    (hidden, pooled), (against, none) = (
+        xl._text.encode([(word,) * 3 for word in t]) for t in (["a cat", "a"], ["b", "c"])
+    )
     given: dict[str, Any] = {"prompt_embeds": hidden, "pooled_prompt_embeds": pooled}
     texts: dict[str, Any] = {}
     if negatives:
@@ -92,7 +94,7 @@ def test_pooled_embeddings_are_repeated_too(negatives: bool, xl: sdopt.Pipeline)
 @pytest.mark.parametrize("name", ["pooled_prompt_embeds", "negative_pooled_prompt_embeds"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_pooled_embeddings_have_as_many_rows_as_the_others(rows: int, name: str, xl: sdopt.Pipeline) -> None:
-    hidden, pooled = xl._text.encode(["a cat", "a"], ["a cat", "a"])
+    hidden, pooled = xl._text.encode([("a cat",) * 3, ("a",) * 3])
     assert pooled is not None
     given = {"prompt_embeds": hidden, "pooled_prompt_embeds": pooled}
     given |= {f"negative_{key}": array for key, array in given.items()}

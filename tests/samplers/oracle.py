@@ -45,6 +45,8 @@ def scheduler_like(config: Mapping[str, Any], sampler: str | None) -> Any:
 
     entry, options, _ = resolve(config, sampler)
     forced = {key: options[key] for key in entry.forced}
+    if entry.family == "flow" and "flow_shift" in options:  # flow matching calls it shift
+        forced["flow_shift"] = options["flow_shift"]
     stated = {**config, **forced, "clip_sample": False, "_class_name": entry.diffusers}
     key = json.dumps(stated, sort_keys=True)
     if key not in _MADE:
@@ -205,7 +207,8 @@ def _start(scheduler: Any, begin: int) -> Float64 | None:
 # What diffusers itself can do; sdopt's formulas know every prediction for every sampler but these and pndm.
 PREDICTIONS = {
     **dict.fromkeys(("pndm", "euler_a", "dpm2", "dpm2_a", "edm_euler", "edm_dpmpp_2m"), ("epsilon", "v_prediction")),
-    **dict.fromkeys(("flow_euler", "ipndm"), ("",)),
+    **dict.fromkeys(("flow_euler", "flow_heun", "ipndm"), ("",)),
+    **dict.fromkeys(("flow_dpmpp_2m", "flow_dpmpp_2m_sde"), ("",)),
 }
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 OPTIONS: dict[str, list[Any]] = {  # option: the values to try, where the sampler's class has it
@@ -256,6 +259,7 @@ SETS: list[dict[str, Any]] = [  # options that only make sense, or only show, to
     {"shift": 3.0, "shift_terminal": 0.1},
     {"shift": 3.0, "use_karras_sigmas": True},
     {"shift": 3.0, "use_beta_sigmas": True},
+    {"flow_shift": 3.0, "num_train_timesteps": 1000},
 ]
 SOLVERS = [  # by class name, which keeps these options; a sampler's own name would overrule them
     {"algorithm_type": algorithm, "solver_type": solver, "solver_order": order, "final_sigmas_type": "sigma_min"}
@@ -269,6 +273,8 @@ SOLVERS = [  # by class name, which keeps these options; a sampler's own name wo
 def config_for(name: str) -> dict[str, Any]:
     """A checkpoint's config that the sampler fits: Stable Diffusion 1.5's, or an empty one of its own kind."""
     entry = SAMPLERS[name]
+    if entry.family == "flow":
+        return {"_class_name": "FlowMatchEulerDiscreteScheduler"}
     return dict(SD15) if entry.family == "diffusion" else {"_class_name": entry.diffusers}
 
 

@@ -95,6 +95,8 @@ def test_the_shift_that_depends_on_the_size_is_diffusers() -> None:
     config = {**config_for("flow_euler"), "use_dynamic_shifting": True}
     for shift_type in ("exponential", "linear"):
         check("flow_euler", {**config, "time_shift_type": shift_type}, "flow_euler", [(5, 1.0)], mu=0.8)
+    for name in ("flow_dpmpp_2m", "flow_dpmpp_2m_sde"):
+        check(name, config, name, [(5, 1.0)], mu=0.8)
     flow = {**SD15, "prediction_type": "flow_prediction", "use_flow_sigmas": True, "use_dynamic_shifting": True}
     for name in ("dpmpp_2m", "dpmpp_2s", "deis", "unipc"):
         check(name, flow, name, [(5, 1.0)], mu=0.8)
@@ -261,7 +263,7 @@ def test_a_perfect_denoiser_is_at_the_level_of_every_row(name: str, steps: int) 
 
 
 # The order at which a warm-up of lower order lets a sampler converge, where that is not the order of its solver.
-WARM_UP = {"dpmpp_3m": 2, "pndm": 1.5, "ipndm": 1.6, "lms": 3.4, "ddim": 0.9}
+WARM_UP = {"dpmpp_3m": 2, "pndm": 1.5, "ipndm": 1.6, "lms": 3.4, "ddim": 0.9, "flow_dpmpp_2m": 1.8}
 
 
 @pytest.mark.parametrize("name", [name for name in DETERMINISTIC if name != "tcd"])
@@ -341,6 +343,8 @@ def predicted(prediction: str, sigma: float, x: Any, clean: Any) -> Any:
         ("DPMSolverMultistepScheduler", "dpmpp_2m", None),
         ("dpmsolversinglestep", "dpmpp_2s", None),
         ("FlowMatchEulerDiscreteScheduler", "flow_euler", None),
+        ("FlowMatchHeunDiscreteScheduler", "flow_heun", None),
+        ("Flow DPM++ 2M", "flow_dpmpp_2m", None),
     ],
 )
 def test_names_are_understood(name: str, sampler: str, schedule: str | None) -> None:

@@ -80,7 +80,7 @@ def test_sdxl_masks_no_padding_as_its_pipelines_do(tmp_path: Path, sdxl_checkpoi
         edit(checkpoint / name / "config.json", use_attention_mask=True)
     hidden, _, pooled, _ = theirs(checkpoint, XL).encode_prompt("a cat", device="cpu")
     with sdopt.load(tiny.export_like(checkpoint, tmp_path / "bundle", sdxl_bundle)) as ours:
-        found = ours._text.encode(["a cat"], ["a cat"])
+        found = ours._text.encode([("a cat", "a cat")])
     for ours_are, theirs_are in zip(found, (hidden, pooled), strict=True):
         assert ours_are is not None
         np.testing.assert_allclose(ours_are, theirs_are.detach().numpy(), atol=1e-5)

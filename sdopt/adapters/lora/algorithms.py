@@ -23,7 +23,8 @@ arXiv:2306.07280 (OFT); Liu et al. 2024, arXiv:2402.09353 (DoRA); Kalajdzievski 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -281,6 +282,31 @@ def _dora(weight: Float32, delta: Float32, t: Factors, s: Scalar, m: Scalar) -> 
     norm = _norm(moved, axis=1 if by_input else 0) + EPS
     quotient = np.reshape(dora_scale, norm.shape) / norm
     return moved * (1 + m * (quotient - 1)) - weight
+
+
+BY_OUTPUT = ("up", "diff", "bias", "hada_w1_a", "hada_w2_a")  # roles whose first axis is the outputs
+WHOLE = ("down", "hada_w1_b", "hada_w2_b")
+
+
+def split(t: Factors, outputs: Sequence[int]) -> list[Factors]:
+    """The factors of several modules whose outputs stand one after another, from those of all of them as one.
+
+    Raises: FactorsError for another number of outputs, and for what cannot be split so.
+    """
+    roles = set(t.tensors)
+    if not roles <= {*BY_OUTPUT, *WHOLE}:
+        name = algorithm(t).name
+        raise FactorsError(f"{name} cannot be split along the outputs; LoRA, LoHa and full differences can")
+    total = sum(outputs)
+    for role in roles & {*BY_OUTPUT}:
+        if len(t[role]) != total:
+            raise FactorsError(f"{role} is {list(t[role].shape)}; its modules have {total} outputs")
+    ends = np.cumsum(outputs)
+    made: list[Factors] = []
+    for count, end in zip(outputs, ends.tolist(), strict=True):
+        own = {role: array[end - count : end] if role in BY_OUTPUT else array for role, array in t.tensors.items()}
+        made.append(replace(t, tensors=own))
+    return made
 
 
 def _norm(weight: Float32, axis: int) -> Float32:

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from sdopt.adapters.lora.algorithms import Factors, FactorsError, algorithm
+from sdopt.adapters.lora.algorithms import Factors, FactorsError, algorithm, split
 from sdopt.adapters.lora.names import Module
 from sdopt.bundle.disk import parse_json, read_given
 from sdopt.bundle.files import embedded
@@ -182,7 +182,26 @@ def match(lora: LoraFile, table: Mapping[str, Module]) -> Match:
         except FactorsError as error:
             stem = next(key for (other, _), key in keys.items() if other == module)
             raise UsageError(f"{lora.file.path}: the tensors of {module} ({stem}, ...): {error}") from error
-    return Match(factors, tuple(unmatched))
+    return Match(_apart(lora, factors), tuple(unmatched))
+
+
+def _apart(lora: LoraFile, factors: Mapping[Module, Factors]) -> dict[Module, Factors]:
+    """The factors of every module of the model, where the file has several of them as one.
+
+    Raises: UsageError for an algorithm whose factors cannot be split along the outputs, or another number of them.
+    """
+    single: dict[Module, Factors] = {}
+    for module, own in factors.items():
+        if not module.parts:
+            single[module] = own
+            continue
+        try:
+            parts = split(own, [count for _, count in module.parts])
+        except FactorsError as error:
+            raise UsageError(f"{lora.file.path}: {module}, which is several modules here: {error}") from error
+        for (path, _), part in zip(module.parts, parts, strict=True):
+            single[Module(module.component, path)] = part
+    return single
 
 
 def _place(key: str, table: Mapping[str, Module]) -> tuple[Module, str] | None:

@@ -62,8 +62,9 @@ class Loras:
         name = lora.name if name is None else name
         weights = {component: Weights.of(self._bundle.component(component)) for component in self.components}
         modules = {c: {parameter.rpartition(".")[0] for parameter in w.parameters} for c, w in weights.items()}
-        refuse_other_family(lora, weights["unet"], self._bundle)
-        matched = match(lora, spellings(modules))
+        refuse_other_family(lora, weights[self._bundle.manifest.denoiser], self._bundle)
+        outputs = {c: _outputs(own) for c, own in weights.items()}
+        matched = match(lora, spellings(modules, outputs))
         if strict or not matched.factors:
             refuse_unmatched(lora, matched, self._bundle)
         adapter = Adapter(name, lora, matched)
@@ -147,6 +148,12 @@ class Loras:
                 "adapter_weights",
             )
         return {component: _number(name, given.get(component, 1.0)) for component in self.components}
+
+
+def _outputs(weights: Weights) -> dict[str, int]:
+    """The number of outputs of each module."""
+    ends = {name: name.removesuffix(".weight") for name in weights.shapes if name.endswith(".weight")}
+    return {module: weights.shapes[name][0] for name, module in ends.items()}
 
 
 def _number(name: str, value: Any) -> float:

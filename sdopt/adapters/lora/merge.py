@@ -18,6 +18,7 @@ from sdopt.adapters.lora.algorithms import Factors, FactorsError, change, check
 from sdopt.adapters.lora.file import LoraFile, Match
 from sdopt.adapters.lora.low_rank import base_and_products, in_order, low_rank
 from sdopt.adapters.lora.names import Module
+from sdopt.bundle.format import DENOISERS
 from sdopt.bundle.joined import shallow_depth
 from sdopt.bundle.specs import Float32, Scalar
 from sdopt.bundle.weights import Held, Weights
@@ -124,7 +125,7 @@ NO_OVERLAY = Overlay(())
 
 def model_of(component: str) -> str:
     """The model whose weights a component has: "unet" for "unet_step", which `sdopt build` makes."""
-    return "unet" if component.startswith("unet_") else component
+    return next((name for name in DENOISERS if component.startswith(f"{name}_")), component)
 
 
 def _digest(content: list[list[Any]]) -> str:

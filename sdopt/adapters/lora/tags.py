@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from sdopt.bundle.format import DENOISERS
 from sdopt.dataclass import dataclass
 from sdopt.errors import UsageError, choices
 
@@ -30,7 +31,7 @@ class Tag:
 
     def weights(self, components: tuple[str, ...]) -> dict[str, float]:
         """A weight for each component."""
-        return {name: self.unet if name == "unet" else self.text_encoder for name in components}
+        return {name: self.unet if name in DENOISERS else self.text_encoder for name in components}
 
 
 def cut(prompt: str) -> tuple[str, list[Tag]]:

@@ -207,8 +207,8 @@ def _skips(model: Any, height: int, width: int) -> list[tuple[int, int, int]]:
 def _further_inputs(checkpoint: Checkpoint, conditioning: Conditioning) -> tuple[TensorSpec, ...]:
     """What the UNet takes beside sample, timestep and text: pooled text and sizes (SDXL), the guidance scale (LCM)."""
     widths: dict[str, int] = {}
-    if conditioning.pooled:
-        widths["text_embeds"] = checkpoint.config(conditioning.pooled)["projection_dim"]
+    if conditioning.pooling:
+        widths["text_embeds"] = checkpoint.config(conditioning.pooling[0])["projection_dim"]
         widths["time_ids"] = sum(NUMBERS.get(argument, 2) for argument in conditioning.time_ids)
     if conditioning.guidance_embedding:
         widths["timestep_cond"] = conditioning.guidance_embedding

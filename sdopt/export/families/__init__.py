@@ -11,10 +11,10 @@ from typing import Any
 
 from sdopt.errors import CheckpointError
 from sdopt.export.checkpoint import Checkpoint
-from sdopt.export.families import sd, sdxl
+from sdopt.export.families import flux, sd, sd3, sdxl
 from sdopt.export.families.contract import Family
 
-FAMILIES: tuple[Family, ...] = (sd.FAMILY, sdxl.FAMILY)
+FAMILIES: tuple[Family, ...] = (sd.FAMILY, sdxl.FAMILY, sd3.FAMILY, flux.FAMILY)
 
 # a word in the name of a pipeline class that is not exported -> the reason, and what to do
 REFUSED = {

@@ -70,6 +70,7 @@ class Family:
     components: Mapping[str, TracedComponent]  # in the order of their export
     conditioning: Callable[[Checkpoint], Conditioning]  # what the denoiser takes beside sample and timestep
     latents: Callable[[Checkpoint], Latents] = vae.latents  # how the VAE's latents become the denoiser's
+    even_sigmas: bool = False  # its pipelines give the scheduler noise levels from 1 down to 1 / steps, evenly spaced
     float16_unsafe: Callable[[Checkpoint], tuple[str, ...]] = none_unsafe  # components that overflow in fp16
     float16_attention_unsafe: Callable[[Checkpoint], tuple[str, ...]] = none_unsafe  # those whose attention does
     has_safety_checker: bool = False  # whether its pipelines may require one

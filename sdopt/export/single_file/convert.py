@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ KNOWN_UNUSED: Mapping[str, str] = {
     r"log_one_minus_alphas_cumprod|posterior_(variance|log_variance_clipped|mean_coef[12])": "noise levels",
     r"denoiser\.(log_)?sigmas|lvlb_weights|logvar": "noise levels, and how training weighed them",
     r"global_step|v_pred|ztsnr": "numbers and marks, of which `recognise` reads what matters",
+    r"text_encoders\.\w+\.(logit_scale|transformer\.text_projection\.weight)": "what an encoder's class does not read",
     r".*\.position_ids": "the numbers 0, 1, 2, ..., which the model counts itself",
     TEXT + r".*logit_scale": "the temperature of CLIP's training",
     TEXT + r"model\.attn_mask": "the causal mask, which the model makes itself",
@@ -54,7 +56,7 @@ def plan(
         layout = next((layout for layout in layouts[component] if file.has(layout.prefix)), layouts[component][0])
         origins = components[component] = {}
         for parameter, places in layout.names(shapes).items():
-            candidates = [Origin(layout.prefix + place.name, place.third, place.transposed) for place in places]
+            candidates = [replace(place, name=layout.prefix + place.name) for place in places]
             origin = next((candidate for candidate in candidates if candidate.name in file.shapes), None)
             described = f"{component}'s {parameter}"
             if origin is None:
@@ -75,6 +77,8 @@ def plan(
 
 def _fits(there: Shape, wanted: Shape, origin: Origin) -> bool:
     """Whether a parameter of the shape `wanted` can be taken from a tensor of the shape `there`."""
+    if origin.rows is not None:
+        return there == (origin.rows[2], *wanted[1:])
     if origin.third is not None:
         return there == (3 * wanted[0], *wanted[1:])
     if origin.transposed:
@@ -115,7 +119,11 @@ def write(
     from safetensors import SafetensorError
 
     try:
-        tensors = {name: _tensor(file, origin, shapes[name]) for name, origin in origins.items()}
+        tensors: dict[str, torch.Tensor] = {}
+        for name, origin in origins.items():
+            is_second = any(origin == origins[other] for other in tensors)  # T5 has its embeddings twice
+            tensor = _tensor(file, origin, shapes[name])
+            tensors[name] = tensor.clone() if is_second else tensor
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file.path}: {component} cannot be read: {error}") from error
     needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(path.parent).free
@@ -132,9 +140,13 @@ def write(
 
 def _tensor(file: SingleFile, origin: Origin, shape: Shape) -> torch.Tensor:
     """The parameter that is made from `origin`."""
-    if origin.third is None:
+    if origin.rows is not None:
+        tensor = file.rows(origin.name, *origin.rows[:2])
+    elif origin.third is None:
         tensor = file.tensor(origin.name)
     else:
         tensor = file.rows(origin.name, origin.third * shape[0], (origin.third + 1) * shape[0])
+    if origin.swapped:
+        tensor = torch.cat(tensor.chunk(2)[::-1])
     tensor = tensor.T if origin.transposed else tensor.reshape(shape)
     return tensor.to(NARROWEST.get(file.dtypes[origin.name], tensor.dtype)).contiguous()

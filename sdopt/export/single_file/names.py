@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 
 from sdopt.bundle.original_names import unet_names
+from sdopt.bundle.transformer_names import originals
 from sdopt.dataclass import dataclass
 
 
@@ -19,16 +20,21 @@ from sdopt.dataclass import dataclass
 class Origin:
     """The tensor of the file that a parameter is made from.
 
-    `third`: which third of its rows the parameter is; None for all rows. `transposed`: rows are columns.
+    `third`: which third of its rows the parameter is; None for all rows. `rows`: where the parameter is another part,
+    its first row, the end of its rows, and how many the tensor has. `transposed`: rows are columns. `swapped`: its
+    second half comes first.
     """
 
     name: str
     third: int | None = None
     transposed: bool = False
+    rows: tuple[int, int, int] | None = None
+    swapped: bool = False
 
 
 Origins = tuple[Origin, ...]  # where a parameter may be: the first that the file has is taken; empty: nowhere
-Names = Callable[[Collection[str]], Mapping[str, Origins]]  # from the names of a model's parameters
+Shapes = Mapping[str, tuple[int, ...]]
+Names = Callable[[Shapes], Mapping[str, Origins]]  # from the shapes of a model's parameters, by their names
 
 
 @dataclass(frozen=True)
@@ -140,11 +146,48 @@ def _open_clip(name: str) -> Origins:
     return _one(name)
 
 
+def transformer(shapes: Shapes) -> dict[str, Origins]:
+    """Of an SD3Transformer2DModel or a FluxTransformer2DModel, whose attention is split along the outputs."""
+    found: dict[str, Origins] = {"pos_embed.pos_embed": _one("pos_embed")} if "pos_embed.pos_embed" in shapes else {}
+    for original in originals({name.rpartition(".")[0] for name in shapes}):
+        for leaf in ("weight", "bias"):
+            parts = [part for module in original.modules if (part := f"{module}.{leaf}") in shapes]
+            there = "scale" if original.path.endswith(("query_norm", "key_norm")) else leaf
+            first, total = 0, sum(shapes[part][0] for part in parts)
+            for part in parts:
+                end = first + shapes[part][0]
+                rows = (first, end, total) if len(parts) > 1 else None
+                found[part] = (Origin(f"{original.path}.{there}", rows=rows, swapped=original.swapped),)
+                first = end
+    return {name: found.get(name, ()) for name in shapes}
+
+
+def t5(parameters: Collection[str]) -> dict[str, Origins]:
+    """Of a T5EncoderModel, which has its embeddings twice; files may have them once."""
+    both = "shared.weight", "encoder.embed_tokens.weight"
+    return {name: tuple(map(Origin, (name, *both))) if name in both else _one(name) for name in parameters}
+
+
+def projected_clip(parameters: Collection[str]) -> dict[str, Origins]:
+    """Of a CLIPTextModelWithProjection in a file of SD3, behind a prefix."""
+    return {name: _one(name if "projection" in name else f"text_model.{name}") for name in _bare(parameters)} | {
+        name: _one(name) for name in parameters if name.startswith("text_model.")
+    }
+
+
+def _bare(parameters: Collection[str]) -> list[str]:
+    return [name for name in parameters if not name.startswith("text_model.")]
+
+
 def _one(name: str | None) -> Origins:
     return () if name is None else (Origin(name),)
 
 
 UNETS = (Layout("model.diffusion_model.", unet),)
+TRANSFORMERS = (Layout("model.diffusion_model.", transformer), Layout("", transformer))
+T5S = (Layout("text_encoders.t5xxl.transformer.", t5),)
+CLIP_L = (Layout("text_encoders.clip_l.transformer.", projected_clip),)
+CLIP_G = (Layout("text_encoders.clip_g.transformer.", projected_clip),)
 VAES = (Layout("first_stage_model.", vae), Layout("vae.", vae))
 
 
