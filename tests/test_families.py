@@ -183,7 +183,7 @@ def test_a_long_weighted_prompt_reaches_sdxl_as_its_embeddings_reach_diffusers(
     sdxl_checkpoint: Path, sdxl_bundle: Path
 ) -> None:
     prompt, pipe = "a (b:1.4) c d e f g [h] apple", ours(sdxl_bundle)
-    (hidden, pooled), (empty, none) = (pipe._text.encode([t], [t], "a1111") for t in (prompt, "x (y:0.5) z a b c d"))
+    (hidden, pooled), (empty, none) = (pipe._text.encode([(t, t)], "a1111") for t in (prompt, "x (y:0.5) z a b c d"))
     given = {"prompt_embeds": hidden, "pooled_prompt_embeds": pooled}
     given |= {"negative_prompt_embeds": empty, "negative_pooled_prompt_embeds": none}
     assert hidden.shape == (1, 14, 32)

@@ -15,13 +15,18 @@ from tests.bench.records import record, side, steady
 from tests.conftest import ROOT
 
 OF_SCRIPTS = (
+    "batch.json",
     "cache.json",
     "controlnet.json",
+    "layers.json",
     "loop.json",
     "lora.json",
+    "ray.json",
     "rtx-builds.json",
     "serve.json",
     "serve-bf16.json",
+    "slices.json",
+    "sooner.json",
 )  # of scripts, with no side to compare
 
 

@@ -163,7 +163,7 @@ def test_pictures_on_a_flow_schedule_are_those_of_diffusers(
 
 
 def test_a_shift_for_the_size_is_refused_where_the_schedule_has_none(emoji: sdopt.Pipeline) -> None:
-    with pytest.raises(UsageError, match="^mu: the noise levels of this model do not depend on the size") as caught:
+    with pytest.raises(UsageError, match="^mu: these noise levels do not depend on the size") as caught:
         emoji("a cat", mu=0.7)
     assert caught.value.param == "mu"
 

@@ -39,7 +39,7 @@ def described(tiny_checkpoint: Path, tmp_path: Path) -> Described:
 
 
 NAMED = [(family, name) for family in families.FAMILIES for name in family.named_models]
-CHECKPOINTS = {"sd": "tiny_checkpoint", "sdxl": "sdxl_checkpoint"}
+CHECKPOINTS = {"sd": "tiny_checkpoint", "sdxl": "sdxl_checkpoint", "sd3": "sd3_checkpoint", "flux": "flux_checkpoint"}
 
 
 @pytest.mark.parametrize(("family", "name"), NAMED, ids=[name for _, name in NAMED])
@@ -49,7 +49,11 @@ def test_a_model_is_known_by_its_name_wherever_that_stands(
     import shutil
 
     checkpoint = request.getfixturevalue(CHECKPOINTS[family.name])
-    for where in ({"hub_id": name}, {"index": {"_name_or_path": name.lower()}}, {"unet": {"_name_or_path": name}}):
+    for where in (
+        {"hub_id": name},
+        {"index": {"_name_or_path": name.lower()}},
+        {family.denoiser: {"_name_or_path": name}},
+    ):
         assert family.named_models[name].items() <= vars(described(checkpoint, **where).defaults).items()
         shutil.rmtree(tmp_path / "copy")
 

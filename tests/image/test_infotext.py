@@ -106,7 +106,8 @@ def test_the_schedule_of_a_checkpoint_is_named_too(config: dict[str, Any], label
 
 def test_every_sampler_has_a_label_on_its_own_config() -> None:
     for sampler in SAMPLERS.values():
-        labels = labels_of({"_class_name": sampler.diffusers}, STEPS, sampler=sampler.name)
+        flow = {"use_flow_sigmas": True} if "use_flow_sigmas" in sampler.forced else {}
+        labels = labels_of({"_class_name": sampler.diffusers, **flow}, STEPS, sampler=sampler.name)
         assert (labels.sampler, labels.steps) == (sampler.title, STEPS)
         assert labels.schedule
 

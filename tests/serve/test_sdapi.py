@@ -423,9 +423,8 @@ LONG: dict[str, Any] = {**SMALL, "width": 256, "height": 256, "steps": 150}  # u
 def test_progress_interrupt_and_options_are_the_callers_own(secured: Running) -> None:
     ann, bob = (client_of(secured, username=name, password=f"0123456789abcdef-{name}") for name in ("ann", "bob"))
     assert ann.get_progress()["state"]["job_count"] == 0
-    thread, results = in_background(
-        lambda: ann.txt2img(prompt="a cat", n_iter=2, **{**LONG, "width": 512, "height": 512})
-    )
+    large = {**LONG, "width": 384, "height": 384}
+    thread, results = in_background(lambda: ann.txt2img(prompt="a cat", n_iter=2, **large))
     shown = wait_for(lambda: (p := ann.get_progress())["current_image"] and p)
     assert 0 < shown["progress"] < 1
     assert shown["state"]["sampling_steps"] == 150
