@@ -15,6 +15,7 @@ import os
 import threading
 import time
 from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +89,7 @@ class Engines:
         self.name = f"{ray.util.get_node_ip_address()} process {os.getpid()}"
         self._ray, self._board_name, self._settings = ray, board, settings
         self._boxes: dict[str, Box] = {}
+        self._submits = ThreadPoolExecutor(1, "sdopt-submit")  # one thread: orders are begun as they come
         self._ended = threading.Event()
         self._board = self._wait_for_board()
         costs = Costs()
@@ -115,7 +117,7 @@ class Engines:
     async def make(self, order: Order) -> AsyncGenerator[tuple[str, list[Told]]]:
         """The events of an order as they come, each time with the name of this replica."""
         box = self._boxes[order.id] = Box()
-        submitting = asyncio.ensure_future(asyncio.to_thread(self._loop.submit, order))
+        submitting = asyncio.get_running_loop().run_in_executor(self._submits, self._loop.submit, order)
         try:
             yield self.name, []
             is_done = False

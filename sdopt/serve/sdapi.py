@@ -182,10 +182,9 @@ async def progress(request: Request) -> Response:
             {"progress": 0.0, "eta_relative": 0.0, "state": state, "current_image": None, "textinfo": None}
         )
     run = next((run for run in unfinished if run.task.status == "running"), unfinished[0])
-    pictures = run.task.pictures
-    batches = [pictures[at : at + run.batch] for at in range(0, len(pictures), run.batch)]
-    number = next(i for i, batch in enumerate(batches) if not all(one.is_final for one in batch))
-    now = next(one for one in batches[number] if not one.is_final)
+    pictures, now = run.task.pictures, _current(run)
+    batches = _batches(run)
+    number = sum(all(one.is_final for one in batch) for batch in batches)  # that are done
     part = sum(_part(one) for one in pictures) / len(pictures)
     seconds = time.time() - run.task.created
     left = max((one.seconds for one in pictures), default=0.0) if part == 0 else seconds / part - seconds
@@ -199,6 +198,17 @@ async def progress(request: Request) -> Response:
             "current_image": image, "textinfo": text,
         }
     )  # fmt: skip
+
+
+def _batches(run: Run) -> list[list[Picture]]:
+    pictures = run.task.pictures
+    return [pictures[at : at + run.batch] for at in range(0, len(pictures), run.batch)]
+
+
+def _current(run: Run) -> Picture:
+    """The picture of an unfinished request that is being made, else the next one. Machines may finish out of order."""
+    left = [one for one in run.task.pictures if not one.is_final]
+    return next((one for one in left if one.index), left[0])
 
 
 def _part(picture: Picture) -> float:
@@ -239,9 +249,8 @@ async def skip(request: Request) -> Response:
     """End the pictures of the batch that is being made; those of the next batches go on."""
     for run in (await _runs(request))[:1]:
         run.skipped = True
-        pictures = run.task.pictures
-        at = next((i for i, one in enumerate(pictures) if not one.is_final), 0) // run.batch * run.batch
-        for one in pictures[at : at + run.batch]:
+        now = _current(run)
+        for one in next(batch for batch in _batches(run) if any(one is now for one in batch)):
             if not one.is_final:
                 one.device.cancel(one.order.id)
     return JSONResponse({})
