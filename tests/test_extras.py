@@ -44,7 +44,7 @@ ALONE: dict[str, tuple[str, ...]] = {
     "build": GRAPHS,
     "tensorrt": GRAPHS,
     "tensorrt-rtx": GRAPHS,
-    "openvino": ("sdopt.engine.openvino",),
+    "openvino": ("sdopt.engine.openvino", "sdopt.engine.openvino_int8"),
     "export": (*GRAPHS, "sdopt.export"),
     "completion": (),
     "control": (),

@@ -21,15 +21,26 @@ from typing import Any
 import numpy as np
 
 from sdopt import graph
-from sdopt.build.int8 import LARGEST, Layer, Scaling, int8, layers_of, norm_before, rounded, smoothed, weight_scale
+from sdopt.build.int8 import (
+    LARGEST,
+    Arithmetic,
+    Layer,
+    Scaling,
+    int8,
+    layers_of,
+    norm_before,
+    rounded,
+    smoothed,
+    weight_scale,
+)
 from sdopt.build.observe import Observer, Seen
 from sdopt.build.sensitivity import output_errors
-from sdopt.build.simulate import outputs_of, session
 from sdopt.bundle.files import Bundle, Component
 from sdopt.bundle.specs import Array, Float32
 from sdopt.bundle.unfinished import scratch
 from sdopt.dataclass import dataclass
 from sdopt.engine import Engine
+from sdopt.engine.ort import OrtEngine
 from sdopt.engine.pool import EnginePool
 from sdopt.errors import UsageError
 from sdopt.pipeline import Pipeline
@@ -48,7 +59,9 @@ SUBJECTS = (
     "a blue sports car on a wet street at night, neon signs",
     "a watercolour of mountains and a lake with pine trees",
 )
+ON_CPU = Arithmetic(unsigned=True)
 Report = Callable[[str], None]
+Opened = Callable[[Component], Engine]  # a graph on a library
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,14 +108,14 @@ class Calibration:
         """The part of all multiply-adds that these layers make."""
         return sum(self.choices[name].products for name in scalings) / sum(c.products for c in self.choices.values())
 
-    def searched(self, floor: float, report: Report) -> tuple[dict[str, Scaling], float]:
-        """(the scalings with which the output reaches `floor` dB, the dB that it reaches).
+    def searched(self, floor: float, report: Report, opened: Opened = OrtEngine) -> tuple[dict[str, Scaling], float]:
+        """(the scalings with which the output reaches `floor` dB, the dB that it reaches), on the library of `opened`.
 
         Raises: UsageError if hardly a layer would be left.
         """
         aim, scalings = floor, self.scalings(floor)
         while (part := self.part(scalings)) >= LEAST_PART:
-            reached = self.fidelity(scalings)
+            reached = self.fidelity(scalings, opened)
             report(
                 f"{len(scalings)} of {len(self.choices)} layers in {self.kind}, {part:.0%} of their multiply-adds: "
                 f"{reached:.1f} dB beside float32"
@@ -112,26 +125,29 @@ class Calibration:
             aim += floor - reached  # the sum of harms promised more than it holds
             scalings = self.scalings(aim, most=len(scalings) - 1)
         fewest = (self.scalings(most=count) for count in range(1, len(self.choices) + 1))
-        best = self.fidelity(next(one for one in fewest if self.part(one) >= LEAST_PART))
+        best = self.fidelity(next(one for one in fewest if self.part(one) >= LEAST_PART), opened)
         raise UsageError(
             f"{self.component.name}: in {self.kind} it reaches {floor:g} dB only where most layers stay as they are; "
             f"give a lower --floor, e.g. {max(0, math.floor(best)):g}",
             "floor",
         )
 
-    def fidelity(self, scalings: Mapping[str, Scaling]) -> float:
-        """The power of the output over the power of its error, in dB, over the calls that were held out."""
+    def fidelity(self, scalings: Mapping[str, Scaling], opened: Opened = OrtEngine) -> float:
+        """The power of the output over the power of its error, in dB, over the calls that were held out.
+
+        `opened` gives the library that computes it.
+        """
         model = graph.load(self.component.graph)
         int8(model, scalings)
         noise = power = 0.0
         with scratch() as folder:
             graph.save(model, folder / "int8.onnx")
-            running = session(folder / "int8.onnx", optimize=True)
             name = self.component.outputs[0].name
-            for arrays, exact in self.held_out:
-                output = outputs_of(running, arrays, [name])[name]
-                noise += float(np.square(output - exact, dtype=np.float64).sum())
-                power += float(np.square(exact, dtype=np.float64).sum())
+            with opened(replace(self.component, graph=folder / "int8.onnx")) as engine:
+                for arrays, exact in self.held_out:
+                    output = engine(**arrays)[name]
+                    noise += float(np.square(output - exact, dtype=np.float64).sum())
+                    power += float(np.square(exact, dtype=np.float64).sum())
         return _db(noise / power)
 
 
@@ -140,15 +156,14 @@ def calibrate(
     name: str,
     prompts: Sequence[str] = SUBJECTS,
     *,
-    kind: str = "uint8",
+    arithmetic: Arithmetic = ON_CPU,
     steps: int = STEPS,
     seed: int = 0,
     report: Report = lambda line: None,
 ) -> Calibration:
     """Make pictures in float32, and choose how each layer of component `name` becomes int8.
 
-    `kind`: "uint8" is int8 in which convolutions may take uint8, which TensorRT does not know; "int8", "fp8". The last
-    prompt gives the calls that are held out. The same arguments give the same numbers.
+    The last prompt gives the calls that are held out. The same arguments give the same numbers.
     Raises: UsageError for fewer than two prompts.
     """
     if len(prompts) < 2:
@@ -159,7 +174,7 @@ def calibrate(
         with closing(observer):
             held_out = _run(bundle, observer, prompts, steps, seed, report)
             seen = observer.seen
-        choices = _choices(component, seen, kind)
+        choices = _choices(component, seen, arithmetic)
         report(f"the harm that each of {len(choices)} layers does")
         harms = output_errors(component, {name: choice.noise for name, choice in choices.items()}, held_out, folder)
     choices = {name: replace(choice, harm=harms[name]) for name, choice in choices.items()}
@@ -208,24 +223,24 @@ def _run(
     return [recorder.calls[index] for index in sorted(chosen)]
 
 
-def _choices(component: Component, seen: Mapping[str, Seen], kind: str) -> dict[str, Choice]:
+def _choices(component: Component, seen: Mapping[str, Seen], arithmetic: Arithmetic) -> dict[str, Choice]:
     groups: dict[Any, list[Layer]] = {}
     for layer in layers_of(graph.load(component.graph)):
         groups.setdefault((layer.input, layer.node.op_type, layer.shape[2:]), []).append(layer)
     choices: dict[str, Choice] = {}
     for layers in groups.values():
-        choices |= _of_group(layers, seen, kind)
+        choices |= _of_group(layers, seen, arithmetic)
     return choices
 
 
-def _of_group(layers: Sequence[Layer], seen: Mapping[str, Seen], kind: str) -> dict[str, Choice]:
+def _of_group(layers: Sequence[Layer], seen: Mapping[str, Seen], arithmetic: Arithmetic) -> dict[str, Choice]:
     """The choices of layers that read the same tensor, which have one scaling."""
     edges = seen[layers[0].weight]
     largest = np.maximum(edges.highest, -edges.lowest)
-    plain = _with(layers, seen, None, kind)
+    plain = _with(layers, seen, None, arithmetic)
     best, gain = plain, 0.0
     for exponent in EXPONENTS:
-        other = _with(layers, seen, _factors(layers, largest, exponent), kind)
+        other = _with(layers, seen, _factors(layers, largest, exponent), arithmetic)
         gained = _db(_total(other)) - _db(_total(plain))
         if gained > gain:
             best, gain = other, gained
@@ -248,7 +263,9 @@ def _factors(layers: Sequence[Layer], largest: Float32, exponent: float) -> Floa
     return (factors / np.exp(np.log(factors).mean())).astype(np.float32)
 
 
-def _with(layers: Sequence[Layer], seen: Mapping[str, Seen], factors: Float32 | None, kind: str) -> dict[str, Choice]:
+def _with(
+    layers: Sequence[Layer], seen: Mapping[str, Seen], factors: Float32 | None, arithmetic: Arithmetic
+) -> dict[str, Choice]:
     """The choices with these factors. The scale covers all that was seen: errors of large values do most harm.
 
     The mean error comes from the rows, and the errors from those of the held-out prompt too, which may be larger.
@@ -256,16 +273,16 @@ def _with(layers: Sequence[Layer], seen: Mapping[str, Seen], factors: Float32 | 
     edges = seen[layers[0].weight]
     divisor = np.float32(1) if factors is None else factors
     high, low = float((edges.highest / divisor).max()), float((edges.lowest / divisor).min())
-    if kind == "uint8" and layers[0].is_conv and -low < MOSTLY_POSITIVE * high:
+    kind, largest = arithmetic.kind, arithmetic.largest_weight
+    if arithmetic.unsigned and layers[0].is_conv and -low < MOSTLY_POSITIVE * high:
         scale = max(high - low, 1e-6) / 255
         zero = round(-low / scale)
     else:
         scale, zero = max(high, -low, 1e-6) / LARGEST[kind], 0
-    kind = "fp8" if kind == "fp8" else "int8"  # of the scaling, and of weights
     choices: dict[str, Choice] = {}
     for layer in layers:
         weight = layer.numbers if factors is None else smoothed(layer.numbers, factors, layer.is_conv)
-        short = rounded(weight, weight_scale(weight, layer.is_conv, kind), kind=kind)
+        short = rounded(weight, weight_scale(weight, layer.is_conv, largest), kind=kind)
         own = seen[layer.weight]
         rows = np.concatenate([*own.rows, *own.judging])
         if factors is not None:
@@ -275,7 +292,8 @@ def _with(layers: Sequence[Layer], seen: Mapping[str, Seen], factors: Float32 | 
         shift: Float32 | None = error[: sum(map(len, own.rows))].mean(0) if layer.bias is not None else None
         noise = float(np.square(error if shift is None else error - shift).mean())
         power = float(np.square(exact).mean())
-        choices[layer.weight] = Choice(Scaling(scale, factors, zero, shift, kind), noise, noise / max(power, 1e-30))
+        scaling = Scaling(scale, factors, zero, shift, kind, largest)
+        choices[layer.weight] = Choice(scaling, noise, noise / max(power, 1e-30))
     return choices
 
 

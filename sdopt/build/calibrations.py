@@ -11,29 +11,34 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from sdopt.build.calibrate import HELD_OUT, STEPS, SUBJECTS, Calibration, Choice, calibrate
-from sdopt.build.int8 import Scaling
+from sdopt.build.calibrate import HELD_OUT, STEPS, SUBJECTS, Calibration, Choice, Opened, calibrate
+from sdopt.build.int8 import Arithmetic, Scaling
 from sdopt.bundle.disk import user_folder, write_new
 from sdopt.bundle.files import Bundle
 from sdopt.bundle.format import data_file
 from sdopt.bundle.specs import Array
+from sdopt.engine.ort import OrtEngine
 from sdopt.errors import BackendError
 
-FORM = 2  # of the file; another one is not read
+FORM = 3  # of the file; another one is not read
 Report = Callable[[str], None]
 
 
 class Calibrations:
-    """Finds the scalings of components. What was measured once is kept for the other engines and for later builds."""
+    """Finds the scalings of components. What was measured once is kept for the other engines and for later builds.
 
-    def __init__(self, bundle: Bundle, kind: str) -> None:
-        self._bundle, self._kind = bundle, kind
+    `opened`: the library that will run the graph, and judges the layers.
+    """
+
+    def __init__(self, bundle: Bundle, arithmetic: Arithmetic, opened: Opened = OrtEngine) -> None:
+        self._bundle, self._arithmetic, self._opened = bundle, arithmetic, opened
         self._made: dict[tuple[str, tuple[str, ...]], Calibration] = {}
         self._searched: dict[Any, tuple[Mapping[str, Scaling], float, float]] = {}
 
@@ -44,7 +49,7 @@ class Calibrations:
         asked = (name, tuple(prompts) or SUBJECTS)
         if (asked, floor) not in self._searched:
             calibration = self._calibration(*asked, report)
-            scalings, reached = calibration.searched(floor, report)
+            scalings, reached = calibration.searched(floor, report, self._opened)
             self._searched[asked, floor] = scalings, calibration.part(scalings), reached
         return self._searched[asked, floor]
 
@@ -54,7 +59,7 @@ class Calibrations:
             kept = None if path is None else _read(self._bundle, name, path)
             if kept is None:
                 report(f"{name}: making {len(prompts)} pictures in float32, to find the scales")
-                kept = calibrate(self._bundle, name, prompts, kind=self._kind, report=report)
+                kept = calibrate(self._bundle, name, prompts, arithmetic=self._arithmetic, report=report)
                 if path is not None:
                     _write(kept, path)
             self._made[name, prompts] = kept
@@ -70,7 +75,7 @@ class Calibrations:
             for file in (entry.graph, data_file(entries, component))
             if file in files
         }
-        made_from = [FORM, self._kind, name, list(prompts), STEPS, HELD_OUT, sorted(sources.items())]
+        made_from = [FORM, asdict(self._arithmetic), name, list(prompts), STEPS, HELD_OUT, sorted(sources.items())]
         digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
         with suppress(BackendError):
             return user_folder("XDG_CACHE_HOME", ".cache") / "calibration" / f"{name}-{digest}.safetensors"
@@ -83,8 +88,8 @@ def _write(calibration: Calibration, path: Path) -> None:
     layers: dict[str, Any] = {}
     for name, choice in calibration.choices.items():
         scaling = choice.scaling
-        numbers = [scaling.scale, scaling.zero, scaling.kind, choice.noise, choice.error, choice.products, choice.harm]
-        layers[name] = numbers
+        how = [scaling.scale, scaling.zero, scaling.kind, scaling.largest_weight]
+        layers[name] = [*how, choice.noise, choice.error, choice.products, choice.harm]
         if scaling.factors is not None:
             tensors[f"factors/{name}"] = scaling.factors
         if scaling.shift is not None:
@@ -106,9 +111,9 @@ def _read(bundle: Bundle, name: str, path: Path) -> Calibration | None:
             layers: dict[str, Any] = json.loads(file.metadata()["layers"])
             arrays: dict[str, Array] = {str(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         choices: dict[str, Choice] = {}
-        for layer, (scale, zero, kind, noise, error, products, harm) in layers.items():
+        for layer, (scale, zero, kind, largest, noise, error, products, harm) in layers.items():
             factors, shift = arrays.get(f"factors/{layer}"), arrays.get(f"shift/{layer}")
-            scaling = Scaling(float(scale), factors, int(zero), shift, str(kind))
+            scaling = Scaling(float(scale), factors, int(zero), shift, str(kind), float(largest))
             choices[layer] = Choice(scaling, float(noise), float(error), int(products), float(harm))
         held_out: list[tuple[dict[str, Array], Array]] = []
         while (output := arrays.get(f"output/{len(held_out)}")) is not None:

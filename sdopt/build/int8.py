@@ -24,9 +24,26 @@ from sdopt.bundle.specs import Array, Float32
 from sdopt.dataclass import dataclass
 from sdopt.graph import F32, Writer, attribute, constant_of, drop_unused, name_of
 
-LARGEST = {"int8": 127.0, "uint8": 127.0, "fp8": 448.0}  # int8 from -127 to 127: symmetric, as TensorRT wants it
+LARGEST = {"int8": 127.0, "fp8": 448.0}  # int8 from -127 to 127: symmetric, as TensorRT wants it
+SEVEN_BITS = 63.0  # 255 * 63 + 255 * 63 is the largest sum of two products below 2 ** 15
 EDGE_CHANNELS = 16  # a convolution from or to so few channels makes latents or pixels: it stays as it is
 INT8, UINT8, FP8 = ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.FLOAT8E4M3FN
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What a target multiplies in 8 bits. `kind`: "int8" or "fp8". `unsigned`: convolutions may take uint8.
+
+    `largest_weight`: what the largest weight of each output channel becomes. `SEVEN_BITS` is for processors that keep
+    the sum of two products in 16 bits, where a larger sum becomes the largest one.
+    """
+
+    kind: str = "int8"
+    unsigned: bool = False
+    largest_weight: float = LARGEST["int8"]
+
+
+FP8_PRODUCTS = Arithmetic("fp8", largest_weight=LARGEST["fp8"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +52,8 @@ class Scaling:
 
     With a `zero` above 0 it becomes uint8, and `zero` is what 0 becomes. `kind`: "int8", or "fp8" for float8 e4m3
     (Micikevicius et al. 2022, arXiv:2209.05433). `shift` [outputs]: the mean error of the
-    output, which its bias takes back (Nagel et al. 2019, arXiv:1906.04721, section 4.2).
+    output, which its bias takes back (Nagel et al. 2019, arXiv:1906.04721, section 4.2). `largest_weight`: see
+    `Arithmetic`.
     """
 
     scale: float
@@ -43,6 +61,7 @@ class Scaling:
     zero: int = 0
     shift: Float32 | None = None
     kind: str = "int8"
+    largest_weight: float = LARGEST["int8"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,11 +164,11 @@ def short_numbers(scaled: Float32, kind: str) -> Array:
     return clipped.astype(FP8.numpy()) if kind == "fp8" else np.rint(clipped).astype(np.int8)
 
 
-def weight_scale(weight: Float32, is_conv: bool, kind: str = "int8") -> Float32:
+def weight_scale(weight: Float32, is_conv: bool, largest_weight: float = LARGEST["int8"]) -> Float32:
     """The scale of each output channel, in the weight's own rank so that it divides."""
     axes = (1, 2, 3) if is_conv else (0,)
     largest = np.abs(weight).max(axes, keepdims=True)
-    return np.maximum(largest / LARGEST[kind], np.finfo(np.float32).tiny).astype(np.float32)
+    return np.maximum(largest / largest_weight, np.finfo(np.float32).tiny).astype(np.float32)
 
 
 def smoothed(weight: Float32, factors: Float32, is_conv: bool) -> Float32:
@@ -205,7 +224,7 @@ def _quantize_weight(model: ir.Model, layer: Layer, scaling: Scaling) -> None:
     weight, is_conv, kind = layer.numbers, layer.is_conv, scaling.kind
     if scaling.factors is not None:
         weight = smoothed(weight, scaling.factors, is_conv)
-    scale = weight_scale(weight, is_conv, kind)
+    scale = weight_scale(weight, is_conv, scaling.largest_weight)
     short_type = FP8 if kind == "fp8" else INT8
     old = layer.node.inputs[1]
     assert old is not None

@@ -131,11 +131,16 @@ def _calibrations(bundle: Bundle, target: Target, precision: str) -> Calibration
     """What finds the scales of int8. Raises: BackendError where ONNX Runtime is missing, which makes the pictures."""
     try:
         from sdopt.build.calibrations import Calibrations  # late: only int8 needs ONNX Runtime here
+        from sdopt.engine import ort
     except ImportError as error:
         raise BackendError(
             f"{precision} finds its scales in pictures that ONNX Runtime makes ({error}): {install('build,cpu')}"
         ) from error
-    return Calibrations(bundle, "uint8" if precision == "int8" and target.lib is None else precision)
+    if target.backend == OPENVINO:
+        from sdopt.engine import openvino
+
+        return Calibrations(bundle, target.arithmetic(precision), openvino.open_int8)
+    return Calibrations(bundle, target.arithmetic(precision), ort.OrtEngine)
 
 
 @dataclass(frozen=True)
@@ -176,7 +181,7 @@ class Job:
             sources=sources,
             options=self.options,
             command=self.command,
-            asked=tuple(map(str, self.ranges)),
+            asked=() if self.target.lib is None else tuple(map(str, self.ranges)),  # a graph takes every size
         )
 
     @cached_property

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from sdopt.build.int8 import FP8_PRODUCTS, LARGEST, SEVEN_BITS, Arithmetic
 from sdopt.build.recipe import EngineSpec
 from sdopt.build.trt_build import has_bf16
 from sdopt.dataclass import dataclass
@@ -119,8 +120,27 @@ class Target:
     def environment(self, options: Mapping[str, Any]) -> dict[str, str]:
         """What must be the same on a machine that runs the engine."""
         if self.lib is None:
-            return {"provider": PROVIDERS[self.device]}
+            is_int8 = self.backend == OPENVINO and options["precision"] == "int8"
+            own: dict[str, str] = self._openvino().environment(options) if is_int8 else {}
+            return {"provider": PROVIDERS[self.device], **own}
         return environment(self.lib, self.gpu, options)
+
+    def arithmetic(self, precision: str) -> Arithmetic:
+        """What it multiplies in a precision of 8 bits."""
+        if precision == FP8_PRODUCTS.kind:
+            return FP8_PRODUCTS
+        if self.lib is not None:
+            return Arithmetic()
+        saturates = self.backend == OPENVINO and self._openvino().sums_saturate()
+        return Arithmetic(unsigned=True, largest_weight=SEVEN_BITS if saturates else LARGEST["int8"])
+
+    @staticmethod
+    def _openvino() -> Any:
+        """What is known of int8 on OpenVINO. Raises: BackendError where OpenVINO is missing."""
+        try:
+            return importlib.import_module("sdopt.engine.openvino_int8")
+        except ImportError as error:
+            raise BackendError(f"backend 'openvino': OpenVINO is missing ({error}): {install('openvino')}") from error
 
     def uses(self, precision: str) -> str:
         """A sentence about a graph for ONNX Runtime: what it is, and the options that load it."""

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 from sdopt.bundle.files import Component, ModelFolder
 from sdopt.engine import EngineOptions
-from sdopt.engine.store import GRAPH, Stored, built_components, usable
+from sdopt.engine.store import GRAPH, Record, Stored, built_components, usable
 from sdopt.errors import UsageError
 
 ROUNDED = ("int8", "fp8")  # precisions whose weights are rounded in the file
 
 
 def built_graph(
-    bundle: ModelFolder, name: str, options: EngineOptions, provider: str
+    bundle: ModelFolder,
+    name: str,
+    options: EngineOptions,
+    provider: str,
+    environment: Callable[[Mapping[str, Any]], Mapping[str, str]] = lambda options: {},
 ) -> tuple[Stored, Component] | None:
     """The newest engine of a component for a provider, in the wanted precision, and its graph; None without one.
 
+    `environment`: what a graph depends on besides the provider, by the options that it was built with.
     Raises: BackendError for one that is stale, damaged or somebody else's; UsageError for an overlay on
     rounded weights.
     """
     if name not in built_components(bundle, options.backend, provider, options.built, not options.trust):
         return None
-    here = {"provider": provider}
-    newest = usable(bundle, name, options.backend, lambda record: here, options.trust, provider, options.built)[0]
+
+    def here(record: Record) -> dict[str, str]:
+        return {"provider": provider, **environment(record.options)}
+
+    newest = usable(bundle, name, options.backend, here, options.trust, provider, options.built)[0]
     for file in newest.record.files:
         newest.checked(file)
     if options.overlay is not None and newest.precision in ROUNDED:

@@ -15,6 +15,7 @@ from sdopt.bundle.weights import Overlay, Weights
 from sdopt.engine import EngineOptions, cache
 from sdopt.engine.built import built_graph
 from sdopt.engine.failures import LESS_MEMORY, failure, memory_is_full, shapes_of
+from sdopt.engine.openvino_int8 import INT8, environment
 from sdopt.engine.process import Native, library_call
 from sdopt.errors import BackendError, BundleError, SdoptError, UsageError
 
@@ -26,12 +27,11 @@ PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 PICTURE_SIZES = {"latent_height": "height", "latent_width": "width", "height": "latent_height", "width": "latent_width"}
 DEVICES = {"cpu": "CPU", "gpu": "GPU"}
 CPU = "CPU"  # the provider that engines of `sdopt build` are for
-INT8 = "int8"
 
 
 def open_component(bundle: ModelFolder, name: str, options: EngineOptions) -> OpenVinoEngine:
     """The engine of component `name` on `options.device`, computing in `options.precision`."""
-    built, device = built_graph(bundle, name, options, CPU), options.device or "cpu"
+    built, device = built_graph(bundle, name, options, CPU, environment), options.device or "cpu"
     component = bundle.component(name) if built is None else built[1]
     precision = _rest(device) if options.precision == INT8 else options.precision
     opened = partial(OpenVinoEngine, component, options.threads, device, precision, factor=bundle.factor)
@@ -42,6 +42,11 @@ def open_component(bundle: ModelFolder, name: str, options: EngineOptions) -> Op
     made_from = {"openvino": ov.__version__, "precision": precision, "threads": options.threads}
     folder = cache.entry(bundle, component, "openvino", {**made_from, **_source(component)})
     return cache.load(bundle, name, folder, kept=opened, new=opened)
+
+
+def open_int8(component: Component) -> OpenVinoEngine:
+    """The engine of a graph that is not built yet, as `open_component` will open it on the CPU."""
+    return OpenVinoEngine(component, precision=_rest("cpu"))
 
 
 def _rest(device: str) -> str:

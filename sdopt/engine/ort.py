@@ -285,6 +285,8 @@ def _session(
     if lean:
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False
+    # Processors without VNNI add int8 products in 16 bits, and a sum that is too large is wrong; with this it is not.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     if device.kind != "cpu":
         preload()
     source: Any = graph

@@ -15,16 +15,20 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 import sdopt
+from sdopt import graph
 from sdopt.build import calibrations
-from sdopt.build.calibrate import Calibration, calibrate
-from sdopt.build.int8 import Scaling, int8, layers_of, rounded, weight_scale
+from sdopt.build.calibrate import ON_CPU, Calibration, calibrate
+from sdopt.build.int8 import LARGEST, SEVEN_BITS, Scaling, int8, layers_of, rounded, weight_scale
 from sdopt.build.jobs import build
 from sdopt.build.observe import Patch, patches
 from sdopt.build.options import BuildOptions, exceptions, part_options
 from sdopt.build.recipe import read_recipe
-from sdopt.bundle.files import Bundle
+from sdopt.build.target import Target
+from sdopt.bundle.files import Bundle, Component
 from sdopt.bundle.specs import Array
 from sdopt.cli.main import main
+from sdopt.engine import openvino, openvino_int8
+from sdopt.engine.ort import OrtEngine
 from sdopt.engine.store import usable
 from sdopt.errors import SdoptError, UsageError
 from sdopt.metrics import psnr
@@ -146,16 +150,53 @@ def test_fp8_is_what_onnx_runtime_rounds(tmp_path: Path) -> None:
     model, x = dense(), RNG.standard_normal((40, 32)).astype(np.float32)
     (exact,) = outputs(model, {"x": x}, tmp_path).values()
     scale = float(np.abs(x).max() / 448)
-    got, changed = in_int8(model, Scaling(scale, kind="fp8"), {"x": x}, tmp_path)
+    got, changed = in_int8(model, Scaling(scale, kind="fp8", largest_weight=LARGEST["fp8"]), {"x": x}, tmp_path)
     (layer,) = layers_of(model)
     weight = layer.numbers
-    rounded_weight = rounded(weight, weight_scale(weight, False, "fp8"), kind="fp8")
+    rounded_weight = rounded(weight, weight_scale(weight, False, LARGEST["fp8"]), kind="fp8")
     bias = exact[0] - x[0] @ weight
     assert psnr(rounded(x, scale, kind="fp8") @ rounded_weight + bias, got) > 90
     assert 25 < psnr(exact, got) < 50
     kinds = [v.dtype for v in changed.graph.initializers.values()]
     assert ir.DataType.FLOAT8E4M3FN in kinds
     assert ir.DataType.INT8 not in kinds
+
+
+def extreme(is_conv: bool) -> tuple[ir.Model, Array]:
+    """A layer whose products are as large as int8 allows, and an input."""
+    if is_conv:
+        weights, x = {"w": np.full((24, 20, 3, 3), 0.5)}, np.full((1, 20, 8, 8), 2, np.float32)
+        node = helper.make_node("Conv", ["x", "w"], ["y"], name="conv", pads=[1] * 4)
+        return model_of([node], weights, [1, 20, "h", "w_"], [1, 24, "h", "w_"]), x
+    weights, x = {"w": np.full((64, 48), 0.5)}, np.full((8, 64), 2, np.float32)
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], name="dense")
+    return model_of([node], weights, ["rows", 64], ["rows", 48]), x
+
+
+@pytest.mark.parametrize("backend", ["openvino", "ort"])
+@pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.parametrize("is_conv", [True, False])
+def test_sums_of_the_largest_products_are_right_on_every_processor(
+    is_conv: bool, zero: int, backend: str, tmp_path: Path
+) -> None:
+    model, x = extreme(is_conv)
+    (exact,) = outputs(model, {"x": x}, tmp_path).values()
+    target = Target(backend, None, None, None)
+    largest = target.arithmetic("int8").largest_weight
+    scaling = Scaling(2 / (254 if zero else 127), zero=zero, largest_weight=largest)
+    assert int8(model, {layer.weight: scaling for layer in layers_of(model)}) == 1
+    graph.save(model, tmp_path / "short.onnx")
+    component = Component("layer", tmp_path / "short.onnx", *graph.specs(model))
+    opened = OrtEngine if backend == "ort" else openvino.open_int8
+    with opened(component) as engine:
+        assert psnr(exact, engine(x=x)["y"]) > 40
+
+
+def test_weights_of_seven_bits() -> None:
+    model, _ = extreme(False)
+    int8(model, {"w": Scaling(0.1, largest_weight=SEVEN_BITS)})
+    (numbers,) = (v.const_value.numpy() for n, v in model.graph.initializers.items() if n.endswith("int8/weight"))
+    assert np.abs(numbers).max() == 63
 
 
 def test_rounding_is_that_of_the_operators() -> None:
@@ -227,7 +268,7 @@ def test_a_calibration_is_kept_and_a_damaged_one_is_made_again(
     bundle = Bundle.open(EMOJI_BUNDLE)
 
     def searched() -> Any:
-        return calibrations.Calibrations(bundle, kind="uint8").searched("unet", PROMPTS, 20.0, lambda line: None)
+        return calibrations.Calibrations(bundle, ON_CPU).searched("unet", PROMPTS, 20.0, lambda line: None)
 
     first, second = searched(), searched()
     assert made == ["unet"]
@@ -273,7 +314,7 @@ def test_an_adapter_of_which_nothing_is_built_runs_beside_int8(backend: str, bui
 
 
 def test_engines_in_int8_are_small_and_only_taken_by_name(built: Path) -> None:
-    unet = usable(Bundle.open(built), "unet", "openvino", lambda r: {"provider": "CPU"}, precision="int8")[0]
+    unet = usable(Bundle.open(built), "unet", "openvino", lambda r: r.environment, precision="int8")[0]
     assert unet.record.notes["quantized_layers"] > 100
     assert unet.record.notes["quantized_db"] >= 22.0
     weights = sum(f.bytes for n, f in unet.record.files.items())
@@ -283,6 +324,18 @@ def test_engines_in_int8_are_small_and_only_taken_by_name(built: Path) -> None:
             assert pipe.precision == "fp32"
     with sdopt.load(built, precision="int8") as pipe:
         assert pipe.backend == "ort"
+
+
+def test_a_graph_for_a_processor_of_another_kind_is_stale(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = openvino_int8.sums_saturate()
+    monkeypatch.setattr(openvino_int8, "sums_saturate", lambda: not here)
+    with (
+        pytest.raises(SdoptError, match="unet is stale: sums of int8 products was .*, is .*Build it: ") as caught,
+        sdopt.load(built, "openvino", precision="int8") as pipe,
+    ):
+        pipe("a red apple", num_inference_steps=1)
+    command = str(caught.value).partition("Build it: sdopt ")[2]
+    assert "--profile" not in command  # which OpenVINO's graphs do not have
 
 
 @pytest.mark.parametrize("backend", ["openvino", "ort"])
