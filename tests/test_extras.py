@@ -31,6 +31,7 @@ ONNX_RUNTIME = ("sdopt.engine.ort", "sdopt.engine.ort_device")
 BOTH = (
     "sdopt.build.calibrate",
     "sdopt.build.calibrations",
+    "sdopt.build.choices",
     "sdopt.build.diagnose",
     "sdopt.build.observe",
     "sdopt.build.sensitivity",

@@ -21,19 +21,9 @@ from typing import Any
 import numpy as np
 
 from sdopt import graph
-from sdopt.build.int8 import (
-    LARGEST,
-    Arithmetic,
-    Layer,
-    Scaling,
-    int8,
-    layers_of,
-    norm_before,
-    rounded,
-    smoothed,
-    weight_scale,
-)
-from sdopt.build.observe import Observer, Seen
+from sdopt.build.choices import Choice, choices_of, decibels
+from sdopt.build.int8 import Arithmetic, Scaling, int8
+from sdopt.build.observe import Observer
 from sdopt.build.sensitivity import output_errors
 from sdopt.bundle.files import Bundle, Component
 from sdopt.bundle.specs import Array, Float32
@@ -45,9 +35,6 @@ from sdopt.engine.pool import EnginePool
 from sdopt.errors import UsageError
 from sdopt.pipeline import Pipeline
 
-MOSTLY_POSITIVE = 0.5  # a tensor whose lowest value is above this part of the highest one, below zero, becomes uint8
-EXPONENTS = (0.5, 0.7)  # of the input's largest values in the factors (Xiao et al. 2022, eq. 4: alpha)
-WORTH_NOTHING, WORTH_A_PRODUCT = 0.5, 3.0  # dB that factors must gain, inside of a norm and as a product of their own
 LEAST_PART = 0.3  # of the multiply-adds: with less in int8, nothing is gained
 STEPS = 6
 HELD_OUT = 4  # calls by which the output is judged
@@ -65,27 +52,16 @@ Opened = Callable[[Component], Engine]  # a graph on a library
 
 
 @dataclass(frozen=True, eq=False)
-class Choice:
-    """How one layer becomes int8, and what that does.
-
-    `noise`, `error`: the mean square of the error in its own output, and the same over the output's. `harm`: the power
-    of the error in the component's output over that of the output. `products`: multiply-adds in one call.
-    """
-
-    scaling: Scaling
-    noise: float
-    error: float
-    products: int = 0
-    harm: float = 0.0
-
-
-@dataclass(frozen=True, eq=False)
 class Calibration:
-    """The layers of a component by the names of their weights; `held_out`: (inputs, output) of calls in float32."""
+    """The layers of a component by the names of their weights; `held_out`: (inputs, output) of calls in float32.
+
+    `latents`: what the prompts became, if the component was seen to denoise them.
+    """
 
     component: Component
     choices: Mapping[str, Choice]
     held_out: tuple[tuple[dict[str, Array], Float32], ...]
+    latents: tuple[Array, ...] = ()
 
     def scalings(self, floor: float = -math.inf, most: int | None = None) -> dict[str, Scaling]:
         """The scalings of the layers that become int8, so that the sum of their harm is `floor` dB below the output.
@@ -95,7 +71,7 @@ class Calibration:
         """
         choices = self.choices
         order = sorted(choices, key=lambda name: choices[name].harm / choices[name].products)[:most]
-        while order and _db(sum(choices[name].harm for name in order)) < floor:
+        while order and decibels(sum(choices[name].harm for name in order)) < floor:
             order.pop()
         return {name: choices[name].scaling for name in order}
 
@@ -148,7 +124,7 @@ class Calibration:
                     output = engine(**arrays)[name]
                     noise += float(np.square(output - exact, dtype=np.float64).sum())
                     power += float(np.square(exact, dtype=np.float64).sum())
-        return _db(noise / power)
+        return decibels(noise / power)
 
 
 def calibrate(
@@ -157,13 +133,15 @@ def calibrate(
     prompts: Sequence[str] = SUBJECTS,
     *,
     arithmetic: Arithmetic = ON_CPU,
+    latents: Sequence[Array] = (),
     steps: int = STEPS,
     seed: int = 0,
     report: Report = lambda line: None,
 ) -> Calibration:
     """Make pictures in float32, and choose how each layer of component `name` becomes int8.
 
-    The last prompt gives the calls that are held out. The same arguments give the same numbers.
+    `latents`: of the same prompts, for the decoder; without them the pictures are denoised for it. The last prompt
+    gives the calls that are held out. The same arguments give the same numbers.
     Raises: UsageError for fewer than two prompts.
     """
     if len(prompts) < 2:
@@ -172,17 +150,14 @@ def calibrate(
     with scratch() as folder:
         observer = Observer(component, folder, calls=(len(prompts) - 1) * (steps if name == "unet" else 1), seed=seed)
         with closing(observer):
-            held_out = _run(bundle, observer, prompts, steps, seed, report)
+            held_out, denoised = _run(bundle, observer, prompts, latents, steps, seed, report)
             seen = observer.seen
-        choices = _choices(component, seen, arithmetic)
+        choices = choices_of(component, seen, arithmetic)
         report(f"the harm that each of {len(choices)} layers does")
-        harms = output_errors(component, {name: choice.noise for name, choice in choices.items()}, held_out, folder)
+        noises = {name: choice.noise for name, choice in choices.items()}
+        harms = output_errors(component, noises, held_out, folder)
     choices = {name: replace(choice, harm=harms[name]) for name, choice in choices.items()}
-    return Calibration(component, choices, tuple(held_out))
-
-
-def _db(ratio: float) -> float:
-    return -10 * math.log10(max(ratio, 1e-30))
+    return Calibration(component, choices, tuple(held_out), tuple(denoised))
 
 
 class _Recorder:
@@ -207,99 +182,32 @@ class _Recorder:
 
 
 def _run(
-    bundle: Bundle, observer: Observer, prompts: Sequence[str], steps: int, seed: int, report: Report
-) -> list[tuple[dict[str, Array], Float32]]:
-    """Make a picture of each prompt; some calls of the last one, by which the scales are judged."""
+    bundle: Bundle,
+    observer: Observer,
+    prompts: Sequence[str],
+    latents: Sequence[Array],
+    steps: int,
+    seed: int,
+    report: Report,
+) -> tuple[list[tuple[dict[str, Array], Float32]], list[Array]]:
+    """(some calls of the last prompt, by which the scales are judged; the latents of each prompt).
+
+    A picture of each prompt is denoised, and decoded if the decoder is observed. With `latents` it is only decoded.
+    """
     recorder = _Recorder(observer)
     given: dict[str, Engine] = {observer.name: recorder}
+    denoised: list[Array] = []
     with Pipeline(EnginePool(bundle, "ort", precision="fp32", memory="low", given=given)) as pipe:
         for k, prompt in enumerate(prompts):
             observer.is_judging = k == len(prompts) - 1
             recorder.calls.clear()
             report(f"prompt {k + 1} of {len(prompts)}: {prompt}")
-            pipe(prompt, num_inference_steps=steps, seed=seed + k)
+            if latents:
+                denoised.append(latents[k])
+            else:
+                denoised.append(pipe(prompt, num_inference_steps=steps, seed=seed + k, output_type="latent").images)
+            if observer.name == "vae_decoder":
+                pipe.decode(denoised[-1], "np")
     # in the middle of equal parts: the last call's error, e.g., hardly moves the picture
     chosen = {int(len(recorder.calls) * (k + 0.5) / HELD_OUT) for k in range(HELD_OUT)}
-    return [recorder.calls[index] for index in sorted(chosen)]
-
-
-def _choices(component: Component, seen: Mapping[str, Seen], arithmetic: Arithmetic) -> dict[str, Choice]:
-    groups: dict[Any, list[Layer]] = {}
-    for layer in layers_of(graph.load(component.graph)):
-        groups.setdefault((layer.input, layer.node.op_type, layer.shape[2:]), []).append(layer)
-    choices: dict[str, Choice] = {}
-    for layers in groups.values():
-        choices |= _of_group(layers, seen, arithmetic)
-    return choices
-
-
-def _of_group(layers: Sequence[Layer], seen: Mapping[str, Seen], arithmetic: Arithmetic) -> dict[str, Choice]:
-    """The choices of layers that read the same tensor, which have one scaling."""
-    edges = seen[layers[0].weight]
-    largest = np.maximum(edges.highest, -edges.lowest)
-    plain = _with(layers, seen, None, arithmetic)
-    best, gain = plain, 0.0
-    for exponent in EXPONENTS:
-        other = _with(layers, seen, _factors(layers, largest, exponent), arithmetic)
-        gained = _db(_total(other)) - _db(_total(plain))
-        if gained > gain:
-            best, gain = other, gained
-    free = norm_before(layers[0].input, [layer.node for layer in layers]) is not None
-    if gain < (WORTH_NOTHING if free else WORTH_A_PRODUCT):
-        best = plain
-    return {name: replace(choice, products=seen[name].products) for name, choice in best.items()}
-
-
-def _total(choices: Mapping[str, Choice]) -> float:
-    return sum(choice.error for choice in choices.values())
-
-
-def _factors(layers: Sequence[Layer], largest: Float32, exponent: float) -> Float32:
-    """Factors of the input's channels (Xiao et al. 2022, eq. 4), with 1 as their geometric mean."""
-    axes = (0, 2, 3) if layers[0].is_conv else (1,)
-    weights: Float32 = np.max([np.abs(layer.numbers).max(axes) for layer in layers], axis=0)
-    least = np.float32(1e-5)
-    factors: Array = np.maximum(largest, least) ** exponent / np.maximum(weights, least) ** (1 - exponent)
-    return (factors / np.exp(np.log(factors).mean())).astype(np.float32)
-
-
-def _with(
-    layers: Sequence[Layer], seen: Mapping[str, Seen], factors: Float32 | None, arithmetic: Arithmetic
-) -> dict[str, Choice]:
-    """The choices with these factors. The scale covers all that was seen: errors of large values do most harm.
-
-    The mean error comes from the rows, and the errors from those of the held-out prompt too, which may be larger.
-    """
-    edges = seen[layers[0].weight]
-    divisor = np.float32(1) if factors is None else factors
-    high, low = float((edges.highest / divisor).max()), float((edges.lowest / divisor).min())
-    kind, largest = arithmetic.kind, arithmetic.largest_weight
-    if arithmetic.unsigned and layers[0].is_conv and -low < MOSTLY_POSITIVE * high:
-        scale = max(high - low, 1e-6) / 255
-        zero = round(-low / scale)
-    else:
-        scale, zero = max(high, -low, 1e-6) / LARGEST[kind], 0
-    choices: dict[str, Choice] = {}
-    for layer in layers:
-        weight = layer.numbers if factors is None else smoothed(layer.numbers, factors, layer.is_conv)
-        short = rounded(weight, weight_scale(weight, layer.is_conv, largest), kind=kind)
-        own = seen[layer.weight]
-        rows = np.concatenate([*own.rows, *own.judging])
-        if factors is not None:
-            rows = rows / np.repeat(factors, rows.shape[1] // factors.size)
-        exact = rows @ _matrix(weight)
-        error = rounded(rows, scale, zero, kind) @ _matrix(short) - exact
-        shift: Float32 | None = error[: sum(map(len, own.rows))].mean(0) if layer.bias is not None else None
-        noise = float(np.square(error if shift is None else error - shift).mean())
-        power = float(np.square(exact).mean())
-        scaling = Scaling(scale, factors, zero, shift, kind, largest)
-        choices[layer.weight] = Choice(scaling, noise, noise / max(power, 1e-30))
-    return choices
-
-
-def _matrix(weight: Float32) -> Float32:
-    """A weight as [numbers of an output, outputs]."""
-    if weight.ndim == 2:
-        return weight
-    matrix: Any = weight.reshape(len(weight), -1)  # NumPy's types lose its shape here
-    return matrix.T
+    return [recorder.calls[index] for index in sorted(chosen)], denoised

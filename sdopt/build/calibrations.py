@@ -18,7 +18,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from sdopt.build.calibrate import HELD_OUT, STEPS, SUBJECTS, Calibration, Choice, Opened, calibrate
+from sdopt.build.calibrate import HELD_OUT, STEPS, SUBJECTS, Calibration, Opened, calibrate
+from sdopt.build.choices import Choice
 from sdopt.build.int8 import Arithmetic, Scaling
 from sdopt.bundle.disk import user_folder, write_new
 from sdopt.bundle.files import Bundle
@@ -28,6 +29,7 @@ from sdopt.engine.ort import OrtEngine
 from sdopt.errors import BackendError
 
 FORM = 3  # of the file; another one is not read
+DENOISER = "unet"
 Report = Callable[[str], None]
 
 
@@ -59,11 +61,21 @@ class Calibrations:
             kept = None if path is None else _read(self._bundle, name, path)
             if kept is None:
                 report(f"{name}: making {len(prompts)} pictures in float32, to find the scales")
-                kept = calibrate(self._bundle, name, prompts, arithmetic=self._arithmetic, report=report)
+                latents = () if name == DENOISER else self._latents(prompts)
+                kept = calibrate(
+                    self._bundle, name, prompts, arithmetic=self._arithmetic, latents=latents, report=report
+                )
                 if path is not None:
                     _write(kept, path)
             self._made[name, prompts] = kept
         return self._made[name, prompts]
+
+    def _latents(self, prompts: tuple[str, ...]) -> tuple[Array, ...]:
+        """What the prompts became when the denoiser was calibrated; nothing if it was not."""
+        path, made = self._path(DENOISER, prompts), self._made.get((DENOISER, prompts))
+        if made is None and path is not None:
+            made = _read(self._bundle, DENOISER, path)
+        return made.latents if made is not None else ()
 
     def _path(self, name: str, prompts: Sequence[str]) -> Path | None:
         """Where the calibration is kept; None for a user without a place."""
@@ -97,6 +109,7 @@ def _write(calibration: Calibration, path: Path) -> None:
     for k, (arrays, output) in enumerate(calibration.held_out):
         tensors |= {f"input/{k}/{name}": array for name, array in arrays.items()}
         tensors[f"output/{k}"] = output
+    tensors |= {f"latents/{k}": array for k, array in enumerate(calibration.latents)}
     with suppress(OSError, BackendError):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)  # one that could not be read
@@ -121,4 +134,5 @@ def _read(bundle: Bundle, name: str, path: Path) -> Calibration | None:
             held_out.append(({k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(prefix)}, output))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
-    return Calibration(bundle.component(name), choices, tuple(held_out))
+    latents = tuple(arrays[f"latents/{k}"] for k in range(sum(key.startswith("latents/") for key in arrays)))
+    return Calibration(bundle.component(name), choices, tuple(held_out), latents)
