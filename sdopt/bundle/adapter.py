@@ -19,17 +19,8 @@ from typing import Annotated, Any, cast
 from sdopt.bundle.decode import DecodeError, decode, encode, integer, one_of
 from sdopt.bundle.disk import parse_json, read_plain
 from sdopt.bundle.files import MANIFEST, MAX_MANIFEST_BYTES, Bundle, ModelFolder
-from sdopt.bundle.format import (
-    FAMILIES,
-    ComponentEntry,
-    Count,
-    Factor,
-    File,
-    FilePath,
-    Latents,
-    Positive,
-    of_components,
-)
+from sdopt.bundle.format import FAMILIES, ComponentEntry, Count, Factor, File, FilePath, Latents, Positive
+from sdopt.bundle.manifest import of_components
 from sdopt.bundle.specs import Name
 from sdopt.dataclass import dataclass
 from sdopt.errors import BundleError, UsageError, choices, shown

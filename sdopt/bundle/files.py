@@ -1,6 +1,6 @@
 """A Bundle: one Stable Diffusion pipeline as a folder that a product can run without PyTorch.
 
-    manifest.json           what is here (see format.py), with the size and SHA-256 of every file; written last
+    manifest.json           what is here (see format.py and manifest.py), with the size and SHA-256 of every file; written last
     <component>.onnx        the graph, float32-typed standard ONNX
     <component>.onnx.data   its weights in the checkpoint's own precision
     <component>.ort.onnx    the same, on the same weights, in the operators that one engine library is fast at
@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sdopt.bundle.decode import DecodeError
 from sdopt.bundle.disk import parse_json, read_plain
-from sdopt.bundle.format import FORMAT_VERSION, OLDEST_VERSION, File, Manifest, Parity, data_file, decode_manifest
+from sdopt.bundle.format import FORMAT_VERSION, OLDEST_VERSION, File, Manifest, Parity, data_file
+from sdopt.bundle.manifest import decode_manifest
 from sdopt.bundle.specs import TensorSpec
 from sdopt.bundle.stamps import known_sha256, sha256, stamped_sha256
 from sdopt.bundle.weight_files import Listing, WeightError, check_weight_files, graphs_of

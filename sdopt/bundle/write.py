@@ -20,7 +20,8 @@ from typing import TypeVar
 from sdopt.bundle import adapter
 from sdopt.bundle.disk import bytes_text
 from sdopt.bundle.files import MANIFEST, MAX_MANIFEST_BYTES
-from sdopt.bundle.format import File, Manifest, to_json
+from sdopt.bundle.format import File, Manifest
+from sdopt.bundle.manifest import to_json
 from sdopt.bundle.permission import refusal
 from sdopt.bundle.stamps import sha256
 from sdopt.bundle.unfinished import ADDED_BYTES, fsync, put_in_place, unfinished

@@ -25,7 +25,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args: Any) -> int:
     from sdopt.adapters.lora.file import located
     from sdopt.bundle.files import Bundle, embedded
-    from sdopt.bundle.format import to_json
+    from sdopt.bundle.manifest import to_json
     from sdopt.cli.adapters import adapter_entries, adapter_lines
     from sdopt.cli.capabilities import capabilities
     from sdopt.cli.engines import auto_choice, engine_entries

@@ -11,7 +11,8 @@ from typing import Any
 import diffusers
 
 from sdopt.bundle.decode import DecodeError
-from sdopt.bundle.format import Defaults, check_scheduler
+from sdopt.bundle.format import Defaults
+from sdopt.bundle.settings import check_scheduler
 from sdopt.errors import CheckpointError, UsageError
 from sdopt.export import families
 from sdopt.export.checkpoint import Checkpoint, read_json

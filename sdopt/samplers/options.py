@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 
 from sdopt.bundle.decode import DecodeError
-from sdopt.bundle.format import INFINITY, refuse_setting
+from sdopt.bundle.settings import INFINITY, refuse_setting
 from sdopt.errors import UsageError, refuse_other, shown
 
 Options = dict[str, Any]

@@ -12,15 +12,7 @@ from pathlib import Path
 import pytest
 
 from sdopt.bundle.files import Bundle
-from sdopt.bundle.format import (
-    ComponentEntry,
-    Conditioning,
-    Defaults,
-    Encoder,
-    Latents,
-    Manifest,
-    TokenizerEntry,
-)
+from sdopt.bundle.format import ComponentEntry, Conditioning, Defaults, Encoder, Latents, Manifest, TokenizerEntry
 from sdopt.bundle.specs import TensorSpec
 from sdopt.bundle.write import new_folder, write_manifest
 from sdopt.errors import BundleError

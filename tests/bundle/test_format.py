@@ -14,7 +14,9 @@ import pytest
 
 from sdopt.bundle.decode import DEEPEST, DecodeError, Json, Rule, decode, encode, integer
 from sdopt.bundle.files import Bundle, read_manifest
-from sdopt.bundle.format import SETTINGS, Manifest, decode_manifest, to_json
+from sdopt.bundle.format import Manifest
+from sdopt.bundle.manifest import decode_manifest, to_json
+from sdopt.bundle.settings import SETTINGS
 from sdopt.cli.main import main
 from sdopt.errors import BundleError
 from sdopt.samplers import SAMPLERS
