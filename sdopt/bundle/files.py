@@ -1,6 +1,6 @@
 """A Bundle: one Stable Diffusion pipeline as a folder that a product can run without PyTorch.
 
-    manifest.json           what is here (see format.py and manifest.py), with the size and SHA-256 of every file; written last
+    manifest.json           what is here (see format.py), with the size and SHA-256 of every file; written last
     <component>.onnx        the graph, float32-typed standard ONNX
     <component>.onnx.data   its weights in the checkpoint's own precision
     <component>.ort.onnx    the same, on the same weights, in the operators that one engine library is fast at

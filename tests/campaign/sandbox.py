@@ -76,7 +76,7 @@ def _copied(source: Path, target: Path) -> Path:
 
 def _with_tables(source: Path, target: Path) -> Path:
     from sdopt.bundle.files import sha256
-    from sdopt.request.plan import make_table
+    from sdopt.request.sampling import make_table
 
     _copied(source, target)
     bundle = sdopt.Bundle.open(source)

@@ -12,7 +12,7 @@ from sdopt.bundle.files import Bundle
 from sdopt.errors import CheckpointError
 from sdopt.export import describe, families
 from sdopt.export.source import open_folder
-from sdopt.request.plan import make_table
+from sdopt.request.sampling import make_table
 from sdopt.samplers import SAMPLERS, find_sampler
 from sdopt.samplers.options import merged
 from tests import tiny

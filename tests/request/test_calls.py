@@ -13,7 +13,7 @@ import pytest
 import sdopt
 from sdopt.bundle.files import sha256
 from sdopt.errors import UsageError
-from sdopt.request.plan import make_table
+from sdopt.request.sampling import make_table
 from tests.conftest import EMOJI_BUNDLE
 
 LATENTS = np.zeros((1, 4, 4, 4), np.float32)
