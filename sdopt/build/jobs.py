@@ -217,7 +217,7 @@ class Job:
     def least_bytes(self) -> int:
         """What its files need on the disk at least: the graph, and beside it the plan."""
         home, model = located(self.bundle, self.part.model)
-        stored_bytes = 2 if home.manifest.components[model].weights == "float16" else 4
+        stored_bytes = 4 if home.manifest.components[model].weights == "float32" else 2
         width = {"fp32": 4, INT8_WEIGHTS: 1}.get(self.options["precision"], 2) / stored_bytes
         copies = min(1.0, width) + (0.0 if self.target.lib is None else width)
         nets = sum(adapter.nbytes(CONTROLNET) for adapter in self.nets.values())

@@ -1,4 +1,4 @@
-"""From a torch module to standard ONNX: trace it with torch.export, strip it, and store weights as fp16 if exact."""
+"""From a torch module to standard ONNX: trace it with torch.export, strip it, and store weights as short as exact."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sdopt.errors import CheckpointError, UsageError, refuse_other, shown
 from sdopt.export import weights
 from sdopt.export.guidance_prefix import share_guidance_prefix
 from sdopt.export.part import Part
+from sdopt.graph import BF16, F16, F32, SHORT, converted
 from sdopt.graph.linears import split_linears
 from sdopt.graph.permutations import transpose_permutations
 
@@ -79,33 +81,40 @@ def save(model: ir.Model, path: Path) -> str:
 
 
 def narrow(model: ir.Model) -> str:
-    """Store every float32 weight as fp16 if its values stay exact. A Cast, which engines fold at load, turns it back.
+    """Store every float32 weight as fp16 or bf16 if its values stay exact. A Cast turns it back when a graph is loaded.
 
-    So an fp16 checkpoint keeps its size, no value changes, and a weight keeps its name.
+    So an fp16 or bf16 checkpoint keeps its size, no value changes, and a weight keeps its name.
     Returns the dtype that most weights are stored in.
     """
-    total = narrowed = 0
+    sizes = Counter[ir.DataType]()
     for name, value in list(model.graph.initializers.items()):
         tensor = value.const_value
-        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < NARROW_ABOVE:
+        if tensor is None or tensor.dtype != F32 or tensor.size < NARROW_ABOVE:
             continue
-        total += tensor.size
-        array = tensor.numpy()
-        with np.errstate(over="ignore"):
-            half = array.astype(np.float16)
-        if not np.array_equal(half, array):
+        dtype = _narrowest(tensor)
+        sizes[dtype] += tensor.size
+        if dtype == F32:
             continue
-        narrowed += tensor.size
-        stored = ir.Value(name=name, shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT16))
-        stored.const_value = ir.tensor(half, name=name)
-        cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT.value})
+        stored = ir.Value(name=name, shape=value.shape, type=ir.TensorType(dtype))
+        stored.const_value = converted(tensor, dtype, name)
+        cast = ir.node("Cast", [stored], {"to": F32.value})
         cast.outputs[0].shape, cast.outputs[0].type = value.shape, value.type
         ir.convenience.replace_all_uses_with(value, cast.outputs[0])
         del model.graph.initializers[name]
         cast.outputs[0].name = f"{name}/float32"
         model.graph.register_initializer(stored)
         model.graph.insert_before(model.graph[0], cast)
-    return "float16" if narrowed * 2 > total else "float32"
+    return SHORT[max(sizes, key=lambda dtype: sizes[dtype], default=F32)]
+
+
+def _narrowest(tensor: ir.TensorProtocol) -> ir.DataType:
+    """The type that has all values of a float32 tensor: fp16, bf16 or float32."""
+    array = tensor.numpy()
+    for dtype in (F16, BF16):
+        with np.errstate(over="ignore"):
+            if np.array_equal(array.astype(dtype.numpy()).astype(np.float32), array):
+                return dtype
+    return F32
 
 
 def _dynamic(spec: TensorSpec) -> dict[int, Any]:
