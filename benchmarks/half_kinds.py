@@ -4,7 +4,7 @@
     python benchmarks/half_kinds.py sd3.5-medium -o kinds.json
 
 For each kind: the largest absolute value of what its layers give (fp16 ends at 65504), the least likeness of such a
-value in half to float32, and how many dB the transformer's output gains if the kind alone stays in float32. Random weights
+value in half to float32, and how many dB the output gains if the kind alone stays in float32. Random weights
 make no outliers as training does, so that a range which is enough here need not be enough for a trained model.
 """
 
