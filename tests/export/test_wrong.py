@@ -47,12 +47,12 @@ FILES = [
     (
         "flux.safetensors",
         tensors("double_blocks.0.img_attn.qkv.weight"),
-        "is the transformer of Flux alone; name .* --config",
+        "is the transformer of Flux alone; name a diffusers folder",
     ),
     (
         "sd3.safetensors",
         tensors("joint_blocks.0.x"),
-        "is the transformer of Stable Diffusion 3 alone; name .* --config",
+        "is the transformer of Stable Diffusion 3 alone; name a diffusers folder",
     ),
     ("word.safetensors", tensors("emb_params"), "is a textual inversion; give it beside a bundle"),
     ("words.safetensors", tensors("clip_g", "clip_l"), "is a textual inversion"),
