@@ -54,9 +54,13 @@ class FileWeights:
                 self._owners.append((module, {name: f"{path}.{name}".lstrip(".") for name in own}))
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """A parameter. The file is opened anew, so that none of it stays in memory."""
+        """A parameter."""
+        return self.stored(name).float()
+
+    def stored(self, name: str) -> torch.Tensor:
+        """The same in the type of its file, which is opened anew, so that none of it stays in memory."""
         path, there = self._files[name]
-        return SingleFile.open(path).tensor(there).float()
+        return SingleFile.open(path).tensor(there)
 
     def require_finite(self, where: Path) -> None:
         """Raises: CheckpointError that names the weights with NaN or infinite values."""

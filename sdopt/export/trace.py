@@ -8,10 +8,10 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Generator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -20,11 +20,12 @@ from sdopt.errors import CheckpointError, UsageError, refuse_other, shown
 from sdopt.export import weights
 from sdopt.export.guidance_prefix import share_guidance_prefix
 from sdopt.export.part import Part
-from sdopt.graph import BF16, F16, F32, SHORT, converted
+from sdopt.graph import BF16, F16, F32, SHORT
 from sdopt.graph.linears import split_linears
 from sdopt.graph.permutations import transpose_permutations
 
 OPSETS = (18, 19, 20, 21, 22, 23)
+SHORTER = {F16: torch.float16, BF16: torch.bfloat16}  # the types that weights may be stored in
 NARROW_ABOVE = 1024  # elements; a smaller tensor is not worth a Cast
 
 
@@ -96,7 +97,9 @@ def narrow(model: ir.Model) -> str:
         if dtype == F32:
             continue
         stored = ir.Value(name=name, shape=value.shape, type=ir.TensorType(dtype))
-        stored.const_value = converted(tensor, dtype, name)
+        stored.const_value = ir.LazyTensor(
+            partial(_narrowed, tensor, dtype), dtype, ir.Shape(tensor.shape.numpy()), name=name
+        )
         cast = ir.node("Cast", [stored], {"to": F32.value})
         cast.outputs[0].shape, cast.outputs[0].type = value.shape, value.type
         ir.convenience.replace_all_uses_with(value, cast.outputs[0])
@@ -109,12 +112,15 @@ def narrow(model: ir.Model) -> str:
 
 def _narrowest(tensor: ir.TensorProtocol) -> ir.DataType:
     """The type that has all values of a float32 tensor: fp16, bf16 or float32."""
-    array = tensor.numpy()
-    for dtype in (F16, BF16):
-        with np.errstate(over="ignore"):
-            if np.array_equal(array.astype(dtype.numpy()).astype(np.float32), array):
-                return dtype
-    return F32
+    numbers = torch.from_numpy(tensor.numpy())
+    exact = (dtype for dtype, own in SHORTER.items() if torch.equal(numbers.to(own).float(), numbers))
+    return next(exact, F32)
+
+
+def _narrowed(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProtocol:
+    """A float32 tensor in a shorter type. torch converts four times as fast as NumPy."""
+    short = torch.from_numpy(tensor.numpy()).to(SHORTER[dtype])
+    return ir.Tensor(short.view(torch.int16).numpy().view(dtype.numpy()), dtype=dtype)
 
 
 def _dynamic(spec: TensorSpec) -> dict[int, Any]:

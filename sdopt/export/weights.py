@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from sdopt import graph
 from sdopt.bundle.specs import Array
@@ -119,13 +120,25 @@ def prove(part: Part, path: Path) -> int:
         name = checkpoint_names[module_name]
         if name not in in_graph:
             continue
-        numbers = tensor.detach() if part.weights is None else part.weights[name]
-        if not _equal(names.parameter(in_graph[name]), numbers.numpy()):
+        numbers = tensor.detach() if part.weights is None else part.weights.stored(name)
+        if not _is(names.parameter(in_graph[name]), numbers):
             raise CheckpointError(f"{path.name}: {name} is not what the checkpoint holds; please report it")
         for _, value in in_graph[name]:
             if value.const_value is not None:
                 graph.release(value.const_value)
     return len(in_graph)
+
+
+def _is(stored: Array, parameter: torch.Tensor) -> bool:
+    return _has_bits(stored, parameter) or _equal(stored, parameter.float().numpy())
+
+
+def _has_bits(stored: Array, parameter: torch.Tensor) -> bool:
+    """Whether both are of one type, and have the same bits: the quick answer."""
+    if stored.dtype.name != str(parameter.dtype).removeprefix("torch."):
+        return False
+    numpy_bits, torch_bits = {2: (np.int16, torch.int16), 4: (np.int32, torch.int32)}[stored.dtype.itemsize]
+    return np.array_equal(stored.view(numpy_bits), parameter.view(torch_bits).numpy())
 
 
 def _equal(stored: Array, parameter: Array) -> bool:
