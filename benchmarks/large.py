@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
@@ -83,7 +83,7 @@ def loaded(name: str, source: Any) -> Any:
 
 
 @contextmanager
-def watched(found: dict[str, Any]) -> Iterator[None]:
+def watched(found: dict[str, Any]) -> Generator[None]:
     """A context whose seconds and peak of memory are put into `found`."""
     done, peak, started = Event(), [0], time.perf_counter()
 

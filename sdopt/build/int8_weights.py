@@ -12,6 +12,7 @@ one scale for each output. Ref: Dettmers et al. 2022, arXiv:2208.07339, section 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -34,12 +35,11 @@ def round_weights(model: ir.Model, blocks: bool = True) -> int:
     blocks = blocks and (model.opset_imports.get("") or 0) >= BLOCKS_FROM
     for layer in layers:
         weight = model.graph.initializers[layer.weight]
-        block = BLOCK if blocks and layer.shape[0] % BLOCK == 0 else layer.shape[0]
-        numbers, sizes = _rounded(model, weight, block)
+        inputs = layer.shape[0]
+        block = BLOCK if blocks and inputs % BLOCK == 0 else inputs
+        how: dict[str, Any] = {"axis": 0, "block_size": block} if block < inputs else {"axis": 1}
         write = Writer(model, f"{name_of(layer.node)}/int8/", before=layer.node)
-        how = {"axis": 0, "block_size": block} if block < layer.shape[0] else {"axis": 1}
-        inputs = [numbers, sizes if "block_size" in how else _flat(model, sizes)]
-        wide = write("DequantizeLinear", inputs, "weight", dtype=F32, **how)
+        wide = write("DequantizeLinear", _rounded(model, weight, block), "weight", dtype=F32, **how)
         layer.node.replace_input_with(1, wide)
     for node in list(model.graph):
         if node.op_type == "Gather":
@@ -48,18 +48,21 @@ def round_weights(model: ir.Model, blocks: bool = True) -> int:
     return len(layers)
 
 
-def _rounded(model: ir.Model, weight: ir.Value, block: int, axis: int = 0) -> tuple[ir.Value, ir.Value]:
-    """(the weight as int8, its scales) as initializers: one scale for each `block` numbers along `axis` of a matrix."""
+def _rounded(model: ir.Model, weight: ir.Value, block: int, axis: int = 0) -> list[ir.Value]:
+    """[the weight as int8, its scales] as initializers: one scale for each `block` numbers along `axis` of a matrix.
+
+    The scales are [blocks, outputs], [outputs] for one block, and [rows, 1] along axis 1.
+    """
     write, tensor = Writer(model, f"{name_of(weight)}/int8/"), weight.const_value
     assert tensor is not None
     assert weight.shape is not None
     scales = _scales(tensor, block, axis)
-    sizes = write.constant("weight_scale", scales, F32)
+    sizes = write.constant("weight_scale", scales[0] if axis == 0 and len(scales) == 1 else scales, F32)
     numbers = write.constant("weight", np.zeros(0), INT8)
     if numbers.shape != weight.shape:  # it is new
         numbers.shape, compute = ir.Shape(weight.shape), partial(_numbers, tensor, scales, block, axis)
         numbers.const_value = ir.LazyTensor(compute, INT8, numbers.shape, name=name_of(numbers))
-    return numbers, sizes
+    return [numbers, sizes]
 
 
 def _scales(tensor: ir.TensorProtocol, block: int, axis: int) -> Float32:
@@ -79,15 +82,6 @@ def _in_blocks(tensor: ir.TensorProtocol, block: int, axis: int) -> Array:
     shape = list(tensor.shape.numpy())
     shape[axis : axis + 1] = [shape[axis] // block, block]
     return tensor.numpy().astype(np.float32).reshape(shape)
-
-
-def _flat(model: ir.Model, sizes: ir.Value) -> ir.Value:
-    """The scales [1, outputs] as [outputs]."""
-    tensor = sizes.const_value
-    assert tensor is not None
-    flat = tensor.numpy().reshape(-1)
-    sizes.const_value, sizes.shape = ir.Tensor(flat, dtype=F32, name=sizes.name), ir.Shape(flat.shape)
-    return sizes
 
 
 def _round_table(model: ir.Model, node: ir.Node) -> None:

@@ -6,7 +6,7 @@ needs no more. What is run in float32, for the parity gate, has one module's num
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -45,8 +45,9 @@ class FileWeights:
         self._files = files
         self._owners: list[tuple[torch.nn.Module, dict[str, str]]] = []
         hollow: dict[int, torch.nn.Parameter] = {}  # T5 has its embeddings twice
-        for path, module in model.named_modules():
-            own = [name for name, parameter in module.named_parameters(recurse=False) if parameter is not None]
+        modules = cast("Iterable[tuple[str, torch.nn.Module]]", model.named_modules())
+        for path, module in modules:
+            own = [name for name, _ in module.named_parameters(recurse=False)]
             for name in own:
                 parameter = module.get_parameter(name)
                 module.register_parameter(name, hollow.setdefault(id(parameter), _hollow(parameter)))

@@ -38,7 +38,7 @@ def _split_layer(model: ir.Model, node: ir.Node) -> bool:
     columns, offset = (value.const_value if value is not None else None for value in (weight, bias))
     if columns is None or offset is None or (len(columns.shape), len(offset.shape)) != (2, 1):
         return False
-    outputs = int(columns.shape[1])
+    outputs = int(columns.shape.numpy()[1])
     if outputs % count:
         return False
     last_axis = rank(node.outputs[0]) - 1

@@ -36,7 +36,7 @@ def in_float32(model: ir.Model) -> dict[str, Any]:
 
 def rounded_db(model: ir.Model, folder: Path, **how: Any) -> float:
     """dB of the output after the weights were rounded."""
-    x = {"x": RNG.standard_normal((40, model.graph.inputs[0].shape[1])).astype(np.float32)}  # pyright: ignore
+    x = {"x": RNG.standard_normal((40, model.graph.inputs[0].shape[1])).astype(np.float32)}
     (exact,) = outputs(model, x, folder).values()
     copy = ir.from_proto(ir.to_proto(model))
     assert round_weights(copy, **how) == 1
@@ -94,7 +94,7 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             patch.setenv(name, str(tmp_path_factory.getbasetemp() / "own"))
         for backend in ("ort", "openvino"):
             build(Bundle.open(folder), backend, options=BuildOptions("int8-weights"), report=lambda line: None)
-        yield own, folder  # pyright: ignore[reportReturnType]
+        yield own, folder
 
 
 @pytest.mark.parametrize("backend", ["ort", "openvino"])
