@@ -3,6 +3,7 @@
     python benchmarks/large.py export t5 --layers 2 6            what a layer adds: seconds, bytes, memory
     python benchmarks/large.py export sd3.5-medium --layers 4 24      24 are all of its blocks: 5 GB in fp16
     python benchmarks/large.py int8 --layers 2                   T5's weights in int8 beside fp32, on each backend
+    python benchmarks/large.py plan --layers 2                   the same as a plan of TensorRT-RTX, built without a GPU
 
 Weights are random, in fp16: T5's as its class begins them. Every measurement is made in a process of its own. Memory is
 that of the process without files that it has mapped (`anonymous`), and with them (`peak_rss_bytes`): the system may
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -89,7 +89,7 @@ def watched(found: dict[str, Any]) -> Generator[None]:
 
     def watch() -> None:
         while not done.wait(0.01):
-            peak[0] = max(peak[0], anonymous_bytes())
+            peak[0] = max(peak[0], bytes_now("RssAnon"))
 
     thread = Thread(target=watch)
     thread.start()
@@ -100,13 +100,13 @@ def watched(found: dict[str, Any]) -> Generator[None]:
         thread.join()
         found["seconds"] = round(time.perf_counter() - started, 1)
         found["anonymous_bytes"] = peak[0]
-        found["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        found["peak_rss_bytes"] = bytes_now("VmHWM")
 
 
-def anonymous_bytes() -> int:
-    """The memory of this process that is no mapped file."""
+def bytes_now(field: str) -> int:
+    """Memory of this process as Linux tells it: "RssAnon", which is no mapped file, or "VmHWM", the peak of all."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def size(folder: Path) -> int:
@@ -148,7 +148,8 @@ def in_int8(name: str, layers: int, place: Path) -> dict[str, Any]:
     from sdopt import graph
     from sdopt.build.int8_weights import round_weights
 
-    exported(name, layers, place)
+    if not (place / "bundle").is_dir():
+        exported(name, layers, place)
     source, short = place / "bundle/text_encoder_3.onnx", place / "int8"
     short.mkdir()
     found: dict[str, Any] = {"model": name, "layers": layers, "of": LAYERS[name], "tokens": TOKENS}
@@ -162,7 +163,6 @@ def in_int8(name: str, layers: int, place: Path) -> dict[str, Any]:
         rows = {"fp32": run_alone(f"call-{backend}", name, layers, place / "bundle")}
         rows["int8-weights"] = run_alone(f"call-{backend}", name, layers, short)
         found[backend] = rows | {"db": compared(place / "bundle" / f"{backend}.npy", short / f"{backend}.npy")}
-    found["tensorrt-rtx_plan_bytes"] = plan_bytes(source, place)
     return found
 
 
@@ -184,7 +184,7 @@ def called(backend: str) -> Callable[[str, int, Path], dict[str, Any]]:
             else:
                 from sdopt.engine.openvino import OpenVinoEngine as Engine
             engine: Any = Engine(component)
-            found["loaded_bytes"] = anonymous_bytes()
+            found["loaded_bytes"] = bytes_now("RssAnon")
             ids = np.random.default_rng(0).integers(0, T5["vocab_size"], (2, TOKENS)).astype(np.int32)
             engine(input_ids=ids)
             started = time.perf_counter()
@@ -204,9 +204,8 @@ def compared(one: Path, other: Path) -> float:
     return round(psnr(np.load(one), np.load(other)), 1)
 
 
-def plan_bytes(source: Path, place: Path) -> int | None:
-    """The bytes of TensorRT-RTX's plan, weights in int8 and all else in bf16, built without a GPU; None without it."""
-    import importlib.util
+def planned(name: str, layers: int, place: Path) -> dict[str, Any]:
+    """The bytes of TensorRT-RTX's plans: all in bf16, and weights in int8 beside it. They are built without a GPU."""
     from dataclasses import asdict
 
     from sdopt import graph
@@ -217,24 +216,33 @@ def plan_bytes(source: Path, place: Path) -> int | None:
     from sdopt.bundle.specs import Profile
     from sdopt.engine.trt_api import TensorRT
 
-    if importlib.util.find_spec("tensorrt_rtx") is None:
-        return None
-    model = graph.load(source)
-    inputs = graph.specs(model)[0]
-    round_weights(model, blocks=False)
-    half(model, dtype="bfloat16")
-    graph.save(model, place / "typed.onnx")
-    options = asdict(BuildOptions(precision="bf16"))
-    builder = Builder(TensorRT("tensorrt-rtx"), options, None, report=lambda line: None, name="t5")
-    profile = Profile({"batch": (2, 2, 2), "tokens": (TOKENS, TOKENS, TOKENS)})
-    builder.build(place / "typed.onnx", place / "plan", inputs, [profile])
-    return (place / "plan").stat().st_size
+    if not (place / "bundle").is_dir():
+        exported(name, layers, place)
+    found: dict[str, Any] = {"model": name, "layers": layers, "of": LAYERS[name]}
+    for word in ("bf16", "int8-weights"):
+        model = graph.load(place / "bundle/text_encoder_3.onnx")
+        inputs = graph.specs(model)[0]
+        if word == "int8-weights":
+            round_weights(model, for_tensorrt=True)
+        half(model, dtype="bfloat16")
+        graph.save(model, place / f"{word}.onnx")
+        options = asdict(BuildOptions(precision="bf16"))
+        builder = Builder(TensorRT("tensorrt-rtx"), options, None, report=lambda line: None, name="t5")
+        profile = Profile({"batch": (2, 2, 2), "tokens": (TOKENS, TOKENS, TOKENS)})
+        builder.build(place / f"{word}.onnx", place / "plan", inputs, [profile])
+        found[word] = {"graph_bytes": size_of(place, f"{word}.onnx*"), "plan_bytes": size_of(place, "plan")}
+    return found
+
+
+def size_of(folder: Path, pattern: str) -> int:
+    return sum(path.stat().st_size for path in folder.glob(pattern))
 
 
 TASKS: dict[str, Callable[[str, int, Path], dict[str, Any]]] = {
     "checkpoint": written,
     "export": exported,
     "int8": in_int8,
+    "plan": planned,
     **{f"call-{backend}": called(backend) for backend in BACKENDS},
 }
 

@@ -61,7 +61,7 @@ def derive(
     if (
         options["precision"] == INT8_WEIGHTS
     ):  # before `half`: numbers are rounded once, and scales are those of its type
-        notes["rounded_layers"] = round_weights(model, blocks=builder is None)
+        notes["rounded_layers"] = round_weights(model, for_tensorrt=builder is not None)
     compute = ("fp16" if on_gpu else "fp32") if scalings is not None else options.get("compute", options["precision"])
     dtype = PRECISIONS[compute]
     if dtype:

@@ -26,13 +26,14 @@ BLOCKS_FROM = 21  # the opset whose DequantizeLinear has them
 LEAST = 1 << 16  # numbers of a table that is worth two Gathers
 
 
-def round_weights(model: ir.Model, blocks: bool = True) -> int:
+def round_weights(model: ir.Model, for_tensorrt: bool = False) -> int:
     """Round the weights of linear layers and tables in place. Returns how many linear layers there are.
 
-    Without `blocks`, each output has one scale. The rounded numbers are computed when they are written.
+    TensorRT takes no scales of blocks, and int8 in front of a DequantizeLinear alone: tables stay as they are for it.
+    The rounded numbers are computed when they are written.
     """
     layers = [layer for layer in layers_of(model) if not layer.is_conv]
-    blocks = blocks and (model.opset_imports.get("") or 0) >= BLOCKS_FROM
+    blocks = not for_tensorrt and (model.opset_imports.get("") or 0) >= BLOCKS_FROM
     for layer in layers:
         weight = model.graph.initializers[layer.weight]
         inputs = layer.shape[0]
@@ -42,7 +43,7 @@ def round_weights(model: ir.Model, blocks: bool = True) -> int:
         wide = write("DequantizeLinear", _rounded(model, weight, block), "weight", dtype=F32, **how)
         layer.node.replace_input_with(1, wide)
     for node in list(model.graph):
-        if node.op_type == "Gather":
+        if node.op_type == "Gather" and not for_tensorrt:
             _round_table(model, node)
     drop_unused(model)
     return len(layers)

@@ -18,6 +18,8 @@ OF_SCRIPTS = (
     "batch.json",
     "cache.json",
     "controlnet.json",
+    "half-kinds.json",
+    "large.json",
     "layers.json",
     "loop.json",
     "lora.json",

@@ -59,7 +59,7 @@ def test_blocks_keep_more_where_a_part_of_the_inputs_has_large_weights(tmp_path:
     numbers = np.array(constant_of(weight))
     numbers[7] *= 20
     weight.const_value = ir.Tensor(numbers, name="w")
-    by_output, by_block = (rounded_db(model, tmp_path, blocks=blocks) for blocks in (False, True))
+    by_output, by_block = (rounded_db(model, tmp_path, for_tensorrt=alone) for alone in (True, False))
     assert by_block > by_output + 2
     assert by_output > 30
 
@@ -78,6 +78,8 @@ def test_rows_of_a_large_table_are_rounded_alone(tmp_path: Path) -> None:
     model = model_of(nodes, {"table": table}, ["rows"], ["rows", 96])
     ids = {"x": np.array([0, 1, 500, 1023], np.float32)}
     (exact,) = outputs(model, ids, tmp_path).values()
+    assert round_weights(model, for_tensorrt=True) == 0
+    assert {value.dtype for value in model.graph.initializers.values()} == {ir.DataType.FLOAT}
     round_weights(model)
     (found,) = outputs(model, ids, tmp_path).values()
     for one, other in zip(exact, found, strict=True):
