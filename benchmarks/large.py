@@ -183,7 +183,8 @@ def called(backend: str) -> Callable[[str, int, Path], dict[str, Any]]:
                 from sdopt.engine.ort import OrtEngine as Engine
             else:
                 from sdopt.engine.openvino import OpenVinoEngine as Engine
-            engine: Any = Engine(component)
+            own = {"int8_products": False} if backend == "ort" else {}
+            engine: Any = Engine(component, **own)
             found["loaded_bytes"] = bytes_now("RssAnon")
             ids = np.random.default_rng(0).integers(0, T5["vocab_size"], (2, TOKENS)).astype(np.int32)
             engine(input_ids=ids)

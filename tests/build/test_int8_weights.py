@@ -13,6 +13,7 @@ import pytest
 from onnx import helper
 
 import sdopt
+from sdopt.build import int8_weights
 from sdopt.build.int8_weights import round_weights
 from sdopt.build.jobs import build
 from sdopt.build.options import BuildOptions
@@ -94,6 +95,7 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     with pytest.MonkeyPatch.context() as patch:
         for name in ("XDG_STATE_HOME", "XDG_CACHE_HOME"):
             patch.setenv(name, str(tmp_path_factory.getbasetemp() / "own"))
+        patch.setattr(int8_weights, "BLOCK", 4)  # a tiny model has no width of 128
         for backend in ("ort", "openvino"):
             build(Bundle.open(folder), backend, options=BuildOptions("int8-weights"), report=lambda line: None)
         yield own, folder
