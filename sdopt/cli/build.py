@@ -46,7 +46,7 @@ def add_arguments(parser: Parser) -> None:
     )  # fmt: skip
     add(
         "--precision", default="auto", type=precision_word,
-        help="fp16, bf16, fp32, int8, fp8 for TensorRT on Ada and later, or int8-weights, which makes T5 small (default: "
+        help="fp16, bf16, fp32, int8, fp8 for TensorRT on Ada and later, or int8-weights, for T5 (default: "
         "fp16, on a CPU fp32; what overflows in fp16 is built in bf16 or fp32)",
     )  # fmt: skip
     add(
