@@ -50,18 +50,15 @@ SLICES: dict[str, tuple[str, dict[str, Any], int]] = {
 }  # fmt: skip
 
 
-def measured(name: str, builds: bool, layers: int | None = None) -> dict[str, Any]:
-    """What is found when this process exports and builds a slice."""
+def part_of(name: str, config: dict[str, Any]) -> Any:
+    """The part of a slice with random weights."""
     import torch
     from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
-    from sdopt.export import component
     from sdopt.export.blocks import transformer
     from sdopt.export.families import flux, sd3
 
-    family, config, blocks = SLICES[name]
-    if layers is not None:
-        config = {**config, "num_layers": layers}
+    family = SLICES[name][0]
     torch.manual_seed(0)
     if family == "sd3":
         model: Any = SD3Transformer2DModel(**config)
@@ -71,8 +68,18 @@ def measured(name: str, builds: bool, layers: int | None = None) -> dict[str, An
         model = FluxTransformer2DModel(**config)
         wrapper = flux.Transformer(model, 16)
         shape = transformer.Shape(16, 4096, 768, patch=2, guidance=True)
-    count = sum(weight.numel() for weight in model.parameters())
-    part = transformer.part(wrapper.eval().requires_grad_(False), shape)
+    return transformer.part(wrapper.eval().requires_grad_(False), shape)
+
+
+def measured(name: str, builds: bool, layers: int | None = None) -> dict[str, Any]:
+    """What is found when this process exports and builds a slice."""
+    from sdopt.export import component
+
+    _, config, blocks = SLICES[name]
+    if layers is not None:
+        config = {**config, "num_layers": layers}
+    part = part_of(name, config)
+    count = sum(weight.numel() for weight in part.module.parameters())
     with tempfile.TemporaryDirectory(prefix="slice-") as own:
         folder, started = Path(own), time.perf_counter()
         entries = component.write_part(part, folder, 23, 80.0, lambda line: None, lambda phase: None)
@@ -84,7 +91,7 @@ def measured(name: str, builds: bool, layers: int | None = None) -> dict[str, An
             "export_peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "parity_db": min(result.psnr_db for result in entries["transformer"].parity),
         }
-        del model, wrapper, part
+        del part
         if layers is None:
             found["half_db"] = half_db(folder / "transformer.onnx", folder)
         if builds:

@@ -59,7 +59,7 @@ def check_rows(name: str, engine: Engine, profiles: Sequence[Profile], precision
         alone=_least([agreement.alone for agreement in measured]),
         halves=_least([agreement.halves for agreement in measured]),
     )
-    floor = FLOOR_DB[precision]
+    floor = FLOOR_DB.get(precision, FLOOR_DB["bf16"])  # beside 8 bits, the rest may be bf16
     floors = {"rows": floor, "alone": floor, "halves": floor - 20 * np.log10(GUIDANCE)}
     meanings = {
         "rows": "identical rows of one batch give different results",

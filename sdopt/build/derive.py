@@ -13,9 +13,10 @@ from sdopt.build.fuse_step import fuse_step
 from sdopt.build.half import half
 from sdopt.build.halves import join_halves
 from sdopt.build.int8 import Scaling, int8
+from sdopt.build.int8_weights import round_weights
 from sdopt.build.join_control import join_control
 from sdopt.build.lower import OPSET, lower, lower_operators
-from sdopt.build.options import PRECISIONS
+from sdopt.build.options import INT8_WEIGHTS, PRECISIONS
 from sdopt.build.recipe import EngineSpec
 from sdopt.build.refit import put_into, widen_weights
 from sdopt.build.shallow import keep_deep, take_deep
@@ -57,7 +58,12 @@ def derive(
         fuse_step(model, guided=guided, rescale=guided, latent_channels=bundle.manifest.latents.channels)
         join_halves(model, 2 if guided else 1)
     on_gpu = builder is not None or device == "cuda"
-    dtype = PRECISIONS["fp16" if on_gpu else "fp32"] if scalings is not None else PRECISIONS[options["precision"]]
+    if (
+        options["precision"] == INT8_WEIGHTS
+    ):  # before `half`: numbers are rounded once, and scales are those of its type
+        notes["rounded_layers"] = round_weights(model, for_tensorrt=builder is not None)
+    compute = ("fp16" if on_gpu else "fp32") if scalings is not None else options.get("compute", options["precision"])
+    dtype = PRECISIONS[compute]
     if dtype:
         report = half(model, dtype=dtype, islands=part.islands, attention=options["attention"])
         notes |= {"half_nodes": report.half_nodes, "islands": len(report.islands), "outside": report.outside}

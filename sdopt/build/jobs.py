@@ -24,7 +24,15 @@ from sdopt.build.fixed import fix_lengths
 from sdopt.build.fuse_step import CARRIED
 from sdopt.build.int8 import Scaling
 from sdopt.build.lock import one_builder, remove_engines
-from sdopt.build.options import IN_8_BITS, QUANTIZED, BuildOptions, exceptions, part_options, refuse_overlay
+from sdopt.build.options import (
+    IN_8_BITS,
+    INT8_WEIGHTS,
+    QUANTIZED,
+    BuildOptions,
+    exceptions,
+    part_options,
+    refuse_overlay,
+)
 from sdopt.build.recipe import EngineSpec, Recipe, part_profile, read_recipe, user_profiles
 from sdopt.build.refit import check_refit, refittable
 from sdopt.build.refit import write as write_table
@@ -107,6 +115,8 @@ def build(
         if components:
             raise UsageError("--cache-depth and --component: each says what is built; give one of the two")
         components = recipe.cached(bundle, cache_depth, steps=target.lib is not None)
+    elif options.precision == INT8_WEIGHTS:
+        components = components or _large_encoders(bundle)
     elif target.is_cpu and (options.precision in QUANTIZED or target.backend == OPENVINO) and not components:
         components = [name for name in IN_8_BITS if name in bundle.components]
     parts = recipe.chosen(bundle, components, adapters)
@@ -125,6 +135,16 @@ def build(
             with foreign_in_words(f"{part.name} is not built", BackendError, LESS_MEMORY):
                 folders.append(job.run(report, progress))
     return folders
+
+
+def _large_encoders(bundle: Bundle) -> list[str]:
+    """The text encoders that give tokens of their own, as T5 does. Raises: UsageError for a bundle without one."""
+    names = [one.component for one in bundle.manifest.conditioning.encoders if one.join == "tokens"]
+    if not names:
+        there = ", ".join(bundle.components)
+        text = f"precision {INT8_WEIGHTS!r}: this bundle has no T5; name what is built with --component: {there}"
+        raise UsageError(text, "precision")
+    return names
 
 
 def _calibrations(bundle: Bundle, target: Target, precision: str) -> Calibrations:
@@ -197,8 +217,8 @@ class Job:
     def least_bytes(self) -> int:
         """What its files need on the disk at least: the graph, and beside it the plan."""
         home, model = located(self.bundle, self.part.model)
-        stored_bytes = 2 if home.manifest.components[model].weights == "float16" else 4
-        width = (4 if self.options["precision"] == "fp32" else 2) / stored_bytes
+        stored_bytes = 4 if home.manifest.components[model].weights == "float32" else 2
+        width = {"fp32": 4, INT8_WEIGHTS: 1}.get(self.options["precision"], 2) / stored_bytes
         copies = min(1.0, width) + (0.0 if self.target.lib is None else width)
         nets = sum(adapter.nbytes(CONTROLNET) for adapter in self.nets.values())
         return int(copies * (home.nbytes(model) + nets))

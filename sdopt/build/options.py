@@ -17,6 +17,7 @@ from sdopt.errors import UsageError, choices
 
 PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": ""}  # what `half` calls them
 QUANTIZED = ("int8", "fp8")  # some layers multiply 8 bits; the rest is fp16 on a GPU, and the library's on a CPU
+INT8_WEIGHTS = "int8-weights"  # linear layers have weights of 8 bits, and multiply what is wider
 IN_8_BITS = ("unet", "vae_decoder")  # the components whose layers do
 FLOOR = 25.0  # dB of a component's output beside float32
 AUTO = "auto"  # fp16 on a GPU; fp32 on a CPU, where it is the fastest
@@ -41,12 +42,12 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "precision", precision_word(self.precision))
-        allowed = [AUTO, *PRECISIONS, *QUANTIZED]
+        allowed = [AUTO, *PRECISIONS, *QUANTIZED, INT8_WEIGHTS]
         if self.precision not in allowed:
             raise UsageError(f"precision {self.precision!r}; allowed are {choices(self.precision, allowed)}")
         if self.precision not in QUANTIZED and (self.floor is not None or self.prompts):
             raise UsageError("floor and prompts are for int8 and fp8; give --precision int8, or leave them out")
-        if self.precision in QUANTIZED and self.refit:
+        if self.precision in (*QUANTIZED, INT8_WEIGHTS) and self.refit:
             text = f"refit and {self.precision}: weights that are rounded cannot be changed"
             raise UsageError(f"{text}; leave one of the two out")
         if self.floor is not None and not 0 <= self.floor <= 60:
@@ -73,7 +74,7 @@ def part_options(
 ) -> dict[str, Any]:
     """The options of one engine. `bf16`: whether the GPU that will run it is known to compute in bf16.
 
-    `rest`: the precision of what is not quantized in a build of 8 bits.
+    `rest`: the precision of what is not quantized in a build of 8 bits; `compute` is it where weights alone are int8.
     With an overlay that changes it, its key and what it is made of are among them.
     """
     given = asdict(options)
@@ -82,13 +83,16 @@ def part_options(
     precision = part.precision or options.resolved("fp16").precision
     if precision in QUANTIZED and part.model not in IN_8_BITS:
         precision = rest
-    other = rest if precision in QUANTIZED else precision  # of what is not quantized
+    other = rest if precision in (*QUANTIZED, INT8_WEIGHTS) else precision  # of what is not quantized
     if other == "fp16" and part.model in bundle.manifest.float16_unsafe:
-        precision = other = "bf16" if bf16 else "fp32"
+        other = "bf16" if bf16 else "fp32"
+        precision = precision if precision == INT8_WEIGHTS else other
     attention = part.attention or (other == "fp16" and _attention_overflows(part, bundle))
     if precision in QUANTIZED:
         floor = FLOOR if options.floor is None else options.floor
         given |= {"floor": floor, "prompts": [*options.prompts]}
+    if precision == INT8_WEIGHTS:
+        given["compute"] = other
     own = {"fuse": part.fuse, "attention": attention, "islands": list(part.islands), "sdopt": __version__}
     refit = options.refit if options.refit != LORA or takes_overlay(part.model) else False
     return {**given, "precision": precision, "refit": refit, **own, **_weights(part, overlay)}

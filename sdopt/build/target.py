@@ -17,7 +17,10 @@ from sdopt.engine.trt_api import LIBRARIES, TensorRT, environment
 from sdopt.errors import BackendError, UsageError, choices, install
 
 ORT, OPENVINO = "ort", "openvino"
-BUILT = {ORT: ("fp32", "fp16", "bf16", "int8"), OPENVINO: ("fp32", "int8")}  # what is built for those without a builder
+BUILT = {  # what is built for those without a builder
+    ORT: ("fp32", "fp16", "bf16", "int8", "int8-weights"),
+    OPENVINO: ("fp32", "int8", "int8-weights"),
+}
 PROVIDERS = {"": "CPU", "cpu": "CPU", "cuda": "CUDA"}  # device of "ort" -> what runs its graphs
 BF16_FROM = 8.0  # compute capability: Ampere
 

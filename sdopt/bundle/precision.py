@@ -1,4 +1,6 @@
-"""The words for precision: fp32, fp16, bf16, int8 and fp8, inside and in all that is printed or recorded.
+"""The words for precision, inside and in all that is printed or recorded.
+
+In int8 and fp8, layers multiply 8 bits. In int8-weights, weights alone have 8 bits, and layers multiply wider numbers.
 
 The names of dtypes, such as "float16" for a tensor, are other words for other things. A user may type them for a
 precision all the same; they are translated once, where they come in.
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 import re
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "int8-weights")
 OTHER_WORDS = {
     "float32": "fp32",
     "float": "fp32",

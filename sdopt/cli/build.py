@@ -31,7 +31,7 @@ def add_arguments(parser: Parser) -> None:
     add(
         "--backend", required=True,
         help="tensorrt, or tensorrt:1 for the second GPU; tensorrt-rtx (GeForce; builds without a GPU); "
-        "ort (a graph for ONNX Runtime on the CPU) or ort:cuda; openvino (int8)",
+        "ort (a graph for ONNX Runtime on the CPU) or ort:cuda; openvino (int8, int8-weights)",
     )  # fmt: skip
     add("--component", action="append", metavar="NAME", help="build only this one; may be repeated")
     add(
@@ -46,8 +46,8 @@ def add_arguments(parser: Parser) -> None:
     )  # fmt: skip
     add(
         "--precision", default="auto", type=precision_word,
-        help="fp16, bf16, fp32, int8, or fp8 for TensorRT on Ada and later (default: fp16, on a CPU fp32; what "
-        "overflows in fp16 is built in bf16 or fp32)",
+        help="fp16, bf16, fp32, int8, fp8 for TensorRT on Ada and later, or int8-weights, for T5 (default: "
+        "fp16, on a CPU fp32; what overflows in fp16 is built in bf16 or fp32)",
     )  # fmt: skip
     add(
         "--floor", type=float, metavar="DB",

@@ -132,7 +132,8 @@ BACKENDS = {  # best first
 }
 ON_ITS_OWN = {word for entry in BACKENDS.values() for word in entry.precisions}  # without `sdopt build`
 MAX_THREADS = 1024  # of one engine
-PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8", "fp8")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8", "fp8", "int8-weights")
+ON_CPUS = ("int8", "int8-weights")  # what OpenVINO runs after a build
 # the components that run as the denoiser; the first one built is used
 UNETS = ("unet_step", "unet_step_alone", "unet", "unet_controlled", "unet_ip_adapter", "transformer")
 IN_FP32 = ("text_encoder", "text_encoder_2")  # they run once a prompt: nothing to gain, and every step sees the loss
@@ -197,7 +198,7 @@ def _not_in(backend: str, precision: str, bundle: ModelFolder | None) -> str:
             f"Leave --precision out, or build it: {build}"
         )
     ways = [other for other, e in BACKENDS.items() if precision in e.precisions]
-    if name == "ort" or (name == "openvino" and precision == "int8"):
+    if name == "ort" or (name == "openvino" and precision in ON_CPUS):
         ways.append(f"what is built: {build}")
     elif not ways:
         ways.append(f"what is built: sdopt build {path} --backend tensorrt --precision {precision}")
@@ -215,7 +216,7 @@ def _first_backend(precision: str) -> str:
     installed = [name for name in installed_backends() if name in able]
     if not installed:
         ways = "; ".join(f"{name}: {entry.install}" for name, entry in able.items())
-        builder = "openvino" if precision == "int8" else "tensorrt"
+        builder = "openvino" if precision in ON_CPUS else "tensorrt"
         ways = ways or f"Build it: sdopt build BUNDLE --backend {builder} --precision {precision}, then name --backend"
         raise BackendError(f"no engine library that computes in {precision} is installed. {ways}")
     return installed[0]
@@ -343,7 +344,7 @@ def unbuilt_precision(backend: str, precision: str) -> str:
     able = BACKENDS[name].precisions
     if not able or precision in able:
         return precision
-    return "bf16" if precision == "int8" and "bf16" in describe(name)["precisions"] else "fp32"
+    return "bf16" if precision in ON_CPUS and "bf16" in describe(name)["precisions"] else "fp32"
 
 
 def _wanted(backend: str, precision: str) -> str:

@@ -10,7 +10,7 @@ from sdopt.engine import EngineOptions
 from sdopt.engine.store import GRAPH, Record, Stored, built_components, usable
 from sdopt.errors import UsageError
 
-ROUNDED = ("int8", "fp8")  # precisions whose weights are rounded in the file
+ROUNDED = ("int8", "fp8", "int8-weights")  # precisions whose weights are rounded in the file
 
 
 def built_graph(

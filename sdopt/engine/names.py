@@ -9,5 +9,5 @@ from __future__ import annotations
 from typing import Literal
 
 BackendName = Literal["auto", "ort", "openvino", "tensorrt", "tensorrt-rtx"]
-PrecisionName = Literal["auto", "fp32", "bf16", "fp16", "int8", "fp8"]
+PrecisionName = Literal["auto", "fp32", "bf16", "fp16", "int8", "fp8", "int8-weights"]
 MemoryName = Literal["fast", "low"]

@@ -27,13 +27,14 @@ PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 PICTURE_SIZES = {"latent_height": "height", "latent_width": "width", "height": "latent_height", "width": "latent_width"}
 DEVICES = {"cpu": "CPU", "gpu": "GPU"}
 CPU = "CPU"  # the provider that engines of `sdopt build` are for
+IN_INT8 = (INT8, "int8-weights")  # precisions of graphs, or of their weights
 
 
 def open_component(bundle: ModelFolder, name: str, options: EngineOptions) -> OpenVinoEngine:
     """The engine of component `name` on `options.device`, computing in `options.precision`."""
     built, device = built_graph(bundle, name, options, CPU, environment), options.device or "cpu"
     component = bundle.component(name) if built is None else built[1]
-    precision = _rest(device) if options.precision == INT8 else options.precision
+    precision = _rest(device) if options.precision in IN_INT8 else options.precision
     opened = partial(OpenVinoEngine, component, options.threads, device, precision, factor=bundle.factor)
     if options.overlay is not None:  # nothing of it is kept for another process
         return opened(overlay=options.overlay)
@@ -50,7 +51,7 @@ def open_int8(component: Component) -> OpenVinoEngine:
 
 
 def _rest(device: str) -> str:
-    """The precision of what is not quantized in an int8 graph."""
+    """The precision of what is not int8 in such a graph, and beside it."""
     return "bf16" if native_bf16(device) else "fp32"
 
 
@@ -158,6 +159,8 @@ def _device(device: str) -> str:
 
 def _properties(threads: int | None, precision: str, kept: Path | None) -> dict[str, Any]:
     properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": PRECISIONS[precision]}
+    # beside weights in int8 it would round what they are multiplied with, on processors with VNNI
+    properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
     chosen = {"INFERENCE_NUM_THREADS": threads, "CACHE_DIR": kept and str(kept)}
     return properties | {name: value for name, value in chosen.items() if value is not None}
 

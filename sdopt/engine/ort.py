@@ -35,6 +35,7 @@ ONNX_TYPES = {
     "tensor(bool)": "bool",
 }
 
+INT8_WEIGHTS = "int8-weights"
 FATAL = 4  # ONNX Runtime's level for what it cannot raise; below it are errors, warnings, information
 
 
@@ -52,7 +53,8 @@ def open_component(bundle: ModelFolder, name: str, options: EngineOptions) -> Or
     own = None
     if options.overlay is not None:
         own = own_weights(*changes(component, options.overlay), widen=False)
-    return OrtEngine(component, options.threads, device, carry=newest.record.carry, own=own)
+    products = newest.precision != INT8_WEIGHTS
+    return OrtEngine(component, options.threads, device, carry=newest.record.carry, own=own, int8_products=products)
 
 
 def _own_graph(bundle: ModelFolder, name: str, options: EngineOptions, device: Device) -> OrtEngine:
@@ -126,7 +128,7 @@ def describe(backend: str) -> dict[str, Any]:
 class OrtEngine:
     """One ONNX Runtime session behind the Engine contract, with runs whose carried tensors stay on its device.
 
-    For `optimise`, `keep` and `lean` see `_session`.
+    For `optimise`, `keep` and `lean` see `_session`. `int8_products`: the graph may multiply int8 with int8.
     """
 
     def __init__(
@@ -140,12 +142,13 @@ class OrtEngine:
         lean: bool = False,
         carry: Mapping[str, str] | None = None,
         own: OwnWeights | None = None,
+        int8_products: bool = True,
     ) -> None:
         self.name, self.inputs, self.outputs = component.name, component.inputs, component.outputs
         self.carry: Mapping[str, str] = carry or {}
         self._device = device if isinstance(device, Device) else find_device(device)
         with library_call():
-            session = _session(component.graph, threads, self._device, optimise, keep, lean, own)
+            session = _session(component.graph, threads, self._device, optimise, keep, lean, own, int8_products)
         _check_signature(component, "input", self.inputs, session.get_inputs())
         _check_signature(component, "output", self.outputs, session.get_outputs())
         self._session = Native(self.name, session)
@@ -259,6 +262,7 @@ def _session(
     keep: Path | None = None,
     lean: bool = False,
     own: OwnWeights | None = None,
+    int8_products: bool = True,
 ) -> Any:
     """The session of a graph; with `keep`, the optimised graph is also written there, its weights beside it.
 
@@ -277,6 +281,8 @@ def _session(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # A memory plan is made at the second run, beside the memory that the first run took, and saves no time.
     options.enable_mem_pattern = False
+    # Beside weights in int8 it would round what they are multiplied with (level 4); level 1 computes in float32.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if lean or not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if keep is not None:
@@ -286,7 +292,9 @@ def _session(
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False
     # Processors without VNNI add int8 products in 16 bits, and a sum that is too large is wrong; with this it is not.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    # ONNX Runtime 1.32 then gives int8 weights that nothing in int8 multiplies a zero point of the wrong rank.
+    if int8_products:
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if device.kind != "cpu":
         preload()
     source: Any = graph

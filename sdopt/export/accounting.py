@@ -59,7 +59,11 @@ def refuse(
 def require_finite(where: Path, model: torch.nn.Module) -> None:
     """Raises: CheckpointError that names the weights and buffers with NaN or infinite values."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    bad = [name for name, tensor in tensors if not torch.isfinite(tensor).all()]
+    refuse_bad(where, [name for name, tensor in tensors if not torch.isfinite(tensor).all()])
+
+
+def refuse_bad(where: Path, bad: Sequence[str]) -> None:
+    """Raises: CheckpointError that names the weights in `bad`, which have NaN or infinite values, if there are any."""
     if bad:
         raise CheckpointError(
             f"{where}: {listed(bad)} {'has' if len(bad) == 1 else 'have'} NaN or infinite values; the file is "

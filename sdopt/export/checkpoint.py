@@ -21,7 +21,9 @@ import torch
 from sdopt.dataclass import dataclass
 from sdopt.errors import CheckpointError
 from sdopt.export import accounting
+from sdopt.export.file_weights import FileWeights, file_weights, without_numbers
 
+ATTENTION = {"attn_implementation": "sdpa"}  # never one that the checkpoint names: it may be code of the hub
 MODEL = ""  # the one component of a folder that holds a model, and no pipeline
 
 
@@ -87,14 +89,19 @@ class Checkpoint:
 
         Raises: CheckpointError if its class cannot read the configuration.
         """
+        with torch.device("meta"):
+            return self._made(component)
+
+    def _made(self, component: str) -> torch.nn.Module:
+        """The model as its configuration says, with whatever numbers its class begins with."""
         silence_libraries()
         where = self.folder / component
         model: Any = self._class(component)
         try:
-            with torch.device("meta"):
-                if self.classes[component].startswith("transformers."):
-                    return model(model.config_class.from_pretrained(where, local_files_only=True)).eval()
-                return model.from_config(model.load_config(where, local_files_only=True)).eval()
+            if self.classes[component].startswith("transformers."):
+                config = model.config_class.from_pretrained(where, local_files_only=True)
+                return model._from_config(config, **ATTENTION, dtype=torch.float32).eval()
+            return model.from_config(model.load_config(where, local_files_only=True)).eval()
         except Exception as error:  # a configuration can make the libraries raise anything
             raise CheckpointError(f"{where / 'config.json'}: {component} cannot be made of it: {error}") from error
 
@@ -119,8 +126,8 @@ class Checkpoint:
         where = self.folder / component
         options: dict[str, Any] = {"dtype" if library == "transformers" else "torch_dtype": torch.float32}
         if library == "transformers":
-            options["attn_implementation"] = "sdpa"  # never one that the checkpoint names: it may be code of the hub
-        if self.config(component).get("quantization_config"):
+            options |= ATTENTION
+        if self._is_quantized(component):
             raise CheckpointError(
                 f"{where}: its weights are quantized (quantization_config in config.json); "
                 "export the checkpoint that they were made from"
@@ -140,6 +147,24 @@ class Checkpoint:
         accounting.require_finite(where, model)
         return model.eval().requires_grad_(False)
 
+    def opened(self, component: str) -> tuple[torch.nn.Module, FileWeights | None]:
+        """The component's model without numbers, and its weights, which stay in their files.
+
+        Where the files are not, name for name, those of the model, it is as `load` gives it, and None.
+        Raises: CheckpointError as `load` does.
+        """
+        if not self._is_quantized(component):
+            with without_numbers():
+                model = self._made(component)
+            weights = file_weights(model, self.weight_files(component))
+            if weights is not None:
+                weights.require_finite(self.folder / component)
+                return model.requires_grad_(False), weights
+        return self.load(component), None
+
+    def _is_quantized(self, component: str) -> bool:
+        return bool(self.config(component).get("quantization_config"))
+
     def require_weights(self, components: Iterable[str]) -> None:
         """Load each of these models, so that a fault in the last is not found after hours of tracing.
 
@@ -147,7 +172,7 @@ class Checkpoint:
         """
         for component in components:
             if self.has(component):
-                self.load(component)
+                self.opened(component)
 
     def tokenizer(self, component: str) -> Any:
         """A transformers tokenizer, backed by the `tokenizers` library."""

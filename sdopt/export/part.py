@@ -6,6 +6,7 @@ Its module wraps the checkpoint's own model. The arguments and results of `forwa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,7 @@ import torch
 
 from sdopt.bundle.specs import Array, TensorSpec
 from sdopt.dataclass import dataclass
+from sdopt.export.file_weights import FileWeights
 
 Sizes = Mapping[str, int]  # the length of each named dimension
 Write = Callable[[Path, Path], object]  # the written graph of a part, the graph to be made of it
@@ -41,6 +43,7 @@ class Part:
     "batch" of the other inputs, which is a multiple of it.
     `prefix`: the checkpoint's names of parameters are this prefix and the model's names.
     `variants`: further graphs that are made of its graph.
+    `weights`: the numbers of its parameters, if the module has none.
     `unused`: the parameters that the component does not read: the beginning of their names -> the reason.
     """
 
@@ -54,6 +57,7 @@ class Part:
     prefix: str = ""
     unused: Mapping[str, str] = field(default_factory=dict[str, str])
     variants: tuple[Variant, ...] = ()
+    weights: FileWeights | None = None
 
     def example(self, sizes: Sizes, seed: int = 0) -> dict[str, Array]:
         """Seeded inputs of the given sizes: ids and timesteps in their range, everything else standard normal."""
@@ -74,7 +78,7 @@ class Part:
 
     def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs that PyTorch computes in float32, which are the reference of the parity gate."""
-        with torch.inference_mode():
+        with torch.inference_mode(), self.weights.present() if self.weights else nullcontext():
             tensors = {spec.name: torch.from_numpy(arrays[spec.name]) for spec in self.inputs}
             batch = max(len(tensor) for tensor in tensors.values())
             for name in self.shared:
@@ -89,4 +93,4 @@ class Part:
         for weight in self.module.parameters():
             weight.data = torch.empty(0)
         variants = tuple(replace(v, part=replace(v.part, module=torch.nn.Identity())) for v in self.variants)
-        return replace(self, module=torch.nn.Identity(), variants=variants)
+        return replace(self, module=torch.nn.Identity(), variants=variants, weights=None)

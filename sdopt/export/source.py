@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+from sdopt.bundle.format import TRANSFORMER
 from sdopt.bundle.unfinished import scratch
 from sdopt.errors import CheckpointError, SdoptError, UsageError, choices, shown
 from sdopt.export import families, hub, wrong
@@ -20,6 +21,7 @@ from sdopt.export.checkpoint import Checkpoint, read_json
 from sdopt.export.families.contract import Family
 from sdopt.export.single_file import convert, recognise
 from sdopt.export.single_file.file import SingleFile
+from sdopt.export.single_file.names import Layout
 from sdopt.export.single_file.published import PUBLISHED
 from sdopt.export.wrong import PICKLES
 
@@ -44,10 +46,10 @@ def open_checkpoint(
     """The checkpoint that `source` names: a folder, a file, or an id on the hub.
 
     `config`: whose configurations a file has: a folder, an id on the hub, or a name in PUBLISHED. Without it they are
-    those of the published model that the file's tensors are like.
+    those of the published model that the file's tensors are like. Models that the file lacks are read from there too.
     Raises: CheckpointError with what is wrong and what to do; UsageError for an option that this source does not take.
     """
-    wrong.refuse(source)
+    wrong.refuse(source, has_config=config is not None)
     path = Path(source).expanduser()
     if path.is_dir():
         refuse_unused(f"{source} is a folder", revision=revision, config=config)
@@ -186,7 +188,7 @@ def _variants(names: Iterable[str]) -> Iterator[str]:
 def _unpack(path: Path, folder: Path, config: str | None, offline: bool) -> Checkpoint:
     """The model in one .safetensors file, written into `folder` as a diffusers folder with the file's precision."""
     file = SingleFile.open(path)
-    provenance = {"file": path.name}
+    provenance, source = {"file": path.name}, None
     hint = f"The configurations are those that --config {config} names: name those of the file's own model."
     if config is None:
         name, published = recognise.recognise(file)
@@ -202,10 +204,15 @@ def _unpack(path: Path, folder: Path, config: str | None, offline: bool) -> Chec
         provenance["configurations"] = config
     else:
         recognise.require_model(file)
-        _copy_configurations(config, folder, offline)
+        source = _copy_configurations(config, folder, offline)
     checkpoint = read_folder(folder, None, provenance)
     family = families.of(checkpoint)
-    models = {name: checkpoint.shapes(name) for name in family.models if checkpoint.has(name)}
+    components = [name for name in family.models if checkpoint.has(name)]
+    if source is not None and family.denoiser == TRANSFORMER:
+        beside = [name for name in components if not _is_in(file, family.single_file[name])]
+        _link_weights(checkpoint, beside, source, str(config), offline)
+        components = [name for name in components if name not in beside]
+    models = {name: checkpoint.shapes(name) for name in components}
     for component, origins in convert.plan(file, models, family.single_file, hint).items():
         library = checkpoint.classes[component].partition(".")[0]
         name = "model.safetensors" if library == "transformers" else "diffusion_pytorch_model.safetensors"
@@ -213,8 +220,35 @@ def _unpack(path: Path, folder: Path, config: str | None, offline: bool) -> Chec
     return checkpoint
 
 
-def _copy_configurations(config: str, folder: Path, offline: bool) -> None:
-    """Copy the configurations and tokenizers of a diffusers folder, or of an id on the hub, into `folder`."""
+def _is_in(file: SingleFile, layouts: Sequence[Layout]) -> bool:
+    """Whether a file has a model in one of these layouts. Names without a prefix are those of a transformer."""
+    return any(file.has(layout.prefix) and (layout.prefix or recognise.has_transformer(file)) for layout in layouts)
+
+
+def _link_weights(checkpoint: Checkpoint, components: Sequence[str], source: Path, config: str, offline: bool) -> None:
+    """Let the checkpoint have the weights of components that its file lacks, from the folder `source` or from the hub.
+
+    Raises: CheckpointError that names a component without weights there.
+    """
+    if components and not Path(config).expanduser().is_dir():
+        patterns = [f"{name}/*model{shard}.safetensors" for name in components for shard in ("", "-*-of-*")]
+        source = hub.download_files(config, None, patterns, offline)
+    for name in components:
+        paths = Checkpoint(source, checkpoint.classes).weight_files(name)
+        if not paths:
+            raise CheckpointError(
+                f"{checkpoint.folder} has no {name}, and {config} has no safetensors weights of it; name a folder with "
+                "all weights, or the id of the model on the hub, with --config"
+            )
+        for path in [*paths, *(source / name).glob("*.safetensors.index.json")]:
+            (checkpoint.folder / name / path.name).symlink_to(path.resolve())
+
+
+def _copy_configurations(config: str, folder: Path, offline: bool) -> Path:
+    """Copy the configurations and tokenizers of a diffusers folder, or of an id on the hub, into `folder`.
+
+    Returns the folder that they are from.
+    """
     source = Path(config).expanduser()
     if not source.is_dir():
         if not HUB_ID.fullmatch(config):
@@ -230,3 +264,4 @@ def _copy_configurations(config: str, folder: Path, offline: bool) -> None:
             is_shards = path.name.endswith(".index.json")  # of weights that are not read
             if path.suffix in (".json", ".txt", ".model") and not is_shards:
                 shutil.copyfile(path, folder / part / path.name)
+    return source

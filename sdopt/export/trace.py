@@ -1,4 +1,4 @@
-"""From a torch module to standard ONNX: trace it with torch.export, strip it, and store weights as fp16 if exact."""
+"""From a torch module to standard ONNX: trace it with torch.export, strip it, and store weights as short as exact."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import contextlib
 import io
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Generator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -19,10 +20,12 @@ from sdopt.errors import CheckpointError, UsageError, refuse_other, shown
 from sdopt.export import weights
 from sdopt.export.guidance_prefix import share_guidance_prefix
 from sdopt.export.part import Part
+from sdopt.graph import BF16, F16, F32, SHORT
 from sdopt.graph.linears import split_linears
 from sdopt.graph.permutations import transpose_permutations
 
 OPSETS = (18, 19, 20, 21, 22, 23)
+SHORTER = {F16: torch.float16, BF16: torch.bfloat16}  # the types that weights may be stored in
 NARROW_ABOVE = 1024  # elements; a smaller tensor is not worth a Cast
 
 
@@ -79,33 +82,45 @@ def save(model: ir.Model, path: Path) -> str:
 
 
 def narrow(model: ir.Model) -> str:
-    """Store every float32 weight as fp16 if its values stay exact. A Cast, which engines fold at load, turns it back.
+    """Store every float32 weight as fp16 or bf16 if its values stay exact. A Cast turns it back when a graph is loaded.
 
-    So an fp16 checkpoint keeps its size, no value changes, and a weight keeps its name.
+    So an fp16 or bf16 checkpoint keeps its size, no value changes, and a weight keeps its name.
     Returns the dtype that most weights are stored in.
     """
-    total = narrowed = 0
+    sizes = Counter[ir.DataType]()
     for name, value in list(model.graph.initializers.items()):
         tensor = value.const_value
-        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < NARROW_ABOVE:
+        if tensor is None or tensor.dtype != F32 or tensor.size < NARROW_ABOVE:
             continue
-        total += tensor.size
-        array = tensor.numpy()
-        with np.errstate(over="ignore"):
-            half = array.astype(np.float16)
-        if not np.array_equal(half, array):
+        dtype = _narrowest(tensor)
+        sizes[dtype] += tensor.size
+        if dtype == F32:
             continue
-        narrowed += tensor.size
-        stored = ir.Value(name=name, shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT16))
-        stored.const_value = ir.tensor(half, name=name)
-        cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT.value})
+        stored = ir.Value(name=name, shape=value.shape, type=ir.TensorType(dtype))
+        stored.const_value = ir.LazyTensor(
+            partial(_narrowed, tensor, dtype), dtype, ir.Shape(tensor.shape.numpy()), name=name
+        )
+        cast = ir.node("Cast", [stored], {"to": F32.value})
         cast.outputs[0].shape, cast.outputs[0].type = value.shape, value.type
         ir.convenience.replace_all_uses_with(value, cast.outputs[0])
         del model.graph.initializers[name]
         cast.outputs[0].name = f"{name}/float32"
         model.graph.register_initializer(stored)
         model.graph.insert_before(model.graph[0], cast)
-    return "float16" if narrowed * 2 > total else "float32"
+    return SHORT[max(sizes, key=lambda dtype: sizes[dtype], default=F32)]
+
+
+def _narrowest(tensor: ir.TensorProtocol) -> ir.DataType:
+    """The type that has all values of a float32 tensor: fp16, bf16 or float32."""
+    numbers = torch.from_numpy(tensor.numpy())
+    exact = (dtype for dtype, own in SHORTER.items() if torch.equal(numbers.to(own).float(), numbers))
+    return next(exact, F32)
+
+
+def _narrowed(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProtocol:
+    """A float32 tensor in a shorter type. torch converts four times as fast as NumPy."""
+    short = torch.from_numpy(tensor.numpy()).to(SHORTER[dtype])
+    return ir.Tensor(short.view(torch.int16).numpy().view(dtype.numpy()), dtype=dtype)
 
 
 def _dynamic(spec: TensorSpec) -> dict[int, Any]:

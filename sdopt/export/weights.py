@@ -14,10 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from sdopt import graph
 from sdopt.bundle.specs import Array
 from sdopt.errors import CheckpointError
+from sdopt.export.file_weights import FileWeights
 from sdopt.export.part import Part
 from sdopt.graph import names
 
@@ -35,7 +37,8 @@ def as_inputs(model: ir.Model, part: Part) -> Generator[None]:
     Raises: CheckpointError if a parameter is not used.
     """
     checkpoint_names, initializers = parameters(part), model.graph.initializers
-    tensors = {value: value.const_value for name, value in initializers.items() if name in checkpoint_names}
+    in_graph = {name: value for name, value in initializers.items() if name in checkpoint_names}
+    tensors = {value: _numbers(part, checkpoint_names[name], value.const_value) for name, value in in_graph.items()}
     first = len(model.graph.inputs)
     for value in tensors:
         del initializers[graph.name_of(value)]
@@ -52,6 +55,18 @@ def as_inputs(model: ir.Model, part: Part) -> Generator[None]:
         _transpose(model, value)
     graph.drop_unused(model)
     _require_all(part, names.parameters(model))
+
+
+def _numbers(part: Part, name: str, traced: ir.TensorProtocol | None) -> ir.TensorProtocol | None:
+    """The numbers of a parameter: those that were traced, or those in its file, which are read when they are needed."""
+    if part.weights is None or traced is None:
+        return traced
+    read = partial(_read, part.weights, name)
+    return ir.LazyTensor(read, ir.DataType.FLOAT, ir.Shape(traced.shape.numpy()), name=name)
+
+
+def _read(stored: FileWeights, name: str) -> ir.TensorProtocol:
+    return ir.tensor(stored[name].numpy())
 
 
 def _transpose(model: ir.Model, value: ir.Value) -> None:
@@ -105,12 +120,25 @@ def prove(part: Part, path: Path) -> int:
         name = checkpoint_names[module_name]
         if name not in in_graph:
             continue
-        if not _equal(names.parameter(in_graph[name]), tensor.detach().numpy()):
+        numbers = tensor.detach() if part.weights is None else part.weights.stored(name)
+        if not _is(names.parameter(in_graph[name]), numbers):
             raise CheckpointError(f"{path.name}: {name} is not what the checkpoint holds; please report it")
         for _, value in in_graph[name]:
             if value.const_value is not None:
                 graph.release(value.const_value)
     return len(in_graph)
+
+
+def _is(stored: Array, parameter: torch.Tensor) -> bool:
+    return _has_bits(stored, parameter) or _equal(stored, parameter.float().numpy())
+
+
+def _has_bits(stored: Array, parameter: torch.Tensor) -> bool:
+    """Whether both are of one type, and have the same bits: the quick answer."""
+    if stored.dtype.name != str(parameter.dtype).removeprefix("torch."):
+        return False
+    numpy_bits, torch_bits = {2: (np.int16, torch.int16), 4: (np.int32, torch.int32)}[stored.dtype.itemsize]
+    return np.array_equal(stored.view(numpy_bits), parameter.view(torch_bits).numpy())
 
 
 def _equal(stored: Array, parameter: Array) -> bool:

@@ -25,6 +25,10 @@ BESIDE = (
 )
 ALONE = "give a checkpoint with UNet, VAE and text encoder"
 ONTO = "add it to a bundle: sdopt export FILE --onto BUNDLE"
+CONFIG = (
+    "name a diffusers folder of the same model, or its id on the hub, with --config; its text encoders and its VAE are "
+    "read from there"
+)
 FOLDER = "give the diffusers folder that it belongs to, the one with model_index.json"
 # what a file is -> (a part of its tensors' names, what to do); the first that fits
 TENSORS: dict[str, tuple[str, str]] = {
@@ -35,8 +39,8 @@ TENSORS: dict[str, tuple[str, str]] = {
         "add its folder to a bundle: sdopt export FOLDER --onto BUNDLE --name a",
     ),
     "an IP-Adapter": (r"^(image_proj|ip_adapter)\.", f"{ONTO} --name face"),
-    "the transformer of Flux alone": (r"^double_blocks\.", FOLDER),
-    "the transformer of Stable Diffusion 3 alone": (r"^joint_blocks\.", FOLDER),
+    "the transformer of Flux alone": (r"^double_blocks\.", CONFIG),
+    "the transformer of Stable Diffusion 3 alone": (r"^joint_blocks\.", CONFIG),
     "a textual inversion": (
         r"^(emb_params|clip_[lg]|string_to_param.*|<[^>]+>)$",
         "give it beside a bundle: sdopt generate --embedding FILE, or pipe.load_embedding(FILE)",
@@ -60,8 +64,11 @@ SUFFIXES = {
 }
 
 
-def refuse(source: str) -> None:
-    """Raises: CheckpointError that says what `source` is and what to do, if it is known to be no checkpoint."""
+def refuse(source: str, has_config: bool = False) -> None:
+    """Raises: CheckpointError that says what `source` is and what to do, if it is known to be no checkpoint.
+
+    `has_config`: a second checkpoint is named, which has what a transformer alone lacks.
+    """
     path = Path(source).expanduser()
     url = re.match(r"https?://(?:www\.)?huggingface\.co/([\w.-]+/[\w.-]+)", source)
     if url:
@@ -74,7 +81,7 @@ def refuse(source: str) -> None:
             has_index = (path / "model_index.json").is_file()
             raise CheckpointError(f"{source} {'is' if has_index else 'has no model_index.json: it is'} {found}")
     elif path.is_file():
-        found = _file(path)
+        found = _file(path, has_config)
         if found:
             raise CheckpointError(f"{source} is {found}")
     elif _is_local(source, path):
@@ -183,7 +190,7 @@ _FOLDERS: tuple[Callable[[Path, list[str]], str], ...] = (_bundle, _onnx, _lora_
 # ------------------------------------------------------------------------------------------------ files
 
 
-def _file(path: Path) -> str:
+def _file(path: Path, has_config: bool) -> str:
     """What a file is that is no checkpoint; empty for a pickle, and for tensors that may be one."""
     head = _head(path)
     if head.startswith(LFS):
@@ -201,18 +208,18 @@ def _file(path: Path) -> str:
     if head.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
         return "a web page, and not the file that its name says; download it again, from the file's own address"
     if path.suffix == ".safetensors":
-        return _tensors(_tensor_names(path))
+        return _tensors(_tensor_names(path), has_config)
     return "a file that is no checkpoint; give a diffusers folder, an id such as owner/name, or a .safetensors file"
 
 
-def _tensors(names: list[str]) -> str:
+def _tensors(names: list[str], has_config: bool) -> str:
     """What the tensors of a file are, by their names."""
     has_pipeline = any(re.search(PIPELINE, name) for name in names)
     for what, (pattern, advice) in TENSORS.items():
         if has_pipeline and what == "a LoRA":
             continue  # a whole model with parts of a LoRA: its lists name them when it is read
         if any(re.search(pattern, name) for name in names):
-            return f"{what}; {advice}"
+            return "" if advice == CONFIG and has_config else f"{what}; {advice}"
     if not has_pipeline:
         for what, (pattern, advice) in PARTS.items():
             if any(re.search(pattern, name) for name in names):

@@ -27,7 +27,7 @@ def parameters(model: ir.Model) -> dict[str, list[tuple[Weight, ir.Value]]]:
 
 
 def parameter(parts: Parts) -> Array:
-    """A parameter in its own layout, joined from its initializers. Its dtype is the widest of theirs.
+    """A parameter in its own layout, joined from its initializers. Its dtype is theirs, or float32 if they differ.
 
     Raises: BundleError if a part of it is missing.
     """
@@ -42,7 +42,8 @@ def parameter(parts: Parts) -> Array:
             part_range = weight.ranges[axis] if axis < len(weight.ranges) else None
             stop = part_range[1] if part_range else length
             shape[axis] = max(shape[axis], stop)
-    joined = np.empty(shape, np.result_type(*(array for _, array in arrays)))
+    kinds = {array.dtype for _, array in arrays}  # NumPy has no common type of float16 and bfloat16
+    joined = np.empty(shape, kinds.pop() if len(kinds) == 1 else np.float32)
     if sum(array.size for _, array in arrays) != joined.size:
         raise BundleError(f"{', '.join(weight.name for weight, _ in arrays)}: these are not all of a parameter")
     for weight, array in arrays:

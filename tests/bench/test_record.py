@@ -18,6 +18,8 @@ OF_SCRIPTS = (
     "batch.json",
     "cache.json",
     "controlnet.json",
+    "half-kinds.json",
+    "large.json",
     "layers.json",
     "loop.json",
     "lora.json",
@@ -27,6 +29,7 @@ OF_SCRIPTS = (
     "serve-bf16.json",
     "slices.json",
     "sooner.json",
+    "tune-emoji.json",
 )  # of scripts, with no side to compare
 
 

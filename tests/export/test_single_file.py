@@ -287,7 +287,7 @@ FIRST = {"model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3)}
         ({"lora_unet_mid_block.lora_down.weight": (4, 4)}, "has the tensors of a LoRA; merge it"),
         ({"control_model.input_blocks.0.0.weight": (4, 4)}, "tensors of a ControlNet; add it to the bundle"),
         ({"model.diffusion_model.joint_blocks.0.x": (4, 4)}, "is of Stable Diffusion 3 or Flux: name a diffus"),
-        ({"double_blocks.0.img_attn.norm.key_norm.scale": (4,)}, "the transformer of Stable Diffusion 3 or Flux alone"),
+        ({"double_blocks.0.img_attn.norm.key_norm.scale": (4,)}, "--config; .* and the models that the file lacks"),
         ({"emb_params": (4, 4)}, r"holds learnt words; load them .* pipe.load_embedding"),
         ({"decoder.conv_in.weight": (4, 4)}, "is one component; export the folder"),
         ({"down_blocks.0.resnets.0.norm1.bias": (4,)}, "is one component; export the folder"),

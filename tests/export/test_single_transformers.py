@@ -164,6 +164,28 @@ def test_a_file_is_the_folder_that_it_was_made_from(pair: tuple[str, Path, Path]
             assert all(torch.equal(ours[key], theirs[key]) for key in theirs), component
 
 
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_what_a_file_lacks_is_read_where_its_configurations_are(
+    prefix: str, pair: tuple[str, Path, Path], tmp_path: Path
+) -> None:
+    """As flux1-dev.safetensors has the transformer alone, and sd3.5_medium.safetensors that with a VAE."""
+    from safetensors.torch import load_file, save_file
+
+    _, folder, path = pair
+    own, file = "model.diffusion_model.", tmp_path / "model.safetensors"
+    tensors = {name: tensor + 1 for name, tensor in load_file(path).items() if name.startswith(own)}
+    save_file({name.replace(own, prefix): tensor for name, tensor in tensors.items()}, file)
+    with open_checkpoint(str(folder)) as original, open_checkpoint(str(file), config=str(folder)) as single:
+        for component in set(single.classes) & set(families.models()):
+            ours, theirs = single.load(component).state_dict(), original.load(component).state_dict()
+            more = {name: float(component == "transformer") for name in theirs}
+            assert all(torch.equal(ours[name], theirs[name] + more[name]) for name in theirs), component
+    assert "--config" in refusal(file)
+    empty = Path(shutil.copytree(folder, tmp_path / "empty"))
+    next((empty / "vae").glob("*.safetensors")).unlink()
+    assert f"has no vae, and {empty} has no safetensors weights of it; name a folder" in refusal(file, empty)
+
+
 def test_sd3s_original_names_are_those_that_diffusers_converts_from() -> None:
     from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 

@@ -61,6 +61,11 @@ def test_a_folder_is_opened_and_loads_in_float32() -> None:
             r"ControlNetPipeline' is not known \(export the model that it was made for, then add its",
         ),
         (
+            {"_class_name": "FluxKontextPipeline"},
+            r"'FluxKontextPipeline' is not known \(its transformer takes the tokens of a picture beside those",
+        ),
+        ({"_class_name": "FluxFillPipeline"}, r"is not known \(its transformer takes a masked picture beside"),
+        (
             {"controlnet": ["diffusers", "ControlNetModel"]},
             "controlnet is diffusers.ControlNetModel; sdopt reads nothing",
         ),

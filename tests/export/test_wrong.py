@@ -44,8 +44,16 @@ FILES = [
     ("control.safetensors", tensors("control_model.input_blocks.0.0.weight", UNET), "is a ControlNet; add it"),
     ("control2.safetensors", tensors("controlnet_cond_embedding.conv_in.weight", "down_blocks.0"), "is a ControlNet"),
     ("ip.safetensors", tensors("image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"), "is an IP-Adapter"),
-    ("flux.safetensors", tensors("double_blocks.0.img_attn.qkv.weight"), "is the transformer of Flux alone"),
-    ("sd3.safetensors", tensors("joint_blocks.0.x"), "is the transformer of Stable Diffusion 3 alone"),
+    (
+        "flux.safetensors",
+        tensors("double_blocks.0.img_attn.qkv.weight"),
+        "is the transformer of Flux alone; name a diffusers folder",
+    ),
+    (
+        "sd3.safetensors",
+        tensors("joint_blocks.0.x"),
+        "is the transformer of Stable Diffusion 3 alone; name a diffusers folder",
+    ),
     ("word.safetensors", tensors("emb_params"), "is a textual inversion; give it beside a bundle"),
     ("words.safetensors", tensors("clip_g", "clip_l"), "is a textual inversion"),
     ("m.safetensors", LFS.encode(), "is a pointer of git-lfs, and not the file itself; run `git lfs pull`"),

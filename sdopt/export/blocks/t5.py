@@ -25,13 +25,14 @@ class T5(torch.nn.Module):
 
 
 def part(checkpoint: Checkpoint, name: str) -> Part:
-    config = checkpoint.config(name)
+    config, (model, weights) = checkpoint.config(name), checkpoint.opened(name)
     return Part(
         name=name,
-        module=T5(cast(Any, checkpoint.load(name)).encoder),  # what is around it holds the embeddings a second time
+        module=T5(cast(Any, model).encoder),  # what is around it holds the embeddings a second time
         inputs=(TensorSpec("input_ids", "int32", ("batch", "tokens")),),
         outputs=(TensorSpec("last_hidden_state", "float32", ("batch", "tokens", config["d_model"])),),
         sizes=SIZES,
         limits={"input_ids": config["vocab_size"]},
         prefix="encoder.",
+        weights=weights,
     )

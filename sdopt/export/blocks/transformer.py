@@ -17,6 +17,7 @@ from sdopt.errors import CheckpointError
 from sdopt.export.blocks import vae
 from sdopt.export.blocks.vae import LATENT
 from sdopt.export.checkpoint import Checkpoint
+from sdopt.export.file_weights import FileWeights
 from sdopt.export.part import Part, Sizes
 
 VAE = vae.VAE
@@ -35,8 +36,8 @@ class Shape:
     guidance: bool = False
 
 
-def part(module: torch.nn.Module, shape: Shape) -> Part:
-    """The part of a transformer behind its family's wrapper."""
+def part(module: torch.nn.Module, shape: Shape, weights: FileWeights | None = None) -> Part:
+    """The part of a transformer behind its family's wrapper. `weights`: its numbers, if it has none."""
     further = (TensorSpec("timestep_cond", "float32", ("batch", 1)),) if shape.guidance else ()
     return Part(
         name=TRANSFORMER,
@@ -50,6 +51,7 @@ def part(module: torch.nn.Module, shape: Shape) -> Part:
         ),
         outputs=(TensorSpec("noise_pred", "float32", ("batch", shape.channels, *LATENT)),),
         sizes=_sizes(shape.patch),
+        weights=weights,
     )
 
 

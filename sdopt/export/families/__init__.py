@@ -20,6 +20,8 @@ FAMILIES: tuple[Family, ...] = (sd.FAMILY, sdxl.FAMILY, sd3.FAMILY, flux.FAMILY)
 REFUSED = {
     "ControlNet": "export the model that it was made for, then add its ControlNet with --onto BUNDLE",
     "Pix2Pix": "its UNet takes a second guidance, which is not exported",
+    "Kontext": "its transformer takes the tokens of a picture beside those of the sample, which is not exported",
+    "Fill": "its transformer takes a masked picture beside the sample, which is not exported",
     "Upscale": "its UNet takes the small picture, which is not exported",
 }
 

@@ -18,6 +18,7 @@ from sdopt.export.blocks import t5, text_encoder, transformer, vae
 from sdopt.export.checkpoint import Checkpoint
 from sdopt.export.families.contract import Family, PipelineClass, TracedComponent
 from sdopt.export.families.sdxl import CLIP_TOKENIZERS
+from sdopt.export.file_weights import FileWeights
 from sdopt.export.part import Part
 from sdopt.export.single_file import names
 
@@ -124,11 +125,11 @@ def latents(checkpoint: Checkpoint) -> Latents:
 
 
 def transformer_part(checkpoint: Checkpoint) -> Part:
-    return _part(checkpoint, checkpoint.load(TRANSFORMER))
+    return _part(checkpoint, *checkpoint.opened(TRANSFORMER))
 
 
-def _part(checkpoint: Checkpoint, model: torch.nn.Module) -> Part:
-    return transformer.part(Transformer(model, latents(checkpoint).pixels), shape(checkpoint))
+def _part(checkpoint: Checkpoint, model: torch.nn.Module, weights: FileWeights | None = None) -> Part:
+    return transformer.part(Transformer(model, latents(checkpoint).pixels), shape(checkpoint), weights)
 
 
 def require_supported(checkpoint: Checkpoint) -> None:

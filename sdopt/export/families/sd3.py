@@ -72,7 +72,8 @@ def latents(checkpoint: Checkpoint) -> Latents:
 
 
 def transformer_part(checkpoint: Checkpoint) -> Part:
-    return transformer.part(Transformer(checkpoint.load(TRANSFORMER)), shape(checkpoint))
+    model, weights = checkpoint.opened(TRANSFORMER)
+    return transformer.part(Transformer(model), shape(checkpoint), weights)
 
 
 def require_supported(checkpoint: Checkpoint) -> None:

@@ -13,7 +13,7 @@ from sdopt.export.single_file.published import DDIM, PUBLISHED, VELOCITY, Publis
 UNET = "model.diffusion_model."
 FIRST = f"{UNET}input_blocks.0.0.weight"
 GUIDANCE = f"{UNET}time_embed.cond_proj.weight"
-TRANSFORMER = f"{UNET}(joint|double)_blocks\\.0\\..*"  # of Stable Diffusion 3 and Flux
+TRANSFORMER = f"({UNET})?(joint|double)_blocks\\.0\\..*"  # of Stable Diffusion 3 and Flux
 LAST_NORM = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
 # how names of a file without that UNet look -> what it is, and what to do
@@ -24,10 +24,6 @@ REFUSED: Mapping[str, str] = {
     r"control_model\..*|input_hint_block\..*|controlnet_.*": (
         "has the tensors of a ControlNet; add it to the bundle of the model that it was made for: sdopt export FILE "
         "--onto BUNDLE --name NAME"
-    ),
-    r"joint_blocks\..*|double_blocks\..*": (
-        "has the transformer of Stable Diffusion 3 or Flux alone, without its text encoders and its VAE; export the "
-        "diffusers folder of the model"
     ),
     r"emb_params|string_to_param\..*|clip_[lg]": (
         "holds learnt words; load them into a pipeline with pipe.load_embedding(file)"
@@ -54,10 +50,10 @@ def recognise(file: SingleFile) -> tuple[str, Published]:
     Raises: CheckpointError that says what the file is, if it is no such model.
     """
     require_model(file)
-    if _has_transformer(file):
+    if has_transformer(file):
         raise CheckpointError(
             f"{file.path} is of Stable Diffusion 3 or Flux: name a diffusers folder of the same model, or its id on "
-            "the hub, with --config; its configurations and T5's tokenizer are read"
+            "the hub, with --config; its configurations and T5's tokenizer are read, and the models that the file lacks"
         )
     kind = _kind(file)
     channels = file.shapes[FIRST][1]
@@ -82,7 +78,7 @@ def require_model(file: SingleFile) -> None:
     """Raises: CheckpointError that says what the file is, if it has no denoiser of the original code."""
     if any(EDM.fullmatch(name) for name in file.shapes):
         raise CheckpointError(f"{file.path} has the noise levels of EDM, which are not exported")
-    if len(file.shapes.get(FIRST, ())) == 4 or _has_transformer(file):
+    if len(file.shapes.get(FIRST, ())) == 4 or has_transformer(file):
         return
     for pattern, what in REFUSED.items():
         if any(re.fullmatch(pattern, name) for name in file.shapes):
@@ -94,7 +90,8 @@ def require_model(file: SingleFile) -> None:
     )
 
 
-def _has_transformer(file: SingleFile) -> bool:
+def has_transformer(file: SingleFile) -> bool:
+    """Whether a file has a transformer of Stable Diffusion 3 or Flux, in the names of their own code."""
     return any(re.fullmatch(TRANSFORMER, name) for name in file.shapes)
 
 
