@@ -22,7 +22,7 @@ from sdopt.build.checks import refuse_lost_islands, size_warning
 from sdopt.build.derive import constant_lengths, derive
 from sdopt.build.fixed import fix_lengths
 from sdopt.build.fuse_step import CARRIED
-from sdopt.build.int8 import Scaling
+from sdopt.build.int8 import SEVEN_BITS, Scaling
 from sdopt.build.lock import one_builder, remove_engines
 from sdopt.build.options import (
     IN_8_BITS,
@@ -74,6 +74,10 @@ if TYPE_CHECKING:
 
 log = logger(__name__)
 LESS_MEMORY = "A build needs about three times its graph: close other programs, or build on a machine with more memory"
+NO_VNNI = (
+    "this processor adds products of int8 in 16 bits (it has no VNNI): weights get 7 bits, and int8 is hardly faster "
+    "than fp32 here; compare them with sdopt tune"
+)
 Report = Callable[[str], None]
 
 
@@ -125,7 +129,7 @@ def build(
     check_key()
     report, progress = of_caller(report), progress and of_caller(progress)
     folders: list[Path] = []
-    calibrations = _calibrations(bundle, target, options.precision) if options.precision in QUANTIZED else None
+    calibrations = _calibrations(bundle, target, options.precision, report) if options.precision in QUANTIZED else None
     for part in parts:
         refuse_part(target.backend, part, options.precision)
         own = part_options(options, part, bundle, target.has_bf16, overlay, "fp32" if target.is_cpu else "fp16")
@@ -147,7 +151,7 @@ def _large_encoders(bundle: Bundle) -> list[str]:
     return names
 
 
-def _calibrations(bundle: Bundle, target: Target, precision: str) -> Calibrations:
+def _calibrations(bundle: Bundle, target: Target, precision: str, report: Report) -> Calibrations:
     """What finds the scales of int8. Raises: BackendError where ONNX Runtime is missing, which makes the pictures."""
     try:
         from sdopt.build.calibrations import Calibrations  # late: only int8 needs ONNX Runtime here
@@ -159,7 +163,10 @@ def _calibrations(bundle: Bundle, target: Target, precision: str) -> Calibration
     if target.backend == OPENVINO:
         from sdopt.engine import openvino
 
-        return Calibrations(bundle, target.arithmetic(precision), openvino.open_int8)
+        arithmetic = target.arithmetic(precision)
+        if arithmetic.largest_weight == SEVEN_BITS:
+            report(NO_VNNI)
+        return Calibrations(bundle, arithmetic, openvino.open_int8)
     return Calibrations(bundle, target.arithmetic(precision), ort.OrtEngine)
 
 

@@ -19,7 +19,7 @@ from sdopt import graph
 from sdopt.build import calibrations
 from sdopt.build.calibrate import ON_CPU, Calibration, calibrate
 from sdopt.build.int8 import LARGEST, SEVEN_BITS, Scaling, int8, layers_of, rounded, weight_scale
-from sdopt.build.jobs import build
+from sdopt.build.jobs import NO_VNNI, build
 from sdopt.build.observe import Patch, patches
 from sdopt.build.options import BuildOptions, exceptions, part_options
 from sdopt.build.recipe import read_recipe
@@ -290,8 +290,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(EMOJI_BUNDLE, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        lines: list[str] = []
         for backend in ("openvino", "ort"):
-            build(Bundle.open(folder), backend, options=BuildOptions("int8", floor=22.0, prompts=PROMPTS))
+            options = BuildOptions("int8", floor=22.0, prompts=PROMPTS)
+            build(Bundle.open(folder), backend, options=options, report=lines.append)
+    assert lines.count(NO_VNNI) == int(openvino_int8.sums_saturate())
     return folder
 
 
