@@ -5,7 +5,8 @@
     python benchmarks/slices.py --slices sd3.5-medium --layers 2 4 8 -o slope.json     what a block adds to an export
 
 A slice has the published width and a few blocks. It is exported as any transformer is, with the parity gate. `half_db`
-is how near the graph is to itself in float32 when it rounds as fp16 and bf16 do (`sdopt.build.simulate`), at 512x512.
+is how near the graph is to itself in float32 when it rounds as fp16 and bf16 do (`sdopt.build.simulate`), at 512x512;
+`fp8_db` the same with every layer in fp8, in the power of the output over that of its error.
 With TensorRT-RTX installed, its engines are built for one picture of that size. Random weights are smaller than trained
 ones: what overflows in a trained model need not overflow here.
 """
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,13 @@ def measured(name: str, builds: bool, layers: int | None = None) -> dict[str, An
             "parity_db": min(result.psnr_db for result in entries["transformer"].parity),
         }
         del part
+        scalings: dict[str, Any] = {}
         if layers is None:
             found["half_db"] = half_db(folder / "transformer.onnx", folder)
+            scalings, found["fp8_db"] = in_fp8(folder / "transformer.onnx", folder)
         if builds:
             found["engines"] = {precision: engine(folder, precision) for precision in ("fp16", "bf16")}
+            found["engines"]["fp8"] = engine(folder, "fp8", scalings)
     return {**found, "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
@@ -122,10 +126,31 @@ def half_db(path: Path, folder: Path) -> dict[str, float]:
     return found
 
 
-def engine(folder: Path, precision: str) -> dict[str, Any]:
-    """A plan of TensorRT-RTX for one picture, built without a GPU: seconds and bytes."""
+def in_fp8(path: Path, folder: Path) -> tuple[dict[str, Any], float]:
+    """(the scalings of all layers in fp8, from one call; how near the graph then is to float32, in dB)."""
+    from sdopt import graph
+    from sdopt.build.calibrate import Calibration
+    from sdopt.build.choices import choices_of
+    from sdopt.build.examples import example
+    from sdopt.build.int8 import FP8_PRODUCTS
+    from sdopt.build.observe import Observer
+    from sdopt.bundle.files import Component
+
+    component = Component("transformer", path, *graph.specs(graph.load(path)))
+    arrays = example(component.inputs, SIZES)
+    with Observer(component, folder, calls=1) as observer:
+        (exact,) = observer(**arrays).values()
+        choices = choices_of(component, observer.seen, FP8_PRODUCTS)
+    calibration = Calibration(component, choices, ((arrays, exact),))
+    scalings = calibration.scalings()
+    return scalings, round(calibration.fidelity(scalings), 1)
+
+
+def engine(folder: Path, precision: str, scalings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A plan of TensorRT-RTX for one picture, built without a GPU: seconds and bytes. `scalings`: of layers in fp8."""
     from sdopt import graph
     from sdopt.build.half import half
+    from sdopt.build.int8 import int8
     from sdopt.build.lower import lower_operators
     from sdopt.build.options import BuildOptions
     from sdopt.build.trt_build import Builder
@@ -134,7 +159,9 @@ def engine(folder: Path, precision: str) -> dict[str, Any]:
 
     model = graph.load(folder / "transformer.onnx")
     inputs = graph.specs(model)[0]
-    half(model, dtype={"fp16": "float16", "bf16": "bfloat16"}[precision])
+    half(model, dtype="bfloat16" if precision == "bf16" else "float16")
+    if scalings is not None:
+        int8(model, scalings)
     builder = Builder(
         TensorRT("tensorrt-rtx"),
         asdict(BuildOptions(precision=precision)),

@@ -40,7 +40,7 @@ PAGES = sorted(
 EMOJI = "engines/emoji/bundle"
 FOLDERS = "benchmarks/results"  # what commands of pages read, beside the embedded model
 NOT_OURS = {  # what they do is not a promise of a page
-    "pytest", "ruff", "pyright", ".ci/run", "docker", "kubectl", "openssl", "mkdir", "cat",
+    "pytest", "ruff", "pyright", ".ci/run", "docker", "kubectl", "openssl", "mkdir", "cat", "cp",
 }  # fmt: skip
 SLOW = ("export", "bench run", "tune")  # tests/export and tests/bench run them
 GPU = ("tensorrt", "tensorrt-rtx", "ort:cuda")

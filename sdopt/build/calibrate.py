@@ -26,6 +26,7 @@ from sdopt.build.int8 import Arithmetic, Scaling, int8
 from sdopt.build.observe import Observer
 from sdopt.build.sensitivity import output_errors
 from sdopt.bundle.files import Bundle, Component
+from sdopt.bundle.format import DENOISERS
 from sdopt.bundle.specs import Array, Float32
 from sdopt.bundle.unfinished import scratch
 from sdopt.dataclass import dataclass
@@ -148,7 +149,9 @@ def calibrate(
         raise UsageError(f"{len(prompts)} prompts; int8 needs two or more: the last one judges the scales", "prompts")
     component = bundle.component(name)
     with scratch() as folder:
-        observer = Observer(component, folder, calls=(len(prompts) - 1) * (steps if name == "unet" else 1), seed=seed)
+        observer = Observer(
+            component, folder, calls=(len(prompts) - 1) * (steps if name in DENOISERS else 1), seed=seed
+        )
         with closing(observer):
             held_out, denoised = _run(bundle, observer, prompts, latents, steps, seed, report)
             seen = observer.seen

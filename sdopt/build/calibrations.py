@@ -29,7 +29,6 @@ from sdopt.engine.ort import OrtEngine
 from sdopt.errors import BackendError
 
 FORM = 3  # of the file; another one is not read
-DENOISER = "unet"
 Report = Callable[[str], None]
 
 
@@ -61,7 +60,7 @@ class Calibrations:
             kept = None if path is None else _read(self._bundle, name, path)
             if kept is None:
                 report(f"{name}: making {len(prompts)} pictures in float32, to find the scales")
-                latents = () if name == DENOISER else self._latents(prompts)
+                latents = () if name == self._bundle.manifest.denoiser else self._latents(prompts)
                 kept = calibrate(
                     self._bundle, name, prompts, arithmetic=self._arithmetic, latents=latents, report=report
                 )
@@ -72,9 +71,10 @@ class Calibrations:
 
     def _latents(self, prompts: tuple[str, ...]) -> tuple[Array, ...]:
         """What the prompts became when the denoiser was calibrated; nothing if it was not."""
-        path, made = self._path(DENOISER, prompts), self._made.get((DENOISER, prompts))
+        denoiser = self._bundle.manifest.denoiser
+        path, made = self._path(denoiser, prompts), self._made.get((denoiser, prompts))
         if made is None and path is not None:
-            made = _read(self._bundle, DENOISER, path)
+            made = _read(self._bundle, denoiser, path)
         return made.latents if made is not None else ()
 
     def _path(self, name: str, prompts: Sequence[str]) -> Path | None:

@@ -58,9 +58,8 @@ def derive(
         fuse_step(model, guided=guided, rescale=guided, latent_channels=bundle.manifest.latents.channels)
         join_halves(model, 2 if guided else 1)
     on_gpu = builder is not None or device == "cuda"
-    if (
-        options["precision"] == INT8_WEIGHTS
-    ):  # before `half`: numbers are rounded once, and scales are those of its type
+    if options["precision"] == INT8_WEIGHTS:
+        # before `half`, so that numbers are rounded once
         notes["rounded_layers"] = round_weights(model, for_tensorrt=builder is not None)
     compute = ("fp16" if on_gpu else "fp32") if scalings is not None else options.get("compute", options["precision"])
     dtype = PRECISIONS[compute]

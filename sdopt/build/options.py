@@ -10,6 +10,7 @@ from sdopt import __version__
 from sdopt.build.recipe import EngineSpec
 from sdopt.build.refit import LORA
 from sdopt.bundle.files import Bundle
+from sdopt.bundle.format import DENOISERS
 from sdopt.bundle.precision import precision_word
 from sdopt.bundle.weights import Overlay, takes_overlay
 from sdopt.dataclass import dataclass
@@ -18,7 +19,7 @@ from sdopt.errors import UsageError, choices
 PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": ""}  # what `half` calls them
 QUANTIZED = ("int8", "fp8")  # some layers multiply 8 bits; the rest is fp16 on a GPU, and the library's on a CPU
 INT8_WEIGHTS = "int8-weights"  # linear layers have weights of 8 bits, and multiply what is wider
-IN_8_BITS = ("unet", "vae_decoder")  # the components whose layers do
+IN_8_BITS = (*DENOISERS, "vae_decoder")  # the components whose layers do
 FLOOR = 25.0  # dB of a component's output beside float32
 AUTO = "auto"  # fp16 on a GPU; fp32 on a CPU, where it is the fastest
 

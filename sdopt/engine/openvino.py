@@ -45,9 +45,9 @@ def open_component(bundle: ModelFolder, name: str, options: EngineOptions) -> Op
     return cache.load(bundle, name, folder, kept=opened, new=opened)
 
 
-def open_int8(component: Component) -> OpenVinoEngine:
+def open_int8(component: Component, factor: int = 8) -> OpenVinoEngine:
     """The engine of a graph that is not built yet, as `open_component` will open it on the CPU."""
-    return OpenVinoEngine(component, precision=_rest("cpu"))
+    return OpenVinoEngine(component, precision=_rest("cpu"), factor=factor)
 
 
 def _rest(device: str) -> str:

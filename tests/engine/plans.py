@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sdopt import graph
 from sdopt.build.derive import derive
-from sdopt.build.jobs import Job
+from sdopt.build.job import Job
 from sdopt.build.options import BuildOptions, part_options
 from sdopt.build.recipe import part_profile, read_recipe, user_profiles
 from sdopt.build.target import Target
