@@ -100,7 +100,7 @@ class Job:
             sources=sources,
             options=self.options,
             command=self.command,
-            asked=() if self.target.is_graph else tuple(map(str, self.ranges)),
+            asked=tuple(map(str, self.ranges)),
         )
 
     @cached_property

@@ -109,11 +109,6 @@ class Target:
         return "fp32" if self.is_cpu else "fp16"
 
     @property
-    def is_graph(self) -> bool:
-        """Whether what is built is a graph, which takes every size."""
-        return self.backend in (ORT, OPENVINO)
-
-    @property
     def is_cpu(self) -> bool:
         """Whether the graphs run on the CPU."""
         return self.lib is None and PROVIDERS[self.device] == "CPU"

@@ -76,8 +76,8 @@ class Record:
 
     @property
     def rebuild_command(self) -> str:
-        """The command that builds it again."""
-        return self.building(self.asked)
+        """The command that builds it again. A graph takes every size, and its build no profiles."""
+        return self.building(() if GRAPH in self.files else self.asked)
 
     def building(self, profiles: Sequence[object]) -> str:
         """The command that builds this component for these profiles, in the user's units."""
