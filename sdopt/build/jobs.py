@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 log = logger(__name__)
 LESS_MEMORY = "A build needs about three times its graph: close other programs, or build on a machine with more memory"
 NO_VNNI = (
-    "this processor adds products of int8 in 16 bits (it has no VNNI): weights get 7 bits, and int8 is hardly faster "
+    "this processor adds products of int8 in 16 bits (it has no VNNI): weights get 7 bits, and int8 may be no faster "
     "than fp32 here; compare them with sdopt tune"
 )
 
@@ -117,16 +117,15 @@ def _calibrations(bundle: Bundle, target: Target, precision: str, report: Report
     """What finds the scales of int8. Raises: BackendError where ONNX Runtime is missing, which makes the pictures."""
     try:
         from sdopt.build.calibrations import Calibrations  # late: only int8 needs ONNX Runtime here
-        from sdopt.engine import ort
     except ImportError as error:
         raise BackendError(
             f"{precision} finds its scales in pictures that ONNX Runtime makes ({error}): {install('build,cpu')}"
         ) from error
-    if target.backend == OPENVINO:
-        from sdopt.engine import openvino
+    arithmetic = target.arithmetic(precision)
+    if arithmetic.largest_weight == SEVEN_BITS:
+        report(NO_VNNI)
+    if target.backend != OPENVINO:
+        return Calibrations(bundle, arithmetic)
+    from sdopt.engine import openvino
 
-        arithmetic = target.arithmetic(precision)
-        if arithmetic.largest_weight == SEVEN_BITS:
-            report(NO_VNNI)
-        return Calibrations(bundle, arithmetic, partial(openvino.open_int8, factor=bundle.factor))
-    return Calibrations(bundle, target.arithmetic(precision), ort.OrtEngine)
+    return Calibrations(bundle, arithmetic, partial(openvino.open_int8, factor=bundle.factor))
