@@ -28,7 +28,6 @@ OF_SCRIPTS = (
     "serve.json",
     "serve-bf16.json",
     "slices.json",
-    "slices-fp8.json",
     "sooner.json",
     "tune-emoji.json",
 )  # of scripts, with no side to compare
