@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("--guidance-interval", nargs=2, type=float, metavar=("FROM", "TO"), help="of the schedule")
     parser.add_argument("--cache-interval", type=int, default=1, help="with a feature cache, which must be built")
     parser.add_argument("--cache-depth", type=int)
+    parser.add_argument("--vae", help="a tiny autoencoder that was exported onto the bundle")
     parser.add_argument("-o", "--output", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
     pipe = sdopt.load(args.bundle, args.backend, precision=args.precision)
@@ -154,21 +155,24 @@ def main() -> None:
     record: dict[str, Any] = {"judge": judge.calibration(sets["seen"]), "scores": []}
     print(f"judge: right about {record['judge']:.1%} of the font's own pictures")
     print(f"{'sampler':<12}{'guidance':>9}{'pairs':>10}{'n':>5}{'identity':>10}{'colour':>9}{'seconds':>9}")
-    for sampler in args.samplers:
-        for guidance in args.guidance:
-            options = {"sampler": sampler, "guidance_scale": guidance, "num_inference_steps": args.steps}
-            options |= {"cache_interval": args.cache_interval, "cache_depth": args.cache_depth}
-            options["guidance_interval"] = args.guidance_interval and tuple(args.guidance_interval)
-            for name, pairs in sets.items():
-                started = time.perf_counter()
-                result = score(pipe, judge, pairs, **options)
-                record["scores"].append({"sampler": sampler, "guidance": guidance, "pairs": name, **result})
-                print(
-                    f"{sampler or 'own':<12}{guidance or 'own':>9}{name:>10}{result['n']:>5}"
-                    f"{result['identity']:>10.1%}{result['colour']:>9.1%}{time.perf_counter() - started:>9.0f}",
-                    flush=True,
-                )
-    record["variety"] = variety(pipe, judge, sets["seen"][:25])
+    choices: list[dict[str, Any]] = [
+        {"sampler": sampler, "guidance_scale": guidance, "num_inference_steps": args.steps, "vae": args.vae,
+         "cache_interval": args.cache_interval, "cache_depth": args.cache_depth,
+         "guidance_interval": args.guidance_interval and tuple(args.guidance_interval)}
+        for sampler in args.samplers for guidance in args.guidance
+    ]  # fmt: skip
+    for options in choices:
+        for name, pairs in sets.items():
+            started = time.perf_counter()
+            result = score(pipe, judge, pairs, **options)
+            sampler, guidance = options["sampler"], options["guidance_scale"]
+            record["scores"].append({"sampler": sampler, "guidance": guidance, "pairs": name, **result})
+            print(
+                f"{sampler or 'own':<12}{guidance or 'own':>9}{name:>10}{result['n']:>5}"
+                f"{result['identity']:>10.1%}{result['colour']:>9.1%}{time.perf_counter() - started:>9.0f}",
+                flush=True,
+            )
+    record["variety"] = variety(pipe, judge, sets["seen"][:25], **choices[0])
     print("variety: " + ", ".join(f"{key} {value:.3f}" for key, value in record["variety"].items()))
     for result in record["scores"][:2]:
         print(f"wrong, {result['pairs']}: {'; '.join(result['wrong']) or 'none'}")

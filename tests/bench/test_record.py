@@ -29,6 +29,8 @@ OF_SCRIPTS = (
     "serve-bf16.json",
     "slices.json",
     "sooner.json",
+    "sooner-amx.json",
+    "sooner-emoji.json",
     "tune-emoji.json",
 )  # of scripts, with no side to compare
 
