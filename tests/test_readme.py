@@ -40,12 +40,19 @@ PAGES = sorted(
 EMOJI = "engines/emoji/bundle"
 FOLDERS = "benchmarks/results"  # what commands of pages read, beside the embedded model
 NOT_OURS = {  # what they do is not a promise of a page
-    "pytest", "ruff", "pyright", ".ci/run", "docker", "kubectl", "openssl", "mkdir", "cat", "cp",
+    "pytest", "ruff", "pyright", ".ci/run", "docker", "kubectl", "openssl", "mkdir", "cat", "cp", "printf",
 }  # fmt: skip
 SLOW = ("export", "bench run", "tune")  # tests/export and tests/bench run them
 GPU = ("tensorrt", "tensorrt-rtx", "ort:cuda")
 ADDRESS = "127.0.0.1:8000"  # of the server that a page speaks of
-NOT_HERE = ("sd15", "sd3", "flux", "old.json", "bf16")  # the reader's own; what not every processor has
+NOT_HERE = (
+    "sd15",
+    "sd3",
+    "flux",
+    "old.json",
+    "bf16",
+    "build-out/emoji",
+)  # the reader's own; what not every processor has
 
 
 def page(name: str) -> str:

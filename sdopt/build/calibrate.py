@@ -105,8 +105,8 @@ class Calibration:
         best = self.fidelity(next(one for one in fewest if self.part(one) >= LEAST_PART), opened)
         raise UsageError(
             f"{self.component.name}: in {self.kind} it reaches {floor:g} dB only where most layers stay as they are; "
-            f"give a lower --floor, e.g. {max(0, math.floor(best)):g}, or more --prompts: the last one judges the scales "
-            "that are found with the others",
+            f"give a lower --floor, e.g. {max(0, math.floor(best)):g}, or more --prompts: the last one judges the "
+            "scales that are found with the others",
             "floor",
         )
 
