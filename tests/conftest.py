@@ -23,12 +23,6 @@ from tests import tiny
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for a network
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads of `pytest -n` that wait leave the cores to the others
 
-if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
-    # each process of `pytest -n`, with all that it starts, has cores of its own, and engines a thread for each of those
-    _cores = sorted(os.sched_getaffinity(0))
-    _own = _cores[int(os.environ["PYTEST_XDIST_WORKER"].lstrip("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
-    os.sched_setaffinity(0, _own or _cores)
-
 if "SDOPT_TESTS_CACHE" not in os.environ:  # a child process of a test keeps what its test has set
     CACHE = os.environ["SDOPT_TESTS_CACHE"] = tempfile.mkdtemp(prefix="sdopt-tests-cache-")
     os.environ["XDG_CACHE_HOME"] = CACHE  # no test writes into the user's own
