@@ -45,14 +45,9 @@ NOT_OURS = {  # what they do is not a promise of a page
 SLOW = ("export", "bench run", "tune")  # tests/export and tests/bench run them
 GPU = ("tensorrt", "tensorrt-rtx", "ort:cuda")
 ADDRESS = "127.0.0.1:8000"  # of the server that a page speaks of
-NOT_HERE = (
-    "sd15",
-    "sd3",
-    "flux",
-    "old.json",
-    "bf16",
-    "build-out/emoji",
-)  # the reader's own; what not every processor has
+NOT_HERE = (  # the reader's own; what not every processor has
+    "sd15", "sd3", "flux", "old.json", "bf16", "build-out/emoji",
+)  # fmt: skip
 
 
 def page(name: str) -> str:

@@ -310,7 +310,7 @@ def test_an_application_of_ray_serve_answers_as_the_command_does(tmp_path: Path,
         processes = family(process.pid)
         process.send_signal(signal.SIGINT)
         try:
-            process.wait(180)  # Ray is slow to end beside other tests
+            process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
