@@ -8,9 +8,9 @@
 
 First one call of the UNet with both halves of guidance, in turns: PyTorch in float32, OpenVINO in bf16 and in int8, and
 the shallow UNet of the cache. Then one picture of each recipe, each in a process of its own, so that its peak memory is
-known. Short pictures are made several times, and the median is taken. Loading is not in the times, except in low memory,
-where engines are opened when they are needed. Fidelity is the PSNR to diffusers' picture of the same steps and seed;
-where a checkpoint has random weights, its pictures are noise, and their PSNR says little: the record says so.
+known. Short pictures are made several times, and the median is taken. Loading is not in the times, except in low
+memory, where engines are opened when they are needed. Fidelity is the PSNR to diffusers' picture of the same steps and
+seed; where a checkpoint has random weights, its pictures are noise, and their PSNR says little: the record says so.
 """
 
 from __future__ import annotations
